@@ -1,0 +1,7 @@
+"""`python -m dynslice`."""
+
+import sys
+
+from dynslice.cli import main
+
+sys.exit(main())

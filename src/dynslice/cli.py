@@ -1,0 +1,421 @@
+"""The command line: `dynslice ...` or `python -m dynslice ...`.
+
+Exit status 0; 2 for a request that cannot be served (one sentence on stderr); 1 for a failure
+while running. Results go to stdout, as one JSON object with --json; progress goes to stderr.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dynslice.errors import RequestError, RunError
+
+# Imports of torch and transformers wait until a request has been understood: `dynslice --help`
+# and a mistyped option should not take seconds.
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        result, lines = options.run(options)
+    except RequestError as error:
+        print(f"dynslice: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"dynslice: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dynslice: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(json.dumps(result) if options.json else "\n".join(lines))
+    return 0
+
+
+def assets_command(options) -> tuple[dict, list[str]]:
+    """fetch, verify or list the embedded assets."""
+    from dynslice import assets
+
+    if options.action == "fetch":
+        from dynslice import evaluation, models
+
+        fetched = assets.fetch()
+        models.resolve("embedded:smollm2-135m")
+        tasks = evaluation.write_task_files()
+        lines = [f"fetched {', '.join(fetched)}" if fetched else "all assets are there already"]
+        lines.append(f"task files for lm-eval's --include_path: {_shown(tasks)}")
+        return {"fetched": fetched, "task_files": str(tasks)}, lines
+    if options.action == "verify":
+        problems = assets.verify()
+        bad = [problem for found in problems.values() for problem in found]
+        if bad:
+            raise RunError(bad[0])
+        return {"verified": list(problems)}, [f"{name}: verified" for name in problems]
+    rows = {
+        name: {
+            "package": f"{asset.package}=={asset.version}",
+            "holds": asset.holds,
+            "licence": asset.licence,
+            "fetched": asset.folder.is_dir(),
+        }
+        for name, asset in assets.manifest().items()
+    }
+    lines = [
+        f"{name:14} {row['package']:24} {'fetched' if row['fetched'] else 'missing':8} "
+        f"{row['holds']} [{row['licence']}]"
+        for name, row in rows.items()
+    ]
+    return {"assets": rows}, lines
+
+
+def lr_command(options) -> tuple[dict, list[str]]:
+    """Layer redundancy of each layer on a text."""
+    from dynslice import corpora
+    from dynslice.plan import Shape
+    from dynslice.redundancy import layer_redundancy
+
+    corpora.check(options.text, options.split)
+    model, tokenizer = _load(options, dense_for="layer redundancy")
+    stream = corpora.tokens(
+        options.text, options.split, tokenizer, options.max_tokens, options.seed
+    )
+    windows = corpora.sliding(stream, options.window, options.stride)
+    start = time.perf_counter()
+    lr = layer_redundancy(model, windows, options.stride, options.last_layer)
+    from dataclasses import asdict
+
+    result = {
+        "model": options.model,
+        "text": options.text,
+        **lr.to_dict(),
+        "seconds": round(time.perf_counter() - start, 3),
+        "shape": asdict(Shape.of(model.config)),
+    }
+    _write_json(options.out, result)
+    lines = ["layer      LR  normalised"]
+    lines += [f"{x['index']:5} {x['lr']:7.4f} {x['normalised']:11.4f}" for x in result["layers"]]
+    lines.append(
+        f"{lr.tokens} tokens in {lr.windows} windows of {lr.window}, stride {lr.stride}; "
+        "tokens after the last full window are dropped"
+    )
+    return result, lines
+
+
+def plan_command(options) -> tuple[dict, list[str]]:
+    """Widths per layer for a slice percentage."""
+    plan = _plan_from_options(options)
+    _write_json(options.out, plan.to_dict())
+    lines = ["layer  width  final slice"]
+    pairs = zip(plan.widths, plan.final_slice, strict=True)
+    lines += [f"{i:5} {width:6} {share:12.4f}" for i, (width, share) in enumerate(pairs)]
+    lines.append(
+        f"mean slice {plan.mean_slice:.4f}, stored parameters {plan.parameters:,} "
+        f"(dense {plan.shape.dense_parameters:,})"
+    )
+    return plan.to_dict(), lines
+
+
+def slice_command(options) -> tuple[dict, list[str]]:
+    """Slice a model and save it where transformers can load it."""
+    from dynslice import corpora, models
+    from dynslice.plan import SlicePlan
+    from dynslice.results import peak_memory_bytes
+    from dynslice.slicing import check_plan, slice_model
+
+    out = Path(options.out)
+    if out.exists():
+        raise RequestError(f"output {options.out!r} exists already; name a new directory")
+    split = _train_split(options.calibration)
+    corpora.check(options.calibration, split)
+    if options.plan:
+        if options.slice_percentage is not None or options.lr or options.slice_base is not None:
+            raise RequestError("--plan holds the widths already; leave the other options out")
+        plan = SlicePlan.read(options.plan)
+    else:
+        plan = _plan_from_options(options)
+    check_plan(models.load_config(options.model, options.revision), plan)
+    model, tokenizer = _load(options, dense_for="slicing")
+    windows = corpora.windows(
+        options.calibration, split, tokenizer, options.window, options.windows, options.seed
+    )
+    sliced = slice_model(model, windows, plan)
+    models.save(sliced.model, tokenizer, out, {"plan.json": json.dumps(plan.to_dict(), indent=1)})
+    result = {
+        "out": options.out,
+        "parameters": plan.parameters,
+        "parameters_dense": plan.shape.dense_parameters,
+        "mean_slice": plan.mean_slice,
+        "windows": len(windows),
+        "window": options.window,
+        "seconds": round(sliced.seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+    }
+    line = (
+        f"wrote {options.out}: {plan.parameters:,} stored parameters (dense "
+        f"{plan.shape.dense_parameters:,}), sliced in {sliced.seconds:.1f} s on {len(windows)} "
+        f"windows of {options.window} tokens"
+    )
+    return result, [line]
+
+
+def ppl_command(options) -> tuple[dict, list[str]]:
+    """Perplexity of a dense or sliced model on a text."""
+    from dynslice import corpora, evaluation
+
+    corpora.check(options.text, options.split)
+    model, tokenizer = _load(options)
+    windows = corpora.windows(
+        options.text, options.split, tokenizer, options.window, options.windows, options.seed
+    )
+    result = {
+        "model": options.model,
+        "text": options.text,
+        "split": options.split,
+        **evaluation.perplexity(model, windows),
+    }
+    sampled = "sampled" if options.seed is not None else "consecutive"
+    line = (
+        f"perplexity {result['perplexity']:.3f} (NLL {result['nll_mean']:.4f}, standard error "
+        f"{_number(result['nll_stderr'])}) on {result['windows']} {sampled} windows of "
+        f"{options.window} tokens; a last short block is dropped"
+    )
+    return result, [line]
+
+
+def tasks_command(options) -> tuple[dict, list[str]]:
+    """Zero-shot accuracy of a dense or sliced model on tasks."""
+    from dynslice import evaluation
+
+    names = [name for name in options.tasks.split(",") if name]
+    evaluation.check_tasks(names)
+    if not names:
+        raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
+    model, tokenizer = _load(options)
+    scores = evaluation.tasks(
+        model, tokenizer, names, options.limit, options.batch_size, options.seed
+    )
+    result = {
+        "model": options.model,
+        "limit": options.limit,
+        "tasks": scores,
+        "lm_eval_version": evaluation.lm_eval.__version__,
+    }
+    lines = ["task             acc  stderr  acc_norm  stderr      n"]
+    for name, s in scores.items():
+        values = (s["acc"], s["acc_stderr"], s["acc_norm"], s["acc_norm_stderr"])
+        acc, err, norm, norm_err = map(_number, values)
+        lines.append(f"{name:14} {acc:>6} {err:>7} {norm:>9} {norm_err:>7} {s['n']:>6}")
+    return result, lines
+
+
+def reproduce_command(options) -> tuple[dict, list[str]]:
+    """Measure what a profile lacks, then run its notebooks."""
+    from dynslice import reproduce
+    from dynslice.profile import parse_overrides
+
+    overrides = parse_overrides(options.set)
+    for name in ("dtype", "seed"):
+        value = getattr(options, name)
+        if value is not None and value != "auto":
+            overrides.setdefault(name, value)
+    return reproduce.run(
+        options.profile,
+        overrides,
+        only=options.only,
+        dry_run=options.dry_run,
+        from_record=options.from_record,
+        device=options.device,
+    )
+
+
+def record_command(options) -> tuple[dict, list[str]]:
+    """Make a complete run of a clean tree the record."""
+    from dynslice import reproduce
+
+    return reproduce.record(options.profile)
+
+
+def _load(options, dense_for: str | None = None):
+    from dynslice import models
+
+    device = models.pick_device(options.device)
+    dtype = models.pick_dtype(options.dtype, device)
+    if dense_for:
+        models.require_dense(models.load_config(options.model, options.revision), dense_for)
+    return models.load(options.model, device, dtype, options.revision)
+
+
+def _plan_from_options(options) -> Any:
+    from dynslice import models, plan
+
+    if options.slice_percentage is None:
+        match = getattr(options, "match_parameters", None)
+        if match:
+            return plan.matched(plan.SlicePlan.read(match))
+        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    if getattr(options, "match_parameters", None):
+        raise RequestError(
+            "--match-parameters sets the size by itself; leave --slice-percentage out"
+        )
+    lr = plan.read_json(options.lr, "LR") if options.lr else None
+    schedule = getattr(options, "schedule", None) or _default_schedule(options)
+    if options.model:
+        shape = plan.Shape.of(models.load_config(options.model, options.revision))
+    elif lr:
+        shape = plan.Shape.from_dict(lr.get("shape"))
+    else:
+        raise RequestError("a plan needs --model or --lr to know the widths of the model")
+    if schedule == "constant":
+        if options.slice_base not in (None, options.slice_percentage):
+            raise RequestError(
+                f"--slice-base {options.slice_base} has no meaning in a constant plan; leave it "
+                "out, or use --schedule dynamic with --lr"
+            )
+        return plan.constant(shape, options.slice_percentage, options.round_to)
+    if lr is None:
+        raise RequestError(
+            "a dynamic plan needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
+        )
+    scores = plan.lr_of(lr)
+    base = options.slice_base or 0.0
+    return plan.dynamic(shape, scores, options.slice_percentage, base, options.round_to)
+
+
+def _default_schedule(options) -> str:
+    base = options.slice_base
+    wants_dynamic = options.lr or (base is not None and base != options.slice_percentage)
+    return "dynamic" if wants_dynamic else "constant"
+
+
+def _train_split(text: str) -> str | None:
+    from dynslice.corpora import CORPORA
+
+    return "train" if text in CORPORA else None
+
+
+def _write_json(path: str | None, values: dict) -> None:
+    if path is None:
+        return
+    try:
+        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"output {path!r} cannot be written ({error.strerror})") from error
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _shown(path: Path) -> str:
+    import os
+
+    return os.path.relpath(path)
+
+
+def _windows(text: str) -> int | None:
+    return None if text == "all" else _positive(text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage text before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dynslice", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    common.add_argument("--seed", type=int, help="draw windows or items with this seed")
+
+    def add(name: str, run, **extra) -> argparse.ArgumentParser:
+        text = run.__doc__
+        sub = commands.add_parser(
+            name, parents=[common], help=text, description=text, allow_abbrev=False, **extra
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def add_model(sub, required: bool = True) -> None:
+        sub.add_argument("--model", required=required, help="embedded:NAME, directory or hub id")
+        sub.add_argument("--revision", help="revision of a hub model")
+
+    def add_amounts(sub) -> None:
+        sub.add_argument("--slice-percentage", type=float, metavar="SP", help="share, e.g. 0.25")
+        sub.add_argument("--slice-base", type=float, metavar="SB", help="share cut everywhere")
+        sub.add_argument("--lr", metavar="FILE", help="output of `dynslice lr`")
+        sub.add_argument("--round-to", type=_positive, default=8, help="multiple for widths [8]")
+
+    sub = add("assets", assets_command)
+    sub.add_argument("action", choices=["fetch", "verify", "list"])
+
+    sub = add("lr", lr_command)
+    add_model(sub)
+    sub.add_argument("--text", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--split", help="train, validation [default of a corpus] or test")
+    sub.add_argument("--max-tokens", type=_positive)
+    sub.add_argument("--window", type=_positive, default=1024, help="tokens [1024]")
+    sub.add_argument("--stride", type=_positive, default=256, help="tokens [256]")
+    sub.add_argument("--last-layer", choices=["raw", "normed"], default="raw")
+    sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
+
+    sub = add("plan", plan_command)
+    add_model(sub, required=False)
+    add_amounts(sub)
+    sub.add_argument("--schedule", choices=["constant", "dynamic"])
+    sub.add_argument(
+        "--match-parameters", metavar="PLAN", help="constant plan of the stored size of this plan"
+    )
+    sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
+
+    sub = add("slice", slice_command)
+    add_model(sub)
+    sub.add_argument("--plan", metavar="FILE", help="output of `dynslice plan`")
+    add_amounts(sub)
+    sub.add_argument("--calibration", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--windows", type=_windows, default=128, help="count, or all [128]")
+    sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
+    sub.add_argument("--out", required=True, metavar="DIR")
+
+    sub = add("ppl", ppl_command)
+    add_model(sub)
+    sub.add_argument("--text", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--split", help="validation [default of a corpus], test or train")
+    sub.add_argument("--windows", type=_windows, default=None, help="count, or all [all]")
+    sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
+
+    sub = add("tasks", tasks_command)
+    add_model(sub)
+    sub.add_argument("--tasks", required=True, help="comma-separated names")
+    sub.add_argument("--limit", type=_positive, help="first items (per subject for mmlu)")
+    sub.add_argument("--batch-size", type=_positive, default=8)
+
+    sub = add("reproduce", reproduce_command)
+    sub.add_argument("--profile", default="quick", help="name or YAML file [quick]")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    sub.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="number or name, e.g. 02")
+    sub.add_argument("--dry-run", action="store_true", help="list what would be measured")
+    sub.add_argument("--from-record", action="store_true", help="render the committed results")
+
+    sub = add("record", record_command)
+    sub.add_argument("--profile", required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

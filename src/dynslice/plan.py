@@ -1,0 +1,300 @@
+"""Slice plans: how wide the residual stream stays at each layer, and what that stores."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from dynslice.errors import RequestError
+from dynslice.models import family_of, require_dense
+from dynslice.redundancy import normalise
+
+SCHEDULES = ("constant", "dynamic")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan must know of a model to count the parameters of its slice.
+
+    `reads` and `writes` are for (attention, MLP): parameters per dimension of the stream that a
+    block reads and writes (the summed output features of its reading maps; the input features
+    of its writing map, plus one where it has a bias). `fixed` is what slicing leaves alone.
+    """
+
+    hidden_size: int
+    layers: int
+    vocab_size: int
+    reads: tuple[int, int]
+    writes: tuple[int, int]
+    fixed: int
+    dense_parameters: int
+
+    @classmethod
+    def of(cls, config) -> "Shape":
+        """Read the shape off a dense config, through a model without storage."""
+        require_dense(config, "a plan")
+        family = family_of(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = model.get_submodule(family.layers)
+        get = layers[0].get_submodule
+        reads = [sum(get(name).out_features for name in block.reads) for block in family.blocks]
+        writers = [get(block.write) for block in family.blocks]
+        writes = [w.in_features + (w.bias is not None) for w in writers]
+        d = config.hidden_size
+        vocab = model.get_submodule(family.embedding).num_embeddings
+        # What remains of a layer without its norms' scales: biases of reading maps, q/k norms.
+        in_layer = sum(p.numel() for p in layers[0].parameters())
+        norms = sum(get(block.norm).weight.numel() for block in family.blocks)
+        fixed = len(layers) * (in_layer - norms - d * (sum(reads) + sum(writes)))
+        return cls(
+            hidden_size=d,
+            layers=len(layers),
+            vocab_size=vocab,
+            reads=tuple(reads),
+            writes=tuple(writes),
+            fixed=fixed + d * vocab,  # the head reads the full stream
+            dense_parameters=sum(p.numel() for p in model.parameters()),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Shape":
+        """From the JSON form. Raises RequestError naming what is missing."""
+        try:
+            return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__})
+        except (KeyError, TypeError) as error:
+            raise RequestError(
+                f"the shape of the model is incomplete ({error}); make the file anew"
+            ) from error
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Width w_i of the stream at each layer, with the target that it came from.
+
+    At layer i the attention input, the attention output and the MLP input have width w_i; the
+    embedding has w_0, and the output of the last layer keeps the hidden size (METHOD 1.6).
+    `final_slice` is FS_i, the share to be removed at layer i, before rounding.
+    """
+
+    schedule: str
+    slice_percentage: float
+    slice_base: float
+    round_to: int
+    final_slice: tuple[float, ...]
+    widths: tuple[int, ...]
+    shape: Shape
+
+    def __post_init__(self):
+        d, layers = self.shape.hidden_size, self.shape.layers
+        if len(self.widths) != layers:
+            raise RequestError(
+                f"plan has {len(self.widths)} widths, the model {layers} layers; make the plan "
+                "from the same model"
+            )
+        if not all(1 <= width <= d for width in self.widths):
+            raise RequestError(
+                f"plan has widths from {min(self.widths)} to {max(self.widths)}, the hidden size "
+                f"is {d}; widths must lie between 1 and {d}"
+            )
+
+    @property
+    def attention_widths(self) -> tuple[int, ...]:
+        """a_i: the stream before attention in layer i."""
+        return self.widths
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """m_i: the stream before the MLP in layer i."""
+        return self.widths
+
+    @property
+    def mean_slice(self) -> float:
+        """The share of the width that is removed, averaged over layers, after rounding."""
+        return 1 - sum(self.widths) / (self.shape.hidden_size * self.shape.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters of the sliced network: maps, shortcuts, embedding and untied head."""
+        shape = self.shape
+        a, m = [*self.attention_widths, shape.hidden_size], self.mlp_widths
+        total = shape.fixed + shape.vocab_size * a[0]
+        for i in range(shape.layers):
+            total += a[i] * shape.reads[0] + m[i] * shape.writes[0] + a[i] * m[i]
+            total += m[i] * shape.reads[1] + a[i + 1] * shape.writes[1] + m[i] * a[i + 1]
+        return total
+
+    def to_dict(self) -> dict:
+        """The JSON form (DESIGN: CLI, `plan`)."""
+        return {
+            **asdict(self),
+            "mean_slice": self.mean_slice,
+            "parameters": self.parameters,
+            "parameters_dense": self.shape.dense_parameters,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "SlicePlan":
+        """Inverse of `to_dict`. Raises RequestError naming what is missing."""
+        shape = Shape.from_dict(values.get("shape"))
+        names = [name for name in cls.__dataclass_fields__ if name != "shape"]
+        try:
+            return cls(**{name: _tuples(values[name]) for name in names}, shape=shape)
+        except (KeyError, TypeError) as error:
+            raise RequestError(
+                f"the plan is incomplete ({error}); make it anew with `dynslice plan`"
+            ) from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> "SlicePlan":
+        """Read a plan from a JSON file. Raises RequestError when that is not one."""
+        return cls.from_dict(read_json(path, "plan"))
+
+
+def constant(shape: Shape, slice_percentage: float, round_to: int = 8) -> SlicePlan:
+    """The same slice at every layer (SliceGPT)."""
+    _check_request(shape, slice_percentage, slice_percentage, round_to)
+    slices = (slice_percentage,) * shape.layers
+    return _rounded("constant", shape, slice_percentage, slice_percentage, slices, round_to)
+
+
+def dynamic(
+    shape: Shape,
+    lr: Sequence[float],
+    slice_percentage: float,
+    slice_base: float = 0.0,
+    round_to: int = 8,
+) -> SlicePlan:
+    """Slices in proportion to layer redundancy (paper, section 3.2).
+
+    SLR_i = (SP - SB) n_i / mean(n) and FS_i = SB + SLR_i, so that mean(FS) = SP. Where FS_i
+    would leave less than one rounding unit of the width, it is capped there and the excess goes
+    to the other layers in proportion to their n_i.
+    """
+    _check_request(shape, slice_percentage, slice_base, round_to)
+    if len(lr) != shape.layers:
+        raise RequestError(
+            f"LR has {len(lr)} layers, the model {shape.layers}; measure LR on the same model"
+        )
+    limit = 1 - round_to / shape.hidden_size
+    slices = _share_out(normalise(tuple(lr)), slice_percentage, slice_base, limit)
+    return _rounded("dynamic", shape, slice_percentage, slice_base, slices, round_to)
+
+
+def matched(plan: SlicePlan) -> SlicePlan:
+    """The constant plan whose stored parameters come nearest to those of `plan`.
+
+    The mean width moves in steps of one rounding unit in one layer: neighbouring widths are mixed
+    evenly over the layers, which hits the size to a few hundredths of a percent.
+    """
+    shape = plan.shape
+    total_units = shape.layers * shape.hidden_size // plan.round_to
+
+    def with_units(units: int) -> SlicePlan:
+        return constant(shape, 1 - units / total_units, plan.round_to)
+
+    low, high = shape.layers, total_units  # parameters grow with the units: bisect
+    while high - low > 1:
+        middle = (low + high) // 2
+        if with_units(middle).parameters <= plan.parameters:
+            low = middle
+        else:
+            high = middle
+    return min(map(with_units, (low, high)), key=lambda p: abs(p.parameters - plan.parameters))
+
+
+def read_json(path: str | Path, what: str) -> dict:
+    """Parse a JSON file that a user named. Raises RequestError when it is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{what} file {str(path)!r} cannot be read; check the path") from error
+    except ValueError as error:
+        raise RequestError(f"{what} file {str(path)!r} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"{what} file {str(path)!r} holds no JSON object; make it anew")
+    return values
+
+
+def lr_of(values: dict) -> list[float]:
+    """The LR per layer in the JSON of `dynslice lr`. Raises RequestError when it is none."""
+    try:
+        scores = [float(layer["lr"]) for layer in values["layers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError("the LR file lists no layers; make it with `dynslice lr`") from error
+    if not scores or not all(map(math.isfinite, scores)):
+        raise RequestError("the LR file holds no finite scores; make it with `dynslice lr`")
+    return scores
+
+
+def _share_out(
+    n: tuple[float, ...], slice_percentage: float, slice_base: float, limit: float
+) -> tuple[float, ...]:
+    """FS_i = SB + SLR_i with mean SP and no FS_i above `limit`."""
+    capped: set[int] = set()
+    while True:
+        free = [i for i in range(len(n)) if i not in capped]
+        budget = len(n) * slice_percentage - len(capped) * limit - len(free) * slice_base
+        weight = {i: n[i] for i in free}
+        if not sum(weight.values()):  # only layers with n = 0 are left to take the excess
+            weight = dict.fromkeys(free, 1.0)
+        total = sum(weight.values())
+        slices = {i: slice_base + budget * weight[i] / total for i in free}
+        over = {i for i in free if slices[i] > limit}
+        if not over:
+            return tuple(slices.get(i, limit) for i in range(len(n)))
+        capped |= over
+
+
+def _rounded(schedule, shape, slice_percentage, slice_base, slices, round_to) -> SlicePlan:
+    """Round d (1 - FS_i) to multiples so that the sum of widths is as near as a multiple allows.
+
+    The running sum is rounded, not each width: each width is then one of the two multiples
+    around its exact value, the error never adds up, and a constant slice that is no multiple
+    mixes its two neighbours evenly over the layers.
+    """
+    most = shape.hidden_size // round_to
+    widths, exact, taken = [], 0.0, 0
+    for share in slices:
+        exact += shape.hidden_size * (1 - share) / round_to
+        units = math.floor(round(exact, 9) + 0.5) - taken
+        units = min(max(units, 1), most)
+        taken += units
+        widths.append(units * round_to)
+    return SlicePlan(
+        schedule=schedule,
+        slice_percentage=slice_percentage,
+        slice_base=slice_base,
+        round_to=round_to,
+        final_slice=tuple(slices),
+        widths=tuple(widths),
+        shape=shape,
+    )
+
+
+def _check_request(shape: Shape, slice_percentage: float, slice_base: float, round_to: int) -> None:
+    d = shape.hidden_size
+    if round_to < 1 or d % round_to:
+        raise RequestError(
+            f"round_to {round_to} does not divide the hidden size {d}; use a divisor such as "
+            f"{math.gcd(d, 8)}"
+        )
+    limit = 1 - round_to / d
+    if not 0 <= slice_percentage <= limit:
+        raise RequestError(
+            f"slice percentage {slice_percentage} is outside 0 to {limit:.3f} (one multiple of "
+            f"{round_to} must remain); give a share such as 0.25"
+        )
+    if not 0 <= slice_base <= slice_percentage:
+        raise RequestError(
+            f"slice base {slice_base} is outside 0 to the slice percentage {slice_percentage}; "
+            "the base cannot exceed the average"
+        )
+
+
+def _tuples(value):
+    return tuple(value) if isinstance(value, list) else value

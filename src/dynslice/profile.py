@@ -1,0 +1,126 @@
+"""Profiles: everything that a run can be told, as flat keys that --set and papermill override."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dynslice import paths
+from dynslice.errors import RequestError
+
+
+class Profile(BaseModel):
+    """The parameters of a study. Shares are of the hidden size, windows and strides in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    description: str
+    model: str = Field(description="embedded:NAME, a directory, or a hub id")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    seed: int = Field(description="draws the calibration and evaluation windows")
+
+    slice_percentages: list[float] = Field(min_length=1, description="SP: constant and dynamic")
+    slice_bases: list[float] = Field(description="SB of the dynamic plans, where below SP")
+    round_to: int = Field(ge=1, description="widths are multiples of this")
+
+    lr_text: str = Field(description="text whose LR makes the dynamic plans")
+    lr_split: Literal["train", "validation", "test"] | None
+    lr_max_tokens: int | None = Field(ge=2)
+    lr_window: int = Field(ge=2)
+    lr_stride: int = Field(ge=1)
+    lr_last_layer: Literal["raw", "normed"]
+    lr_compare_texts: list[str] = Field(description="further texts for LR by corpus")
+
+    calibration_text: str
+    calibration_windows: int = Field(ge=1)
+    calibration_window: int = Field(ge=2)
+
+    eval_texts: list[str] = Field(min_length=1)
+    eval_split: Literal["train", "validation", "test"] | None
+    eval_windows: int | None = Field(ge=1, description="null takes the whole split")
+    eval_window: int = Field(ge=2)
+
+    tasks: dict[str, int | None] = Field(
+        description="task: limit of items (per subject for MMLU), null takes all"
+    )
+    task_slice_percentages: list[float]
+    task_slice_bases: list[float]
+
+    figure_slice_percentage: float = Field(ge=0, lt=1, description="SP of the LR -> FS figure")
+    figure_slice_base: float = Field(ge=0, lt=1, description="SB of the LR -> FS figure")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "Profile":
+        shares = [*self.slice_percentages, *self.task_slice_percentages]
+        shares += [*self.slice_bases, *self.task_slice_bases]
+        for share in shares:
+            if not 0 <= share < 1:
+                raise ValueError(f"slice share {share} is outside 0 to 1")
+        if self.figure_slice_base > self.figure_slice_percentage:
+            raise ValueError("figure_slice_base exceeds figure_slice_percentage")
+        return self
+
+
+def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
+    """A profile by name or YAML file, with some keys replaced.
+
+    Raises RequestError naming the key, what is wrong with it and the nearest valid name.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        have = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
+        raise RequestError(f"profile {name!r} is unknown; there are {have}, or give a YAML file")
+    if path.parent != paths.PROFILES and (paths.PROFILES / path.name).is_file():
+        raise RequestError(
+            f"profile file {name!r} has the name of a built-in profile, whose results it would "
+            "mix with; rename it"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RequestError(f"profile {name!r} is not YAML ({error}); mend the file") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"profile {name!r} holds no keys; start from a copy of quick.yaml")
+    values = {"name": path.stem, **values, **(overrides or {})}
+    for key in values:
+        _check_key(key)
+    try:
+        return Profile(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "profile"
+        raise RequestError(
+            f"profile {name!r}, {where} = {first['input']!r}: {first['msg']}"
+            if first["loc"]
+            else f"profile {name!r}: {first['msg']}"
+        ) from error
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` strings -> overrides; values are YAML. Raises RequestError for a bad pair."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise RequestError(f"--set {pair!r} is not of the form key=value")
+        _check_key(key)
+        overrides[key] = parse_value(text, key)
+    return overrides
+
+
+def parse_value(text: str, key: str) -> Any:
+    """A value given as text, read as YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"value {text!r} of {key} is not YAML; quote it") from error
+
+
+def _check_key(key: str) -> None:
+    if key not in Profile.model_fields:
+        near = difflib.get_close_matches(key, Profile.model_fields, n=1, cutoff=0.0)[0]
+        raise RequestError(f"profile key {key!r} is unknown; the nearest valid name is {near!r}")

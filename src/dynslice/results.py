@@ -1,0 +1,146 @@
+"""The results store: one JSON file per measurement, keyed by what was asked."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from dynslice import paths
+
+# Raised whenever a change of the code changes what a measurement means.
+METHOD_VERSION = 1
+
+# What a run rewrites in a checkout; it does not make the code that measured dirty.
+_GENERATED = ("data/record", "data/results", "figures", "notebooks/rendered", "README.md")
+_PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is asked for: a kind and everything that decides its value, nothing else."""
+
+    kind: str
+    config: dict
+
+    @property
+    def key(self) -> str:
+        """File name stem: the kind and a hash of what was asked."""
+        asked = {"kind": self.kind, "config": self.config, "method_version": METHOD_VERSION}
+        text = json.dumps(asked, sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured value with what was asked, what it cost, and where it comes from."""
+
+    kind: str
+    config: dict
+    value: dict
+    seconds: float
+    peak_memory_bytes: int
+    provenance: dict
+
+    @property
+    def measurement(self) -> Measurement:
+        """What was asked."""
+        return Measurement(self.kind, self.config)
+
+
+class Store:
+    """A folder of results. Reading never fails on a broken file: it is set aside and reported."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, measurement: Measurement) -> Result | None:
+        """The stored result, or None where there is none that can be used."""
+        path = self.folder / f"{measurement.key}.json"
+        if not path.is_file():
+            return None
+        try:
+            result = Result(**json.loads(path.read_text(encoding="utf-8")))
+            if result.measurement.key != measurement.key:
+                raise ValueError("it answers another request")
+        except (ValueError, TypeError, AttributeError) as error:
+            aside = path.with_suffix(".broken")
+            os.replace(path, aside)
+            print(
+                f"{path.name} is broken ({error}); set aside as {aside.name}, measuring again",
+                file=sys.stderr,
+            )
+            return None
+        return result
+
+    def put(self, result: Result) -> None:
+        """Write a result so that the file is complete or absent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(result), indent=1)
+        descriptor, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, self.folder / f"{result.measurement.key}.json")
+
+
+def peak_memory_bytes(device) -> int:
+    """Peak memory of this process so far: of the GPU where the work is on one, else resident."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def provenance(device) -> dict:
+    """Where a number comes from: commit, versions, device, threads, date."""
+    import torch
+
+    return {
+        **_checkout(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "device_class": device.type,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+@cache
+def _checkout() -> dict:
+    """Commit of the code that runs, read once: a run measures with the code it started with."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", ".", *(f":!{p}" for p in _GENERATED))
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(paths.ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@cache
+def _device_name(device) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,179 @@
+"""Rotate and slice: the paper's algorithm on top of SliceGPT's transformation."""
+
+import time
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from dynslice.corpora import batches
+from dynslice.errors import RequestError
+from dynslice.models import check_finite, family_of, quiet, require_dense
+from dynslice.plan import Shape, SlicePlan
+from dynslice.sliced import SLICED_CLASSES
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A sliced model and what it cost."""
+
+    model: PreTrainedModel
+    seconds: float
+
+
+@torch.inference_mode()
+def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sliced:
+    """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
+
+    At each place where a block reads the residual stream x [tokens, d], Q [d, w] holds the first
+    w eigenvectors of X^T X, and x goes on as its projection Q Q^T x. Maps that read there become
+    W diag(g) Q (g is the scale of the norm before them), maps that wrote there Q^T W, and the
+    residual connection between places with bases Q and Q' becomes the shortcut Q^T Q'. The
+    signals of each place are those of the part that is already sliced, and each block runs over
+    the calibration tokens once. The dense model is left as it was.
+
+    Raises RequestError when plan and model do not fit, RunError for non-finite activations.
+    """
+    check_plan(model.config, plan)
+    start = time.perf_counter()
+    family = family_of(model.config)
+    layers = model.get_submodule(family.layers)
+    widths = [w for pair in zip(plan.attention_widths, plan.mlp_widths, strict=True) for w in pair]
+    identity = torch.eye(plan.shape.hidden_size, dtype=torch.float64, device=model.device)
+    weights: dict[str, Tensor] = {}
+
+    def keep(name: str, weight: Tensor) -> None:
+        weights[name] = weight.to(model.dtype).contiguous()
+
+    x, layer_arguments = _residual_stream(model, windows)
+    Q = principal_basis(x, widths[0])
+    keep(f"{family.embedding}.weight", double(model.get_submodule(family.embedding).weight) @ Q)
+
+    places = [(i, kind) for i in range(len(layers)) for kind in ("attention", "mlp")]
+    for place, (i, kind) in enumerate(tqdm(places, desc="slicing", unit="block", leave=False)):
+        block, layer, prefix = getattr(family, kind), layers[i], f"{family.layers}.{i}"
+        norm, module = layer.get_submodule(block.norm), layer.get_submodule(block.module)
+
+        run_block(x, Q, norm, module, layer_arguments if kind == "attention" else {})
+        last = place == len(places) - 1  # the head reads the full stream, in its own basis
+        Q_next = identity if last else principal_basis(x, widths[place + 1])
+
+        for name in block.reads:
+            read = layer.get_submodule(name)
+            keep(f"{prefix}.{name}.weight", double(read.weight) * double(norm.weight) @ Q)
+            if read.bias is not None:
+                keep(f"{prefix}.{name}.bias", read.bias)
+        write = layer.get_submodule(block.write)
+        keep(f"{prefix}.{block.write}.weight", Q_next.T @ double(write.weight))
+        if write.bias is not None:
+            keep(f"{prefix}.{block.write}.bias", double(write.bias) @ Q_next)
+        keep(f"{prefix}.{kind}_shortcut", Q.T @ Q_next)
+        Q = Q_next
+
+    head, final_norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
+    keep(f"{family.head}.weight", double(head.weight) * double(final_norm.weight))
+    sliced = _assemble(model, plan, weights)
+    return Sliced(sliced, time.perf_counter() - start)
+
+
+def principal_basis(x: list[Tensor], width: int) -> Tensor:
+    """The first `width` eigenvectors of sum X^T X, largest eigenvalue first: Q [d, width].
+
+    x: batches of signals [.., d]. Products, sum and decomposition in float64. SliceGPT's code
+    adds 1 % of the mean diagonal to the diagonal, which moves all eigenvalues alike and leaves
+    the eigenvectors as they are, so it is left out here.
+    """
+    d = x[0].shape[-1]
+    covariance = torch.zeros(d, d, dtype=torch.float64, device=x[0].device)
+    for part in x:
+        rows = double(part).view(-1, d)
+        covariance.addmm_(rows.T, rows)
+    check_finite(covariance, "the residual stream")
+    _, vectors = torch.linalg.eigh(covariance)  # eigenvalues ascending
+    return vectors.flip(-1)[:, :width]
+
+
+def run_block(
+    x: list[Tensor], Q: Tensor, norm: nn.Module, module: nn.Module, arguments: dict
+) -> None:
+    """In place, batch by batch: x <- x Q Q^T + block(norm(x Q Q^T)), in original coordinates.
+
+    The projected stream has the same RMS (divisor d) as its w coordinates in the sliced network,
+    so the dense block computes on it what the sliced block will compute.
+    """
+    Q = Q.to(x[0].dtype)
+    for batch, stream in enumerate(x):
+        stream = (stream @ Q) @ Q.T
+        output = (
+            module(hidden_states=norm(stream), **arguments) if arguments else module(norm(stream))
+        )
+        x[batch] = stream + (output[0] if isinstance(output, tuple) else output)
+
+
+def check_plan(config, plan: SlicePlan) -> None:
+    """Raise RequestError when a plan was made for a model of another shape."""
+    require_dense(config, "slicing")
+    shape = Shape.of(config)
+    for name in Shape.__dataclass_fields__:
+        here, planned = getattr(shape, name), getattr(plan.shape, name)
+        if here != planned:
+            raise RequestError(
+                f"the plan was made for another model ({name} {planned}, here {here}); make it "
+                "anew with `dynslice plan`"
+            )
+
+
+def double(tensor: Tensor) -> Tensor:
+    """float64 copy."""
+    return tensor.to(torch.float64)
+
+
+class _Caught(Exception):
+    """Stops a forward pass once the first layer has been reached."""
+
+
+def _residual_stream(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], dict]:
+    """What enters layer 0, as batches [b, T, d], and the other arguments that layers are given.
+
+    Masks and position embeddings are those of a single window, and broadcast over a batch.
+    """
+    caught: list[tuple[Tensor, dict]] = []
+
+    def catch(_layer, args, kwargs):
+        caught.append((args[0], kwargs))
+        raise _Caught
+
+    first = model.get_submodule(family_of(model.config).layers)[0]
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        one = windows[:1].to(model.device)
+        for batch in chain([one], batches(windows, "embedding", model.device)):
+            try:
+                model.base_model(batch, use_cache=False)
+            except _Caught:
+                continue
+    finally:
+        handle.remove()
+    (_, arguments), *streams = caught
+    return [stream for stream, _ in streams], arguments
+
+
+def _assemble(model: PreTrainedModel, plan: SlicePlan, weights: dict[str, Tensor]):
+    config_class, model_class = SLICED_CLASSES[model.config.model_type]
+    settings = model.config.to_dict()
+    for name in ("model_type", "architectures", "quantization_config"):
+        settings.pop(name, None)
+    config = config_class(
+        **{**settings, "tie_word_embeddings": False},
+        attention_widths=list(plan.attention_widths),
+        mlp_widths=list(plan.mlp_widths),
+    )
+    with quiet():
+        sliced = model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=model.dtype
+        )
+    sliced.generation_config = model.generation_config
+    return sliced.to(model.device).eval()

@@ -1,0 +1,411 @@
+"""A profile -> the measurements it needs -> their results; only what is missing is computed."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from dynslice import paths, profile
+from dynslice.errors import RequestError, RunError
+from dynslice.profile import Profile
+from dynslice.results import Measurement, Result, Store, peak_memory_bytes, provenance
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of the comparison: dense, or sliced as `plan` (a plan request) says."""
+
+    schedule: str  # dense, constant, dynamic, matched
+    slice_percentage: float
+    slice_base: float
+    plan: dict | None
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and figures."""
+        at = f"SP {self.slice_percentage:.0%}"
+        return {
+            "dense": "dense",
+            "constant": f"constant, {at}",
+            "dynamic": f"dynamic, {at}, SB {self.slice_base:.0%}",
+            "matched": f"constant, size of dynamic {at}, SB {self.slice_base:.0%}",
+        }[self.schedule]
+
+
+class Study:
+    """The measurements of one profile and where their results are kept."""
+
+    def __init__(self, settings: Profile, store: Store, device: str, from_record: bool = False):
+        self.profile = settings
+        self.store = store
+        self.device = device
+        self.from_record = from_record
+
+    @classmethod
+    def open(
+        cls, name: str = "quick", from_record: bool = False, device: str = "auto", **overrides: Any
+    ) -> "Study":
+        """The study of a profile, measuring for itself or reading the committed record.
+
+        Raises RequestError for an unknown profile, key or value.
+        """
+        settings = profile.load(name, overrides)
+        folder = paths.record if from_record else paths.results
+        return cls(settings, Store(folder(settings.name)), device, from_record)
+
+    @classmethod
+    def from_notebook(cls, variables: dict[str, Any]) -> "Study":
+        """The study that a notebook's parameters ask for.
+
+        variables: the notebook's `globals()` after its parameters cell. Profile keys that are
+        None keep the profile's value; text (from `papermill -p`) is read as YAML where the key
+        is no string. Raises RequestError for a name that is no parameter.
+        """
+        own = {"In", "Out", "exit", "quit", "open"}
+        given = {
+            name: value
+            for name, value in variables.items()
+            if not name.startswith("_") and name not in own and not callable(value)
+        }
+        fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
+        chosen = given.pop("profile", "quick")
+        overrides = {name: _from_text(name, v) for name, v in given.items() if v is not None}
+        return cls.open(chosen, **fixed, **overrides)
+
+    # What the profile asks for
+
+    def lr_request(self, text: str | None = None, last_layer: str | None = None) -> Measurement:
+        """LR on one text; the profile's own text by default."""
+        p = self.profile
+        text = text or p.lr_text
+        config = {
+            **self._model,
+            "text": text,
+            "split": _split_for(text, p.lr_split),
+            "max_tokens": p.lr_max_tokens,
+            "window": p.lr_window,
+            "stride": p.lr_stride,
+            "last_layer": last_layer or p.lr_last_layer,
+        }
+        return Measurement("lr", config)
+
+    def lr_requests(self) -> list[Measurement]:
+        """LR on the profile's text, then on those it is compared with."""
+        return [self.lr_request(text) for text in [self.profile.lr_text, *self._other_lr_texts]]
+
+    def points(self) -> list[Point]:
+        """Dense; per SP constant, and per SB below it dynamic with its constant of equal size."""
+        return self._points(self.profile.slice_percentages, self.profile.slice_bases)
+
+    def task_points(self) -> list[Point]:
+        """The points on which tasks are run."""
+        return self._points(self.profile.task_slice_percentages, self.profile.task_slice_bases)
+
+    def slice_request(self, point: Point) -> Measurement:
+        """Plan, size and cost of slicing a point."""
+        return Measurement("slice", {**self._model, "slice": self._slice(point)})
+
+    def perplexity_request(self, point: Point, text: str) -> Measurement:
+        """Perplexity of a point on a text."""
+        p = self.profile
+        config = {
+            **self._model,
+            "slice": self._slice(point),
+            "text": text,
+            "split": _split_for(text, p.eval_split),
+            "windows": p.eval_windows,
+            "window": p.eval_window,
+            "seed": p.seed,
+        }
+        return Measurement("ppl", config)
+
+    def task_request(self, point: Point, task: str) -> Measurement:
+        """Accuracy of a point on a task."""
+        config = {**self._model, "slice": self._slice(point)}
+        return Measurement("task", {**config, "task": task, "limit": self.profile.tasks[task]})
+
+    def perplexity_requests(self) -> list[Measurement]:
+        """All that the perplexity notebook needs."""
+        return [
+            request
+            for point in self.points()
+            for request in (
+                self.slice_request(point),
+                *(self.perplexity_request(point, text) for text in self.profile.eval_texts),
+            )
+        ]
+
+    def task_requests(self) -> list[Measurement]:
+        """All that the tasks notebook needs."""
+        return [
+            request
+            for point in self.task_points()
+            for request in (
+                self.slice_request(point),
+                *(self.task_request(point, task) for task in self.profile.tasks),
+            )
+        ]
+
+    def requests(self) -> list[Measurement]:
+        """Everything, each once."""
+        every = [*self.lr_requests(), *self.perplexity_requests(), *self.task_requests()]
+        return list({request.key: request for request in every}.values())
+
+    # Getting it
+
+    def missing(self, requests: Iterable[Measurement]) -> list[Measurement]:
+        """Those without a usable result."""
+        return [request for request in requests if self.store.get(request) is None]
+
+    def ensure(self, requests: list[Measurement]) -> int:
+        """Compute what is missing, sliced networks one after the other; how many that were.
+
+        Raises RunError when reading from a record that lacks some.
+        """
+        missing = self.missing(requests)
+        if not missing:
+            return 0
+        if self.from_record:
+            raise RunError(
+                f"the record of {self.profile.name!r} lacks {len(missing)} of {len(requests)} "
+                "measurements; run without --from-record to measure them"
+            )
+        bench = _Bench(self)
+        done = 0
+        with tqdm(total=len(missing), desc="measurements", unit="measurement") as bar:
+            for network, group in _by_network(missing):
+                for request in group:
+                    bar.set_postfix_str(_describe(request))
+                    if self.store.get(request) is None:  # may have come as a prerequisite
+                        self.store.put(bench.measure(request, network))
+                        done += 1
+                    bar.update()
+                bench.drop_sliced()
+        return done
+
+    def get(self, request: Measurement) -> Result:
+        """A result, measured now if need be."""
+        self.ensure([request])
+        return self.store.get(request)
+
+    @property
+    def _model(self) -> dict:
+        return {
+            "model": self.profile.model,
+            "revision": self.profile.revision,
+            "dtype": self.profile.dtype,
+        }
+
+    @property
+    def _other_lr_texts(self) -> list[str]:
+        return [text for text in self.profile.lr_compare_texts if text != self.profile.lr_text]
+
+    def _slice(self, point: Point) -> dict | None:
+        if point.plan is None:
+            return None
+        p = self.profile
+        calibration = {
+            "text": p.calibration_text,
+            "split": _split_for(p.calibration_text, "train"),
+            "windows": p.calibration_windows,
+            "window": p.calibration_window,
+            "seed": p.seed,
+        }
+        return {"plan": point.plan, "calibration": calibration}
+
+    def _points(self, percentages: list[float], bases: list[float]) -> list[Point]:
+        round_to = self.profile.round_to
+        points = [Point("dense", 0.0, 0.0, None)]
+        for sp in percentages:
+            plan = {"schedule": "constant", "slice_percentage": sp, "round_to": round_to}
+            points.append(Point("constant", sp, sp, plan))
+            for sb in (base for base in bases if base < sp):
+                plan = {
+                    "schedule": "dynamic",
+                    "slice_percentage": sp,
+                    "slice_base": sb,
+                    "round_to": round_to,
+                    "lr": self.lr_request().config,
+                }
+                points.append(Point("dynamic", sp, sb, plan))
+                points.append(Point("matched", sp, sb, {"schedule": "matched", "to": plan}))
+        return points
+
+
+class _Bench:
+    """The loaded model, the current slice of it, and the texts already tokenised."""
+
+    def __init__(self, study: Study):
+        from dynslice import models  # torch and transformers load only when something is measured
+
+        self.study = study
+        self.models = models
+        self.device = models.pick_device(study.device)
+        self.sliced: tuple[str, Any] | None = None
+        self._windows: dict[tuple, Any] = {}
+
+    @cached_property
+    def dense(self) -> tuple[Any, Any]:
+        settings = self.study.profile
+        dtype = self.models.pick_dtype(settings.dtype, self.device)
+        return self.models.load(settings.model, self.device, dtype, settings.revision)
+
+    def measure(self, request: Measurement, network: dict | None) -> Result:
+        """Run one measurement; `network` is its slice request, None for the dense model."""
+        measure: Callable = getattr(self, f"_measure_{request.kind}")
+        self.dense  # noqa: B018  loading is not part of a measurement's time
+        if network is not None and request.kind != "slice":
+            self._sliced_for(network)
+        start = time.perf_counter()
+        value = measure(request.config)
+        return self._result(request, value, value.pop("seconds", time.perf_counter() - start))
+
+    def drop_sliced(self) -> None:
+        self.sliced = None
+        self.models.free_memory()
+
+    def _result(self, request: Measurement, value: dict, seconds: float) -> Result:
+        return Result(
+            kind=request.kind,
+            config=request.config,
+            value=value,
+            seconds=round(seconds, 3),
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            provenance=provenance(self.device),
+        )
+
+    def _network(self, config: dict) -> Any:
+        return self.dense[0] if config["slice"] is None else self._sliced_for(config["slice"]).model
+
+    def _sliced_for(self, network: dict) -> Any:
+        key = Measurement("slice", network).key
+        if self.sliced is None or self.sliced[0] != key:
+            from dynslice.slicing import slice_model
+
+            self.drop_sliced()
+            windows = self._windows_of(network["calibration"])
+            plan = self._plan(network["plan"])
+            self.sliced = (key, slice_model(self.dense[0], windows, plan))
+        return self.sliced[1]
+
+    def _plan(self, request: dict) -> Any:
+        from dynslice import plan
+
+        if request["schedule"] == "matched":
+            return plan.matched(self._plan(request["to"]))
+        shape = plan.Shape.of(self.dense[0].config)
+        amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr")}
+        if request["schedule"] == "constant":
+            return plan.constant(shape, **amounts)
+        lr = Measurement("lr", request["lr"])
+        if (result := self.study.store.get(lr)) is None:
+            result = self.measure(lr, None)
+            self.study.store.put(result)
+        return plan.dynamic(shape, [layer["lr"] for layer in result.value["layers"]], **amounts)
+
+    def _windows_of(self, config: dict) -> Any:
+        from dynslice import corpora
+
+        names = ("text", "split", "window", "windows", "seed")
+        asked = tuple(config[name] for name in names)
+        if asked not in self._windows:
+            text, split, window, windows, seed = asked
+            tokenizer = self.dense[1]
+            self._windows[asked] = corpora.windows(text, split, tokenizer, window, windows, seed)
+        return self._windows[asked]
+
+    def _measure_lr(self, config: dict) -> dict:
+        from dynslice import corpora
+        from dynslice.redundancy import layer_redundancy
+
+        model, tokenizer = self.dense
+        stream = corpora.tokens(config["text"], config["split"], tokenizer, config["max_tokens"])
+        windows = corpora.sliding(stream, config["window"], config["stride"])
+        start = time.perf_counter()
+        lr = layer_redundancy(model, windows, config["stride"], config["last_layer"])
+        return {**lr.to_dict(), "seconds": time.perf_counter() - start}
+
+    def _measure_slice(self, config: dict) -> dict:
+        if config["slice"] is None:
+            count = sum(p.numel() for p in self.dense[0].parameters())
+            return {"parameters": count, "parameters_dense": count, "mean_slice": 0.0}
+        outcome = self._sliced_for(config["slice"])
+        plan = self._plan(config["slice"]["plan"])
+        stored = sum(p.numel() for p in outcome.model.parameters())
+        if stored != plan.parameters:
+            raise RunError(
+                f"the sliced model stores {stored} parameters, its plan says "
+                f"{plan.parameters}; this is a bug, please report it"
+            )
+        names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
+        facts = {name: plan.to_dict()[name] for name in names}
+        return {**facts, "seconds": outcome.seconds}
+
+    def _measure_ppl(self, config: dict) -> dict:
+        from dynslice.evaluation import perplexity
+
+        windows = self._windows_of(config)
+        return perplexity(self._network(config), windows)
+
+    def _measure_task(self, config: dict) -> dict:
+        from dynslice import evaluation
+
+        name = config["task"]
+        network, tokenizer = self._network(config), self.dense[1]
+        value = evaluation.tasks(network, tokenizer, [name], config["limit"])[name]
+        return {**value, "lm_eval_version": evaluation.lm_eval.__version__}
+
+
+def _by_network(requests: list[Measurement]) -> list[tuple[dict | None, list[Measurement]]]:
+    """Group by sliced network, so that each is made once; the dense model's come first."""
+    groups: dict[str, tuple[dict | None, list[Measurement]]] = {}
+    for request in sorted(requests, key=lambda r: r.config.get("slice") is not None):
+        network = request.config.get("slice")
+        key = Measurement("network", {"slice": network}).key
+        groups.setdefault(key, (network, []))[1].append(request)
+    return list(groups.values())
+
+
+def _describe(request: Measurement) -> str:
+    network = request.config.get("slice")
+    plan = network["plan"] if network else {"schedule": "dense"}
+    target = plan.get("to", plan)
+    amounts = [f"SP {target['slice_percentage']}"] if "slice_percentage" in target else []
+    amounts += [f"SB {target['slice_base']}"] if "slice_base" in target else []
+    what = request.config.get("task") or request.config.get("text") or ""
+    return " ".join([request.kind, what, plan["schedule"], *amounts])
+
+
+def _split_for(text: str, split: str | None) -> str | None:
+    from dynslice.corpora import CORPORA
+
+    return split if text in CORPORA else None
+
+
+def _from_text(name: str, value: Any) -> Any:
+    field = Profile.model_fields.get(name)
+    is_text = field is not None and field.annotation in (str, str | None)
+    return profile.parse_value(value, name) if isinstance(value, str) and not is_text else value
+
+
+def check(settings: Profile) -> None:
+    """Refuse a study that cannot run before anything heavy starts. Raises RequestError."""
+    from dynslice import corpora, evaluation, models, plan
+
+    for text in {settings.lr_text, *settings.lr_compare_texts}:
+        corpora.check(text, _split_for(text, settings.lr_split))
+    corpora.check(settings.calibration_text, _split_for(settings.calibration_text, "train"))
+    for text in settings.eval_texts:
+        corpora.check(text, _split_for(text, settings.eval_split))
+    evaluation.check_tasks(list(settings.tasks))
+    config = models.load_config(settings.model, settings.revision)
+    models.require_dense(config, "a study")
+    shape = plan.Shape.of(config)
+    for share in [*settings.slice_percentages, *settings.task_slice_percentages]:
+        plan.constant(shape, share, settings.round_to)
+
+
+__all__ = ["Point", "RequestError", "Study", "check"]
