@@ -99,17 +99,16 @@ def principal_basis(x: list[Tensor], width: int) -> Tensor:
 def run_block(
     x: list[Tensor], Q: Tensor, norm: nn.Module, module: nn.Module, arguments: dict
 ) -> None:
-    """In place, batch by batch: x <- x Q Q^T + block(norm(x Q Q^T)), in original coordinates.
+    """In place, batch by batch: x <- x P + block(norm(x P)) with P = Q Q^T.
 
-    The projected stream has the same RMS (divisor d) as its w coordinates in the sliced network,
-    so the dense block computes on it what the sliced block will compute.
+    x stays in the original coordinates. The projected stream has the same RMS (divisor d) as its
+    w coordinates in the sliced network, so the dense block computes here what the sliced block
+    will compute there.
     """
-    Q = Q.to(x[0].dtype)
+    P = (Q @ Q.T).to(x[0].dtype)
     for batch, stream in enumerate(x):
-        stream = (stream @ Q) @ Q.T
-        output = (
-            module(hidden_states=norm(stream), **arguments) if arguments else module(norm(stream))
-        )
+        stream = stream @ P
+        output = module(norm(stream), **arguments)
         x[batch] = stream + (output[0] if isinstance(output, tuple) else output)
 
 

