@@ -58,7 +58,7 @@ def tiny(request):
 
 @pytest.fixture
 def tokens():
-    """Token windows [6, 24]: more windows than a batch need not be, longer than a sliding window."""
+    """Token windows [6, 24], longer than the sliding window of the tiny Mistral."""
     return torch.randint(2, 97, (6, 24), generator=torch.Generator().manual_seed(3))
 
 

@@ -1,5 +1,6 @@
 """A profile -> the measurements it needs -> their results; only what is missing is computed."""
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from dynslice import paths, profile
 from dynslice.errors import RequestError, RunError
 from dynslice.profile import Profile
 from dynslice.results import Measurement, Result, Store, peak_memory_bytes, provenance
+
+RUN_SUMMARY = "run.json"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,16 @@ class Study:
         """The points on which tasks are run."""
         return self._points(self.profile.task_slice_percentages, self.profile.task_slice_bases)
 
+    def figure_request(self) -> Measurement:
+        """The plan that the figure LR -> FS shows."""
+        p = self.profile
+        plan = self._dynamic(p.figure_slice_percentage, p.figure_slice_base)
+        return Measurement("plan", {**self._model, "plan": plan})
+
+    def redundancy_requests(self) -> list[Measurement]:
+        """All that the layer redundancy notebook needs."""
+        return [*self.lr_requests(), self.figure_request()]
+
     def slice_request(self, point: Point) -> Measurement:
         """Plan, size and cost of slicing a point."""
         return Measurement("slice", {**self._model, "slice": self._slice(point)})
@@ -151,7 +164,7 @@ class Study:
 
     def requests(self) -> list[Measurement]:
         """Everything, each once."""
-        every = [*self.lr_requests(), *self.perplexity_requests(), *self.task_requests()]
+        every = [*self.redundancy_requests(), *self.perplexity_requests(), *self.task_requests()]
         return list({request.key: request for request in every}.values())
 
     # Getting it
@@ -191,6 +204,16 @@ class Study:
         self.ensure([request])
         return self.store.get(request)
 
+    def run_summary(self) -> dict:
+        """What the last complete run of the profile measured and how long it took.
+
+        Raises RunError where none has been completed.
+        """
+        path = self.store.folder / RUN_SUMMARY
+        if not path.is_file():
+            raise RunError(f"{RUN_SUMMARY} is missing: the profile has not been run as a whole")
+        return json.loads(path.read_text(encoding="utf-8"))
+
     @property
     def _model(self) -> dict:
         return {
@@ -216,6 +239,15 @@ class Study:
         }
         return {"plan": point.plan, "calibration": calibration}
 
+    def _dynamic(self, slice_percentage: float, slice_base: float) -> dict:
+        return {
+            "schedule": "dynamic",
+            "slice_percentage": slice_percentage,
+            "slice_base": slice_base,
+            "round_to": self.profile.round_to,
+            "lr": self.lr_request().config,
+        }
+
     def _points(self, percentages: list[float], bases: list[float]) -> list[Point]:
         round_to = self.profile.round_to
         points = [Point("dense", 0.0, 0.0, None)]
@@ -223,13 +255,7 @@ class Study:
             plan = {"schedule": "constant", "slice_percentage": sp, "round_to": round_to}
             points.append(Point("constant", sp, sp, plan))
             for sb in (base for base in bases if base < sp):
-                plan = {
-                    "schedule": "dynamic",
-                    "slice_percentage": sp,
-                    "slice_base": sb,
-                    "round_to": round_to,
-                    "lr": self.lr_request().config,
-                }
+                plan = self._dynamic(sp, sb)
                 points.append(Point("dynamic", sp, sb, plan))
                 points.append(Point("matched", sp, sb, {"schedule": "matched", "to": plan}))
         return points
@@ -328,6 +354,9 @@ class _Bench:
         lr = layer_redundancy(model, windows, config["stride"], config["last_layer"])
         return {**lr.to_dict(), "seconds": time.perf_counter() - start}
 
+    def _measure_plan(self, config: dict) -> dict:
+        return _facts(self._plan(config["plan"]))
+
     def _measure_slice(self, config: dict) -> dict:
         if config["slice"] is None:
             count = sum(p.numel() for p in self.dense[0].parameters())
@@ -337,12 +366,10 @@ class _Bench:
         stored = sum(p.numel() for p in outcome.model.parameters())
         if stored != plan.parameters:
             raise RunError(
-                f"the sliced model stores {stored} parameters, its plan says "
-                f"{plan.parameters}; this is a bug, please report it"
+                f"the sliced model stores {stored} parameters, its plan says {plan.parameters}; "
+                "this is a bug, please report it"
             )
-        names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
-        facts = {name: plan.to_dict()[name] for name in names}
-        return {**facts, "seconds": outcome.seconds}
+        return {**_facts(plan), "seconds": outcome.seconds}
 
     def _measure_ppl(self, config: dict) -> dict:
         from dynslice.evaluation import perplexity
@@ -359,6 +386,11 @@ class _Bench:
         return {**value, "lm_eval_version": evaluation.lm_eval.__version__}
 
 
+def _facts(plan: Any) -> dict:
+    names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
+    return {name: plan.to_dict()[name] for name in names}
+
+
 def _by_network(requests: list[Measurement]) -> list[tuple[dict | None, list[Measurement]]]:
     """Group by sliced network, so that each is made once; the dense model's come first."""
     groups: dict[str, tuple[dict | None, list[Measurement]]] = {}
@@ -371,7 +403,7 @@ def _by_network(requests: list[Measurement]) -> list[tuple[dict | None, list[Mea
 
 def _describe(request: Measurement) -> str:
     network = request.config.get("slice")
-    plan = network["plan"] if network else {"schedule": "dense"}
+    plan = (network or request.config).get("plan", {"schedule": "dense"})
     target = plan.get("to", plan)
     amounts = [f"SP {target['slice_percentage']}"] if "slice_percentage" in target else []
     amounts += [f"SB {target['slice_base']}"] if "slice_base" in target else []

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# One command from a fresh clone to tables and figures.
+#
+#   ./run_all.sh                       set up, fetch the assets, run the quick profile
+#   ./run_all.sh --profile NAME ...    the same with any options of `dynslice reproduce`
+#   ./run_all.sh --test                set up, fetch the assets, run all tests
+#
+# The environment is .venv with the exact pins of requirements.lock, unless an environment that
+# satisfies pyproject.toml is active. Everything that is already there is kept, so an interrupted
+# run goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+started=$SECONDS
+
+say() { printf '\n== %s\n' "$*"; }
+fail() { printf 'run_all.sh: %s\n' "$*" >&2; exit 1; }
+
+# The active environment, if dynslice and all that it needs are installed there.
+satisfied() {
+    [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python tools/check_environment.py 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer was not found; install it and run this again"
+}
+
+# pip's own output goes to .venv/install.log; here one line that counts the packages.
+install() {
+    local total
+    total=$(grep -c '==' requirements.lock)
+    .venv/bin/python -m pip install --disable-pip-version-check --no-color \
+        -r requirements.lock 2>&1 | tee .venv/install.log | awk -v total="$total" -v tty="$1" '
+            /^(Collecting|Requirement already satisfied)/ { n++
+                if (tty) printf "\r%d of %d packages, now %-40.40s", n, total, $2 }
+            !tty && n && n % 40 == 0 && n != told { told = n; printf "%d of %d packages\n", n, total }
+            /^Installing collected/ {
+                if (tty) printf "\r"
+                printf "%d packages at hand, unpacking them (a minute or two)\n", n }
+            { fflush() }' || fail "pip could not install the pins; see .venv/install.log"
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e . \
+        >>.venv/install.log 2>&1 || fail "dynslice could not be installed; see .venv/install.log"
+}
+
+say "1/3 environment"
+if satisfied; then
+    python=$(command -v python)
+    echo "the active environment satisfies the project"
+else
+    python=.venv/bin/python
+    wanted=$(cat requirements.lock pyproject.toml | cksum)
+    if [ "$(cat .venv/.complete 2>/dev/null)" = "$wanted" ]; then
+        echo ".venv is complete"
+    else
+        interpreter=$(find_python)
+        echo "making .venv with $interpreter ($("$interpreter" --version))"
+        "$interpreter" -m venv .venv || fail "could not make .venv; on Debian, install python3-venv"
+        install "$([ -t 1 ] && echo 1 || true)"
+        echo "$wanted" >.venv/.complete
+    fi
+fi
+
+say "2/3 model, texts and benchmarks"
+"$python" -m dynslice assets fetch
+echo "set-up took $((SECONDS - started)) s"
+
+if [ "${1:-}" = "--test" ]; then
+    shift
+    say "3/3 tests"
+    exec "$python" -m pytest "$@"
+fi
+say "3/3 measurements, notebooks, figures"
+exec "$python" -m dynslice reproduce "$@"

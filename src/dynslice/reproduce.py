@@ -1,0 +1,269 @@
+"""`dynslice reproduce` and `dynslice record`: a profile from measurements to rendered notebooks."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dynslice import paths, report
+from dynslice.errors import RequestError, RunError
+from dynslice.results import Measurement, Result, Store
+from dynslice.study import RUN_SUMMARY, Study, check
+
+# What each notebook needs measured, by its number.
+NEEDS = {
+    "01": Study.redundancy_requests,
+    "02": Study.perplexity_requests,
+    "03": Study.task_requests,
+    "06": Study.requests,
+}
+
+
+def run(
+    profile: str,
+    overrides: dict[str, Any],
+    only: list[str] | None = None,
+    dry_run: bool = False,
+    from_record: bool = False,
+    device: str = "auto",
+) -> tuple[dict, list[str]]:
+    """Measure what is missing, execute the notebooks, and say how the values agree with the record.
+
+    Returns the outcome as a dict and as lines. Raises RequestError before anything heavy starts,
+    RunError when a measurement or a notebook fails.
+    """
+    start = time.perf_counter()
+    study = Study.open(profile, from_record, device, **overrides)
+    notebooks = _notebooks(only)
+    requests = _unique([r for number in notebooks for r in NEEDS[number](study)])
+    missing = study.missing(requests)
+    if dry_run:
+        lines = [f"{'missing' if r in missing else 'stored':8} {r.key}" for r in requests]
+        lines.append(f"{len(missing)} of {len(requests)} measurements are missing")
+        keys = {"missing": [r.key for r in missing], "measurements": [r.key for r in requests]}
+        return {"profile": study.profile.name, **keys}, lines
+    if missing and not from_record:
+        from dynslice import assets
+
+        assets.fetch()
+        check(study.profile)
+    measured = study.ensure(requests)
+    measuring = time.perf_counter() - start
+
+    parameters = {"profile": _profile_for_notebooks(profile), "from_record": from_record}
+    parameters |= {"device": device, **overrides}
+    for position, path in enumerate(notebooks.values(), start=1):
+        print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
+        _execute(path, paths.rendered(study.profile.name) / path.name, parameters)
+    seconds = time.perf_counter() - start
+
+    if measured == len(study.requests()):  # all of it, in one go
+        summary = {"measured": measured, "seconds": round(seconds, 1)}
+        text = json.dumps(summary) + "\n"
+        (study.store.folder / RUN_SUMMARY).write_text(text, encoding="utf-8")
+    agreement = agree(study, requests)
+    outcome = {
+        "profile": study.profile.name,
+        "measured": measured,
+        "measurements": len(requests),
+        "seconds": round(seconds, 1),
+        "notebooks": _shown(paths.rendered(study.profile.name)),
+        "figures": _shown(paths.figures(study.profile.name)),
+        "agreement": agreement,
+    }
+    lines = [
+        f"measured {measured} of {len(requests)} values in {_minutes(measuring)}, the others "
+        "were in the store"
+        if not from_record
+        else f"rendered {len(requests)} measurements of the record",
+        f"profile {study.profile.name} took {_minutes(seconds)}",
+        f"rendered notebooks: {outcome['notebooks']}",
+        f"figures and tables: {outcome['figures']}",
+        _agreement_line(agreement, study.profile.name),
+    ]
+    return outcome, lines
+
+
+def record(profile: str) -> tuple[dict, list[str]]:
+    """Copy the results of a complete run of a clean tree to data/record/<profile>.
+
+    Raises RequestError when results are missing or were not all measured at one clean commit.
+    """
+    study = Study.open(profile)
+    requests = study.requests()
+    if missing := study.missing(requests):
+        raise RequestError(
+            f"profile {profile!r} lacks {len(missing)} of {len(requests)} measurements; run "
+            f"`dynslice reproduce --profile {profile}` first"
+        )
+    results = [study.store.get(request) for request in requests]
+    commits = {result.provenance["commit"] for result in results}
+    if len(commits) != 1 or None in commits or any(r.provenance["dirty"] for r in results):
+        raise RequestError(
+            f"the results of {profile!r} do not come from one clean commit; commit, delete "
+            f"{_shown(study.store.folder)} and run the profile again"
+        )
+    target = paths.record(study.profile.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".record-") as scratch:
+        fresh = Store(Path(scratch) / "fresh")
+        for result in results:
+            fresh.put(result)
+        summary = json.dumps(study.run_summary()) + "\n"
+        (fresh.folder / RUN_SUMMARY).write_text(summary, encoding="utf-8")
+        if target.exists():
+            os.replace(target, Path(scratch) / "old")
+        os.replace(fresh.folder, target)
+    update_readme(Study.open(profile, from_record=True))
+    commit = commits.pop()
+    facts = {"profile": profile, "results": len(results), "commit": commit}
+    return facts, [f"{len(results)} results of commit {commit[:10]} are the record of {profile}"]
+
+
+def update_readme(study: Study) -> None:
+    """Rewrite the part of the README that a record speaks for, if the README has one."""
+    readme = paths.ROOT / "README.md"
+    before, start, rest = readme.read_text(encoding="utf-8").partition(_marker(study, ""))
+    if not start:
+        return
+    _, end, after = rest.partition(_marker(study, "/"))
+    text = f"{before}{start}\n{report.readme_block(study)}\n{end}{after}"
+    readme.write_text(text, encoding="utf-8")
+
+
+def _marker(study: Study, slash: str) -> str:
+    return f"<!-- {slash}record:{study.profile.name} -->"
+
+
+def agree(study: Study, requests: list[Measurement]) -> dict | None:
+    """Compare every value with the record; None where there is no record to compare with.
+
+    Tolerance: relative 0.1 % where both were measured on the same class of device; otherwise 1 %,
+    and for accuracies 0.02.
+    """
+    record = Store(paths.record(study.profile.name))
+    compared = agreeing = 0
+    largest, where = 0.0, None
+    for request in requests:
+        ours, theirs = study.store.get(request), record.get(request)
+        if ours is None or theirs is None:
+            continue
+        same_class = ours.provenance["device_class"] == theirs.provenance["device_class"]
+        for name, (value, expected) in _paired_values(ours, theirs).items():
+            deviation = abs(value - expected) / max(abs(expected), 1e-12)
+            within = deviation <= (1e-3 if same_class else 1e-2)
+            if request.kind == "task" and not same_class:
+                within = abs(value - expected) <= 0.02
+            compared, agreeing = compared + 1, agreeing + within
+            if deviation > largest:
+                largest, where = deviation, f"{name} in {request.key}"
+    if not compared:
+        return None
+    return {
+        "agree": agreeing,
+        "values": compared,
+        "largest_deviation": largest,
+        "largest_deviation_at": where,
+    }
+
+
+def _paired_values(ours: Result, theirs: Result) -> dict[str, tuple[float, float]]:
+    return {name: (value, _values(theirs)[name]) for name, value in _values(ours).items()}
+
+
+def _values(result: Result) -> dict[str, float]:
+    """The numbers of a result that a reader would quote."""
+    value = result.value
+    if result.kind == "lr":
+        return {f"LR of layer {x['index']}": x["lr"] for x in value["layers"]}
+    if result.kind == "ppl":
+        return {"perplexity": value["perplexity"]}
+    if result.kind == "task":
+        names = ("acc", "acc_norm")
+        return {name: value[name] for name in names if value[name] is not None}
+    return {"stored parameters": value["parameters"]}
+
+
+def _agreement_line(agreement: dict | None, profile: str) -> str:
+    if agreement is None:
+        return f"no record of profile {profile} to compare with"
+    return (
+        f"{agreement['agree']} of {agreement['values']} values agree with the record "
+        f"(largest deviation {agreement['largest_deviation']:.2%}"
+        + (f", {agreement['largest_deviation_at']})" if agreement["largest_deviation_at"] else ")")
+    )
+
+
+def _notebooks(only: list[str] | None) -> dict[str, Path]:
+    """Notebook sources by number, all or the chosen ones, in order."""
+    every = {path.name[:2]: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    if not every:
+        raise RequestError(
+            f"no notebooks in {_shown(paths.NOTEBOOKS)}; run from a checkout of the repository"
+        )
+    if only is None:
+        return every
+    chosen = {}
+    for name in only:
+        number = Path(name).name[:2]
+        if number not in every or not every[number].stem.startswith(Path(name).stem):
+            have = ", ".join(path.stem for path in every.values())
+            raise RequestError(f"notebook {name!r} is unknown; there are {have}")
+        chosen[number] = every[number]
+    return dict(sorted(chosen.items()))
+
+
+def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook by papermill; `target` appears when it is complete."""
+    import papermill
+
+    # It warns of parameters that a notebook's cell does not list; the study checks them all.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".running-") as scratch:
+        unfinished = Path(scratch) / target.name
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(unfinished),
+                parameters,
+                cwd=str(source.parent),
+                kernel_name="python3",
+                progress_bar=sys.stderr.isatty(),
+            )
+        except papermill.PapermillExecutionError as error:
+            raise RunError(
+                f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
+                "Jupyter to see the cell"
+            ) from error
+        content = json.loads(unfinished.read_text(encoding="utf-8"))
+        # Paths and clock times of this machine do not belong in a rendered notebook.
+        content["metadata"].pop("papermill", None)
+        for cell in content["cells"]:
+            cell["metadata"].pop("papermill", None)
+            cell["metadata"].pop("execution", None)
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        shutil.move(unfinished, target)
+
+
+def _profile_for_notebooks(profile: str) -> str:
+    """A profile name as it is; a file as seen from the notebooks' folder."""
+    is_file = profile.endswith((".yaml", ".yml"))
+    return os.path.relpath(profile, paths.NOTEBOOKS) if is_file else profile
+
+
+def _unique(requests: list[Measurement]) -> list[Measurement]:
+    return list({request.key: request for request in requests}.values())
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)

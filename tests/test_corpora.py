@@ -1,0 +1,143 @@
+"""Texts, splits and windows."""
+
+import pytest
+import torch
+from prose import paragraphs
+
+from dynslice import assets, corpora, models
+from dynslice.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Reads bytes, so that a token is a byte."""
+    return models.load("embedded:tiny-random", torch.device("cpu"), torch.float32)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fetched():
+    assets.fetch()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(paragraphs(20), encoding="utf-8")
+    return str(path)
+
+
+def rows(windows):
+    return [tuple(row) for row in windows.tolist()]
+
+
+def test_tokens_are_the_document_and_a_blank_line(text, tokenizer):
+    stream = corpora.tokens(text, None, tokenizer)
+    assert tokenizer.decode(stream) == paragraphs(20) + "\n\n"
+
+
+def test_documents_follow_each_other_between_blank_lines(tokenizer):
+    first, second = corpora.documents("wikipedia", "test")[:2]
+    stream = corpora.tokens("wikipedia", "test", tokenizer, limit=len((first + second).encode()))
+    assert f"{first}\n\n{second}\n\n".startswith(tokenizer.decode(stream))
+
+
+def test_seed_shuffles_documents(tokenizer):
+    plain, one, again, two = (
+        corpora.tokens("wikipedia", "test", tokenizer, limit=500, seed=seed)
+        for seed in (None, 1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, plain)
+    assert not torch.equal(one, two)
+
+
+def test_blocks_are_consecutive_and_the_last_short_one_is_dropped():
+    blocks = corpora.blocks(torch.arange(26), 8, None, "numbers")
+    assert torch.equal(blocks, torch.arange(24).view(3, 8))
+
+
+def test_count_takes_the_first_blocks(text, tokenizer):
+    every = corpora.windows(text, None, tokenizer, 64, None)
+    assert len(every) == len(paragraphs(20) + "\n\n") // 64
+    assert torch.equal(corpora.windows(text, None, tokenizer, 64, 5), every[:5])
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_too_few_windows_is_refused_naming_the_text(text, tokenizer, seed):
+    length = len(paragraphs(20)) + 2
+    with pytest.raises(
+        RequestError, match=rf"{text}' holds {length} tokens, fewer than 200 windows of 64"
+    ):
+        corpora.windows(text, None, tokenizer, 64, 200, seed)
+
+
+def test_text_shorter_than_one_window_is_refused(text, tokenizer):
+    with pytest.raises(RequestError, match="fewer than one window of 9999"):
+        corpora.windows(text, None, tokenizer, 9999, None)
+
+
+def test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(text, tokenizer):
+    every = rows(corpora.windows(text, None, tokenizer, 64, None))
+    assert len(set(every)) == len(every)
+    drawn = rows(corpora.windows(text, None, tokenizer, 64, 20, seed=7))
+    assert len(set(drawn)) == 20
+    assert set(drawn) < set(every)
+    assert rows(corpora.windows(text, None, tokenizer, 64, 20, seed=7)) == drawn
+    assert rows(corpora.windows(text, None, tokenizer, 64, 20, seed=8)) != drawn
+    assert drawn != every[:20]
+
+
+BAD_FILES = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\t\n", "is empty"),
+    "binary": (b"PK\x03\x04\x00\x00", "is binary .*NUL"),
+    "latin-1": ("caf\u00e9 au lait".encode("latin-1"), r"is not UTF-8 \(byte 3\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_file_that_is_no_text_is_refused(name, tmp_path, tokenizer):
+    content, message = BAD_FILES[name]
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=f"text.txt' {message}"):
+        corpora.tokens(str(path), None, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["no-such-text", "folder", "very long " * 500])
+def test_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"neither a corpus \(sotu, wikipedia\) nor a file"):
+        corpora.check(name, None)
+
+
+def test_file_has_no_splits(text):
+    with pytest.raises(RequestError, match="is a file and has no splits"):
+        corpora.check(text, "test")
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(RequestError, match="split 'dev' is unknown; use train, validation, test"):
+        corpora.check("sotu", "dev")
+
+
+@pytest.mark.parametrize("name", corpora.CORPORA)
+def test_splits_share_no_document(name):
+    splits = [corpora.documents(name, split) for split in corpora.SPLITS]
+    every = [document for split in splits for document in split]
+    assert all(split for split in splits)
+    assert len(set(every)) == len(every)
+
+
+def test_wikipedia_splits_share_no_long_sentence():
+    seen = {}
+    for split in corpora.SPLITS:
+        for passage in corpora.documents("wikipedia", split):
+            for sentence in passage.split(". "):
+                if len(sentence) > 40:
+                    assert seen.setdefault(sentence, split) == split
+
+
+def test_corpus_without_a_split_is_its_validation_text():
+    assert corpora.documents("sotu", None) == corpora.documents("sotu", "validation")

@@ -1,0 +1,128 @@
+"""The face of the project: pins, README, notebooks, the record."""
+
+import json
+import re
+import shlex
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dynslice import paths, profile, report, reproduce
+from dynslice.study import Study
+
+LOCK = paths.ROOT / "requirements.lock"
+RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
+
+
+def pins(lines):
+    return {line.strip() for line in lines if "==" in line}
+
+
+def test_conda_users_get_the_pins_of_the_lock_file():
+    environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text())
+    conda = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
+    assert pins(conda) == pins(LOCK.read_text().splitlines())
+
+
+def test_every_requirement_of_the_project_is_pinned_within_its_range():
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+    locked = dict(line.split("==") for line in pins(LOCK.read_text().splitlines()))
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), text
+
+
+@pytest.mark.parametrize("path", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_sources_are_clean_and_take_parameters(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assert all(len("".join(cell["source"]).splitlines()) <= 20 for cell in code)
+    known = {*profile.Profile.model_fields, "profile", "from_record", "device"}
+    names = re.findall(r"^(\w+) =", "".join(tagged[0]["source"]), flags=re.M)
+    assert set(names) <= known
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_rendered_notebooks_of_a_record_show_no_error_or_warning(name):
+    folder = paths.ROOT / "notebooks" / "rendered" / name
+    rendered = sorted(folder.glob("*.ipynb"))
+    assert [p.name for p in rendered] == [p.name for p in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
+    for path in rendered:
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", []):
+                assert output["output_type"] != "error", path.name
+                assert output.get("name") != "stderr", (path.name, output.get("text"))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_record_is_complete_and_of_one_clean_commit(name):
+    study = Study.open(name, from_record=True)
+    results = [study.store.get(request) for request in study.requests()]
+    assert None not in results
+    assert {result.provenance["dirty"] for result in results} == {False}
+    assert len({result.provenance["commit"] for result in results}) == 1
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_readme_says_what_the_record_says(name):
+    study = Study.open(name, from_record=True)
+    marker = f"<!-- record:{name} -->\n"
+    text = (paths.ROOT / "README.md").read_text()
+    shown = text.partition(marker)[2].partition(f"\n<!-- /record:{name} -->")[0]
+    assert shown == report.readme_block(study)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_tables_of_a_record_are_those_of_its_results(name, tmp_path, monkeypatch):
+    committed = paths.figures(name)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    study = Study.open(name, from_record=True)
+    report.save_table(report.perplexity_table(study), study, "perplexity")
+    report.save_table(report.claims_table(study), study, "claims")
+    for table in ("perplexity.csv", "claims.csv"):
+        assert (tmp_path / "figures" / name / table).read_text() == (committed / table).read_text()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_record_agrees_with_itself_and_not_with_altered_values(name):
+    study = Study.open(name, from_record=True)
+    requests = study.requests()
+    same = reproduce.agree(study, requests)
+    assert same["agree"] == same["values"] > 0
+    altered = Study.open(name, from_record=True)
+    original = altered.store.get
+
+    def get(request):
+        result = original(request)
+        if request.kind == "ppl":
+            result.value["perplexity"] *= 1.002
+        return result
+
+    altered.store.get = get
+    outcome = reproduce.agree(altered, requests)
+    count = sum(request.kind == "ppl" for request in requests)
+    assert outcome["values"] - outcome["agree"] == count
+    assert outcome["largest_deviation"] == pytest.approx(0.002)
+
+
+def test_commands_in_the_readme_are_understood():
+    from dynslice.cli import _parser
+
+    text = (paths.ROOT / "README.md").read_text()
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("dynslice ")]
+    commands += [
+        ["dynslice", "reproduce", *shlex.split(line, comments=True)[1:]]
+        for line in text.splitlines()
+        if line.startswith("./run_all.sh") and "--test" not in line
+    ]
+    assert len(commands) >= 10
+    for _, *arguments in commands:
+        options = _parser().parse_args(arguments)
+        if options.command == "reproduce":
+            assert set(profile.parse_overrides(options.set)) <= set(profile.Profile.model_fields)

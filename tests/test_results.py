@@ -1,0 +1,120 @@
+"""The results store: what was asked decides the file, and a broken file is no result."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dynslice.results import Measurement, Result, Store
+
+CONFIG = {"model": "m", "plan": {"slice_percentage": 0.25}, "text": "sotu", "seed": 1}
+RESULT = Result(
+    kind="ppl",
+    config=CONFIG,
+    value={"perplexity": 12.5, "nll": [2.5, 2.25]},
+    seconds=3.5,
+    peak_memory_bytes=1024,
+    provenance={"commit": "abc", "device": "here"},
+)
+ASKED = Measurement("ppl", CONFIG)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "results")
+    store.put(RESULT)
+    return store
+
+
+def files(store):
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def test_what_is_put_is_got(store):
+    assert store.get(ASKED) == RESULT
+
+
+def test_what_is_missing_is_none(store):
+    assert store.get(Measurement("ppl", {**CONFIG, "seed": 2})) is None
+    assert store.get(Measurement("lr", CONFIG)) is None
+
+
+def test_put_leaves_one_readable_file(store):
+    store.put(replace(RESULT, seconds=9.0))
+    assert files(store) == [f"{ASKED.key}.json"]
+    assert store.get(ASKED).seconds == 9.0
+
+
+def test_key_ignores_where_when_and_what_came_out():
+    for change in (
+        {"seconds": 1.0},
+        {"peak_memory_bytes": 5},
+        {"provenance": {"commit": "other"}},
+        {"value": {}},
+    ):
+        assert replace(RESULT, **change).measurement.key == ASKED.key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"plan": {"slice_percentage": 0.3}}, {"text": "wikipedia"}, {"limit": None}],
+)
+def test_key_depends_on_everything_asked(change):
+    assert Measurement("ppl", {**CONFIG, **change}).key != ASKED.key
+
+
+def test_key_depends_on_the_kind_and_not_on_the_order():
+    assert Measurement("lr", CONFIG).key != ASKED.key
+    assert Measurement("ppl", dict(reversed(CONFIG.items()))).key == ASKED.key
+
+
+def test_key_depends_on_the_method_version(monkeypatch):
+    before = ASKED.key
+    monkeypatch.setattr("dynslice.results.METHOD_VERSION", -1)
+    assert ASKED.key != before
+
+
+def altered(text):
+    values = json.loads(text)
+    return json.dumps({**values, "config": {**values["config"], "seed": 2}})
+
+
+def without_value(text):
+    return json.dumps({k: v for k, v in json.loads(text).items() if k != "value"})
+
+
+DAMAGE = {
+    "truncated": (lambda text: text[: len(text) // 2], "is broken"),
+    "emptied": (lambda _: "", "is broken"),
+    "a list": (lambda text: f"[{text}]", "is broken"),
+    "answers another request": (altered, "it answers another request"),
+    "lacks its value": (without_value, "value"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_broken_file_is_reported_and_set_aside(name, store, capsys):
+    damage, message = DAMAGE[name]
+    path = store.folder / f"{ASKED.key}.json"
+    broken = damage(path.read_text())
+    path.write_text(broken)
+    assert store.get(ASKED) is None
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert path.name in said.err
+    assert message in said.err
+    assert files(store) == [f"{ASKED.key}.broken"]
+    assert (store.folder / f"{ASKED.key}.broken").read_text() == broken
+    store.put(RESULT)
+    assert store.get(ASKED) == RESULT
+
+
+def test_failed_write_leaves_the_old_result_and_no_temporary_file(store, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("dynslice.results.os.replace", full)
+        store.put(replace(RESULT, seconds=9.0))
+    assert store.get(ASKED) == RESULT
+    assert files(store) == [f"{ASKED.key}.json"]

@@ -1,0 +1,146 @@
+"""A study computes what is missing, once, and its verdicts follow from its results."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dynslice import assets, models, paths, report, slicing, study
+from dynslice.errors import RequestError, RunError
+from dynslice.study import Study
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The smoke study without tasks, in a store of its own."""
+    assets.fetch()
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    settings = {"tasks": {}, "task_slice_percentages": [], "lr_max_tokens": 512}
+    return Study.open("smoke", device="cpu", **settings)
+
+
+def test_only_what_is_missing_is_measured(small, capfd):
+    requests = small.requests()
+    assert small.ensure(requests) == len(requests)
+    assert small.ensure(requests) == 0
+    victim = next(r for r in requests if r.kind == "ppl")
+    before = small.get(victim).value
+    path = small.store.folder / f"{victim.key}.json"
+    path.write_text(path.read_text()[:50])
+    assert small.ensure(requests) == 1
+    assert small.get(victim).value == before
+    assert f"{path.name} is broken" in capfd.readouterr().err
+    assert path.with_suffix(".broken").is_file()
+
+
+def test_the_model_is_loaded_once_and_each_slice_made_once(small, monkeypatch):
+    loads, slices = [], []
+    load, slice_model = models.load, slicing.slice_model
+    monkeypatch.setattr(models, "load", lambda *a: loads.append(a) or load(*a))
+    monkeypatch.setattr(slicing, "slice_model", lambda *a: slices.append(a) or slice_model(*a))
+    small.ensure(small.requests())
+    assert len(loads) == 1
+    assert len(slices) == len([p for p in small.points() if p.plan])
+
+
+def test_every_point_has_its_constants_of_equal_slice_and_of_equal_size(small):
+    schedules = [(p.schedule, p.slice_percentage, p.slice_base) for p in small.points()]
+    assert schedules == [
+        ("dense", 0.0, 0.0),
+        ("constant", 0.25, 0.25),
+        ("dynamic", 0.25, 0.0),
+        ("matched", 0.25, 0.0),
+        ("dynamic", 0.25, 0.1),
+        ("matched", 0.25, 0.1),
+    ]
+    small.ensure(small.perplexity_requests())
+    sizes = {p.label: small.get(small.slice_request(p)).value for p in small.points()}
+    dynamic = sizes["dynamic, SP 25%, SB 0%"]["parameters"]
+    matched = sizes["constant, size of dynamic SP 25%, SB 0%"]["parameters"]
+    assert matched == pytest.approx(dynamic, rel=0.01)  # the tiny model has coarse widths
+
+
+def test_the_key_of_a_result_is_what_was_asked(small):
+    keys = {r.key for r in small.requests()}
+    again = {r.key for r in Study.open("smoke", device="cpu").requests()}
+    other = {r.key for r in Study.open("smoke", seed=7).perplexity_requests()}
+    sliced = [r for r in small.perplexity_requests() if r.config["slice"]]
+    assert keys != again  # other LR tokens
+    assert not {r.key for r in sliced} & other
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"slice_percentage": [0.3]}, "nearest valid name is 'slice_percentages'"),
+        ({"slice_percentages": ["a lot"]}, "slice_percentages.0 = 'a lot'"),
+        ({"slice_percentages": [1.5]}, "1.5 is outside"),
+        ({"seed": "three"}, "seed = 'three'"),
+        ({"lr_last_layer": "middle"}, "lr_last_layer = 'middle'"),
+    ],
+)
+def test_bad_parameters_are_refused(overrides, message):
+    with pytest.raises(RequestError, match=message):
+        Study.open("smoke", **overrides)
+
+
+def test_a_notebooks_variables_become_parameters():
+    variables = {"profile": "smoke", "seed": 3, "model": None, "In": [], "_i1": "", "exit": exit}
+    made = Study.from_notebook({**variables, "slice_bases": "[0.05]"})
+    assert (made.profile.seed, made.profile.slice_bases) == (3, [0.05])
+    assert made.profile.model == "embedded:tiny-random"
+    with pytest.raises(RequestError, match="nearest valid name is 'seed'"):
+        Study.from_notebook({**variables, "sed": 3})
+
+
+def test_a_record_that_lacks_results_is_said_so(small):
+    incomplete = Study(small.profile, small.store, "cpu", from_record=True)
+    with pytest.raises(RunError, match="lacks"):
+        incomplete.ensure(incomplete.requests())
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"), [(-0.2, "supported"), (0.2, "not supported"), (0.0, "not supported")]
+)
+def test_verdicts_follow_from_the_results(small, shift, verdict):
+    small.ensure(small.requests())
+    rng = np.random.default_rng(0)
+    for point in small.points():
+        request = small.perplexity_request(point, "wikipedia")
+        result = small.get(request)
+        nll = 3 + 0.05 * rng.standard_normal(8) + shift * (point.schedule == "dynamic")
+        value = {**result.value, "nll": nll.tolist(), "perplexity": float(np.exp(nll.mean()))}
+        small.store.put(replace(result, value=value))
+    table = report.claims_table(small)
+    rows = table[table["claim"].str.contains("perplexity")]
+    assert rows["verdict on this model"].tolist() == [verdict] * 2
+    assert set(rows["verdict on the paper's models"]) == {"not tested here"}
+    prose = report.claims_prose(table, small)
+    assert f"**{verdict}** on embedded:tiny-random" in prose
+    tasks = table[table["claim"].str.contains("tasks")]
+    assert set(tasks["verdict on this model"]) == {"not tested here"}
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_windows():
+    rng = np.random.default_rng(1)
+    few, many = rng.normal(1, 1, 20), rng.normal(1, 1, 2000)
+    low, high = report._interval(few)
+    assert low < few.mean() < high
+    narrow = report._interval(many)
+    assert narrow[1] - narrow[0] < (high - low) / 5
+    assert report._interval(np.zeros(5)) == (0.0, 0.0)
+
+
+def test_result_files_are_json_with_provenance(small):
+    small.ensure(small.lr_requests())
+    stored = json.loads(next(small.store.folder.glob("lr-*.json")).read_text())
+    assert {"kind", "config", "value", "seconds", "peak_memory_bytes", "provenance"} <= set(stored)
+    assert {"commit", "dirty", "packages", "device", "threads", "date"} <= set(stored["provenance"])
+
+
+def test_a_share_that_cannot_be_cut_is_refused_before_measuring(small):
+    study.check(small.profile)
+    greedy = Study.open("smoke", slice_percentages=[0.99])
+    with pytest.raises(RequestError, match=r"0\.99 is outside"):
+        study.check(greedy.profile)
