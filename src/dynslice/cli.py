@@ -6,8 +6,10 @@ while running. Results go to stdout, as one JSON object with --json; progress go
 
 import argparse
 import json
+import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +80,16 @@ def lr_command(options) -> tuple[dict, list[str]]:
     from dynslice.redundancy import layer_redundancy
 
     corpora.check(options.text, options.split)
+    split = corpora.default_split(options.text, options.split)
     model, tokenizer = _load(options, dense_for="layer redundancy")
-    stream = corpora.tokens(
-        options.text, options.split, tokenizer, options.max_tokens, options.seed
-    )
+    stream = corpora.tokens(options.text, split, tokenizer, options.max_tokens, options.seed)
     windows = corpora.sliding(stream, options.window, options.stride)
     start = time.perf_counter()
     lr = layer_redundancy(model, windows, options.stride, options.last_layer)
-    from dataclasses import asdict
-
     result = {
         "model": options.model,
         "text": options.text,
+        "split": split,
         **lr.to_dict(),
         "seconds": round(time.perf_counter() - start, 3),
         "shape": asdict(Shape.of(model.config)),
@@ -128,7 +128,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
     out = Path(options.out)
     if out.exists():
         raise RequestError(f"output {options.out!r} exists already; name a new directory")
-    split = _train_split(options.calibration)
+    split = corpora.default_split(options.calibration, None, "train")
     corpora.check(options.calibration, split)
     if options.plan:
         if options.slice_percentage is not None or options.lr or options.slice_base is not None:
@@ -166,14 +166,15 @@ def ppl_command(options) -> tuple[dict, list[str]]:
     from dynslice import corpora, evaluation
 
     corpora.check(options.text, options.split)
+    split = corpora.default_split(options.text, options.split)
     model, tokenizer = _load(options)
     windows = corpora.windows(
-        options.text, options.split, tokenizer, options.window, options.windows, options.seed
+        options.text, split, tokenizer, options.window, options.windows, options.seed
     )
     result = {
         "model": options.model,
         "text": options.text,
-        "split": options.split,
+        "split": split,
         **evaluation.perplexity(model, windows),
     }
     sampled = "sampled" if options.seed is not None else "consecutive"
@@ -290,12 +291,6 @@ def _default_schedule(options) -> str:
     return "dynamic" if wants_dynamic else "constant"
 
 
-def _train_split(text: str) -> str | None:
-    from dynslice.corpora import CORPORA
-
-    return "train" if text in CORPORA else None
-
-
 def _write_json(path: str | None, values: dict) -> None:
     if path is None:
         return
@@ -310,8 +305,6 @@ def _number(value: float | None) -> str:
 
 
 def _shown(path: Path) -> str:
-    import os
-
     return os.path.relpath(path)
 
 

@@ -78,11 +78,16 @@ def check(text: str, split: str | None) -> None:
         _read(text)
 
 
+def default_split(text: str, split: str | None, default: str = "validation") -> str | None:
+    """`split`, or for a corpus the default one; files have none."""
+    return split or (default if text in CORPORA else None)
+
+
 def documents(text: str, split: str | None) -> list[str]:
     """The documents of a corpus split, or the one document that a file is."""
     check(text, split)
     if text in CORPORA:
-        return _corpus(text)[split or "validation"]
+        return _corpus(text)[default_split(text, split)]
     return [_read(text)]
 
 

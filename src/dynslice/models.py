@@ -69,8 +69,8 @@ def load(
     name: `embedded:...`, a directory, or a hub id. Raises RequestError when there is no such
     model or its family is not in the table.
     """
-    source = resolve(name)
-    check_family(AutoConfig.from_pretrained(source, revision=revision))
+    load_config(name, revision)
+    source = resolve(name, revision)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
         tokenizer = _tokenizer(source, name, revision)
@@ -78,13 +78,20 @@ def load(
 
 
 def load_config(name: str, revision: str | None = None):
-    """The transformers config of a model, without its weights."""
-    config = AutoConfig.from_pretrained(resolve(name), revision=revision)
+    """The transformers config of a model, without its weights. Raises RequestError as `load`."""
+    source = resolve(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(
+            f"model {name!r} has a config.json that transformers cannot read "
+            f"({str(error).splitlines()[0]}); save the model anew"
+        ) from error
     check_family(config)
     return config
 
 
-def resolve(name: str) -> str:
+def resolve(name: str, revision: str | None = None) -> str:
     """What `from_pretrained` can load: a directory for embedded models, else the name itself.
 
     Raises RequestError when `name` is neither an embedded model, a model directory nor something
@@ -97,7 +104,7 @@ def resolve(name: str) -> str:
             raise RequestError(f"model {name!r} is a directory without config.json")
         return name
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # the hub client raises a dozen types; each means the same here
         raise RequestError(
             f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and could "

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from dynslice import paths
@@ -70,6 +71,8 @@ def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:
         left.plot(table.index, table[column], line, marker=marker, markersize=3, label=column)
     left.set(xlabel="layer", ylabel="layer redundancy (cosine)")
     left.legend(frameon=False)
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.bar(table.index, 100 * base, color="0.7", label=f"slice base, {base:.0%}")
     right.bar(table.index, 100 * table["SLR"], bottom=100 * base, color="C0", label="SLR")
     right.axhline(100 * target, color="k", linestyle="--", linewidth=1, label=f"mean, {target:.0%}")

@@ -67,11 +67,11 @@ class Study:
         None keep the profile's value; text (from `papermill -p`) is read as YAML where the key
         is no string. Raises RequestError for a name that is no parameter.
         """
-        own = {"In", "Out", "exit", "quit", "open"}
+        plain = (str, int, float, list, dict, type(None))
         given = {
             name: value
             for name, value in variables.items()
-            if not name.startswith("_") and name not in own and not callable(value)
+            if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
         }
         fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
         chosen = given.pop("profile", "quick")
