@@ -79,12 +79,12 @@ def test_text_shorter_than_one_window_is_refused(text, tokenizer):
 def test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(text, tokenizer):
     every = rows(corpora.windows(text, None, tokenizer, 64, None))
     assert len(set(every)) == len(every)
-    drawn = rows(corpora.windows(text, None, tokenizer, 64, 20, seed=7))
-    assert len(set(drawn)) == 20
+    drawn = rows(corpora.windows(text, None, tokenizer, 64, 100, seed=7))
+    assert len(set(drawn)) == 100
     assert set(drawn) < set(every)
-    assert rows(corpora.windows(text, None, tokenizer, 64, 20, seed=7)) == drawn
-    assert rows(corpora.windows(text, None, tokenizer, 64, 20, seed=8)) != drawn
-    assert drawn != every[:20]
+    assert rows(corpora.windows(text, None, tokenizer, 64, 100, seed=7)) == drawn
+    assert rows(corpora.windows(text, None, tokenizer, 64, 100, seed=8)) != drawn
+    assert drawn != every[:100]
 
 
 BAD_FILES = {

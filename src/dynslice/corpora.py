@@ -72,7 +72,7 @@ def check(text: str, split: str | None) -> None:
     if text in CORPORA:
         if split is not None and split not in SPLITS:
             raise RequestError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
-    elif split is not None and Path(text).is_file():
+    elif split is not None and _is_file(Path(text)):
         raise RequestError(f"text {text!r} is a file and has no splits; leave --split out")
     else:
         _read(text)
@@ -151,9 +151,9 @@ def windows(
     if seed is None or count is None:
         limit = None if count is None else count * window
         return blocks(tokens(text, split, tokenizer, limit), window, count, text)
-    every = blocks(tokens(text, split, tokenizer), window, None, text)
-    if len(every) < count:
-        blocks(every.flatten(), window, count, text)  # raises, saying how many there are
+    stream = tokens(text, split, tokenizer)
+    blocks(stream, window, count, text)  # refuses a text that is too short
+    every = blocks(stream, window, None, text)
     drawn = np.random.default_rng(seed).permutation(len(every))[:count]
     return every[torch.from_numpy(np.sort(drawn))]
 
@@ -189,9 +189,17 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[t
             yield torch.tensor(ids, dtype=torch.long)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be one, such as a text given in place of its name
+        return False
+
+
 def _read(name: str) -> str:
     path = Path(name)
-    if not path.is_file():
+    if not _is_file(path):
+        name = name if len(name) <= 80 else f"{name[:80]}..."
         raise RequestError(f"text {name!r} is neither a corpus ({', '.join(CORPORA)}) nor a file")
     try:
         text = path.read_text(encoding="utf-8")

@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or (name != "cpu" and device.type != "cuda"):
         raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RequestError(
@@ -72,7 +72,13 @@ def load(
     load_config(name, revision)
     source = resolve(name, revision)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+        except OSError as error:
+            raise RequestError(
+                f"the weights of model {name!r} cannot be loaded ({str(error).splitlines()[0]}); "
+                "save the model anew"
+            ) from error
         tokenizer = _tokenizer(source, name, revision)
     return model.to(device).eval(), tokenizer
 

@@ -64,12 +64,13 @@ class Shape:
     @classmethod
     def from_dict(cls, values: dict) -> "Shape":
         """From the JSON form. Raises RequestError naming what is missing."""
-        try:
-            return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__})
-        except (KeyError, TypeError) as error:
+        missing = [name for name in cls.__dataclass_fields__ if name not in (values or {})]
+        if missing:
             raise RequestError(
-                f"the shape of the model is incomplete ({error}); make the file anew"
-            ) from error
+                f"the shape of the model is incomplete (no {missing[0]}); make the file anew with "
+                "`dynslice lr` or `dynslice plan`"
+            )
+        return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class SlicePlan:
                 f"plan has {len(self.widths)} widths, the model {layers} layers; make the plan "
                 "from the same model"
             )
+        for width in self.widths:
+            if not isinstance(width, int):
+                raise RequestError(f"plan width {width!r} is no whole number; mend the plan")
         if not all(1 <= width <= d for width in self.widths):
             raise RequestError(
                 f"plan has widths from {min(self.widths)} to {max(self.widths)}, the hidden size "

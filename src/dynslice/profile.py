@@ -82,7 +82,8 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"profile {name!r} is not YAML ({error}); mend the file") from error
+        reason = " ".join(str(error).split())
+        raise RequestError(f"profile {name!r} is not YAML ({reason}); mend the file") from error
     if not isinstance(values, dict):
         raise RequestError(f"profile {name!r} holds no keys; start from a copy of quick.yaml")
     values = {"name": path.stem, **values, **(overrides or {})}

@@ -85,11 +85,10 @@ class Store:
         """Write a result so that the file is complete or absent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(result), indent=1)
-        descriptor, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, self.folder / f"{result.measurement.key}.json")
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
+            unfinished = Path(scratch) / "result.json"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, self.folder / f"{result.measurement.key}.json")
 
 
 def peak_memory_bytes(device) -> int:

@@ -46,7 +46,7 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     weights: dict[str, Tensor] = {}
 
     def keep(name: str, weight: Tensor) -> None:
-        weights[name] = weight.to(model.dtype).contiguous()
+        weights[name] = weight.to(model.dtype, copy=True).contiguous()
 
     x, layer_arguments = _residual_stream(model, windows)
     Q = principal_basis(x, widths[0])
