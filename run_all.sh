@@ -38,7 +38,7 @@ install() {
     total=$(grep -c '==' requirements.lock)
     .venv/bin/python -m pip install --disable-pip-version-check --no-color \
         -r requirements.lock 2>&1 | tee .venv/install.log | awk -v total="$total" -v tty="$1" '
-            /^(Collecting|Requirement already satisfied)/ { n++
+            /^(Collecting|Processing|Requirement already).*\(from -r requirements.lock/ { n++
                 if (tty) printf "\r%d of %d packages, now %-40.40s", n, total, $2 }
             !tty && n && n % 40 == 0 && n != told { told = n; printf "%d of %d packages\n", n, total }
             /^Installing collected/ {

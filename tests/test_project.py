@@ -126,3 +126,12 @@ def test_commands_in_the_readme_are_understood():
         options = _parser().parse_args(arguments)
         if options.command == "reproduce":
             assert set(profile.parse_overrides(options.set)) <= set(profile.Profile.model_fields)
+
+
+def test_python_in_the_readme_runs():
+    text = (paths.ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    code = next(block for block in blocks if "slice_model" in block)
+    namespace = {}
+    exec(code.replace("embedded:smollm2-135m", "embedded:tiny-random"), namespace)
+    assert namespace["sliced"].num_parameters() == namespace["dynamic"].parameters

@@ -1,10 +1,8 @@
 """A profile -> the measurements it needs -> their results; only what is missing is computed."""
 
 import json
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,7 +10,7 @@ from tqdm.auto import tqdm
 from dynslice import paths, profile
 from dynslice.errors import RequestError, RunError
 from dynslice.profile import Profile
-from dynslice.results import Measurement, Result, Store, peak_memory_bytes, provenance
+from dynslice.results import Measurement, Result, Store
 
 RUN_SUMMARY = "run.json"
 
@@ -186,7 +184,9 @@ class Study:
                 f"the record of {self.profile.name!r} lacks {len(missing)} of {len(requests)} "
                 "measurements; run without --from-record to measure them"
             )
-        bench = _Bench(self)
+        from dynslice.measure import Bench  # loads torch, which a rendered report does not need
+
+        bench = Bench(self.profile, self.store, self.device)
         done = 0
         with tqdm(total=len(missing), desc="measurements", unit="measurement") as bar:
             for network, group in _by_network(missing):
@@ -259,136 +259,6 @@ class Study:
                 points.append(Point("dynamic", sp, sb, plan))
                 points.append(Point("matched", sp, sb, {"schedule": "matched", "to": plan}))
         return points
-
-
-class _Bench:
-    """The loaded model, the current slice of it, and the texts already tokenised."""
-
-    def __init__(self, study: Study):
-        from dynslice import models  # torch and transformers load only when something is measured
-
-        self.study = study
-        self.models = models
-        self.device = models.pick_device(study.device)
-        self.sliced: tuple[str, Any] | None = None
-        self._windows: dict[tuple, Any] = {}
-
-    @cached_property
-    def dense(self) -> tuple[Any, Any]:
-        settings = self.study.profile
-        dtype = self.models.pick_dtype(settings.dtype, self.device)
-        return self.models.load(settings.model, self.device, dtype, settings.revision)
-
-    def measure(self, request: Measurement, network: dict | None) -> Result:
-        """Run one measurement; `network` is its slice request, None for the dense model."""
-        measure: Callable = getattr(self, f"_measure_{request.kind}")
-        self.dense  # noqa: B018  loading is not part of a measurement's time
-        if network is not None and request.kind != "slice":
-            self._sliced_for(network)
-        start = time.perf_counter()
-        value = measure(request.config)
-        return self._result(request, value, value.pop("seconds", time.perf_counter() - start))
-
-    def drop_sliced(self) -> None:
-        self.sliced = None
-        self.models.free_memory()
-
-    def _result(self, request: Measurement, value: dict, seconds: float) -> Result:
-        return Result(
-            kind=request.kind,
-            config=request.config,
-            value=value,
-            seconds=round(seconds, 3),
-            peak_memory_bytes=peak_memory_bytes(self.device),
-            provenance=provenance(self.device),
-        )
-
-    def _network(self, config: dict) -> Any:
-        return self.dense[0] if config["slice"] is None else self._sliced_for(config["slice"]).model
-
-    def _sliced_for(self, network: dict) -> Any:
-        key = Measurement("slice", network).key
-        if self.sliced is None or self.sliced[0] != key:
-            from dynslice.slicing import slice_model
-
-            self.drop_sliced()
-            windows = self._windows_of(network["calibration"])
-            plan = self._plan(network["plan"])
-            self.sliced = (key, slice_model(self.dense[0], windows, plan))
-        return self.sliced[1]
-
-    def _plan(self, request: dict) -> Any:
-        from dynslice import plan
-
-        if request["schedule"] == "matched":
-            return plan.matched(self._plan(request["to"]))
-        shape = plan.Shape.of(self.dense[0].config)
-        amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr")}
-        if request["schedule"] == "constant":
-            return plan.constant(shape, **amounts)
-        lr = Measurement("lr", request["lr"])
-        if (result := self.study.store.get(lr)) is None:
-            result = self.measure(lr, None)
-            self.study.store.put(result)
-        return plan.dynamic(shape, [layer["lr"] for layer in result.value["layers"]], **amounts)
-
-    def _windows_of(self, config: dict) -> Any:
-        from dynslice import corpora
-
-        names = ("text", "split", "window", "windows", "seed")
-        asked = tuple(config[name] for name in names)
-        if asked not in self._windows:
-            text, split, window, windows, seed = asked
-            tokenizer = self.dense[1]
-            self._windows[asked] = corpora.windows(text, split, tokenizer, window, windows, seed)
-        return self._windows[asked]
-
-    def _measure_lr(self, config: dict) -> dict:
-        from dynslice import corpora
-        from dynslice.redundancy import layer_redundancy
-
-        model, tokenizer = self.dense
-        stream = corpora.tokens(config["text"], config["split"], tokenizer, config["max_tokens"])
-        windows = corpora.sliding(stream, config["window"], config["stride"])
-        start = time.perf_counter()
-        lr = layer_redundancy(model, windows, config["stride"], config["last_layer"])
-        return {**lr.to_dict(), "seconds": time.perf_counter() - start}
-
-    def _measure_plan(self, config: dict) -> dict:
-        return _facts(self._plan(config["plan"]))
-
-    def _measure_slice(self, config: dict) -> dict:
-        if config["slice"] is None:
-            count = sum(p.numel() for p in self.dense[0].parameters())
-            return {"parameters": count, "parameters_dense": count, "mean_slice": 0.0}
-        outcome = self._sliced_for(config["slice"])
-        plan = self._plan(config["slice"]["plan"])
-        stored = sum(p.numel() for p in outcome.model.parameters())
-        if stored != plan.parameters:
-            raise RunError(
-                f"the sliced model stores {stored} parameters, its plan says {plan.parameters}; "
-                "this is a bug, please report it"
-            )
-        return {**_facts(plan), "seconds": outcome.seconds}
-
-    def _measure_ppl(self, config: dict) -> dict:
-        from dynslice.evaluation import perplexity
-
-        windows = self._windows_of(config)
-        return perplexity(self._network(config), windows)
-
-    def _measure_task(self, config: dict) -> dict:
-        from dynslice import evaluation
-
-        name = config["task"]
-        network, tokenizer = self._network(config), self.dense[1]
-        value = evaluation.tasks(network, tokenizer, [name], config["limit"])[name]
-        return {**value, "lm_eval_version": evaluation.lm_eval.__version__}
-
-
-def _facts(plan: Any) -> dict:
-    names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
-    return {name: plan.to_dict()[name] for name in names}
 
 
 def _by_network(requests: list[Measurement]) -> list[tuple[dict | None, list[Measurement]]]:

@@ -1,0 +1,132 @@
+"""Taking one measurement: the loaded model, the current slice of it, the tokenised texts."""
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dynslice import corpora, evaluation, models, plan, redundancy, slicing
+from dynslice.errors import RunError
+from dynslice.plan import SlicePlan
+from dynslice.profile import Profile
+from dynslice.results import Measurement, Result, Store, peak_memory_bytes, provenance
+from dynslice.slicing import Sliced
+
+
+class Bench:
+    """The loaded model, the current slice of it, and the texts already tokenised."""
+
+    def __init__(self, settings: Profile, store: Store, device: str):
+        self.settings = settings
+        self.store = store
+        self.device = models.pick_device(device)
+        self.sliced: tuple[str, Sliced] | None = None
+        self._windows: dict[tuple, Tensor] = {}
+
+    @cached_property
+    def dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        settings = self.settings
+        dtype = models.pick_dtype(settings.dtype, self.device)
+        return models.load(settings.model, self.device, dtype, settings.revision)
+
+    def measure(self, request: Measurement, network: dict | None) -> Result:
+        """Run one measurement; `network` is its slice request, None for the dense model."""
+        measure: Callable = getattr(self, f"_measure_{request.kind}")
+        self.dense  # noqa: B018  loading is not part of a measurement's time
+        if network is not None and request.kind != "slice":
+            self._sliced_for(network)
+        start = time.perf_counter()
+        value = measure(request.config)
+        return self._result(request, value, value.pop("seconds", time.perf_counter() - start))
+
+    def drop_sliced(self) -> None:
+        """Let go of the current sliced network."""
+        self.sliced = None
+        models.free_memory()
+
+    def _result(self, request: Measurement, value: dict, seconds: float) -> Result:
+        return Result(
+            kind=request.kind,
+            config=request.config,
+            value=value,
+            seconds=round(seconds, 3),
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            provenance=provenance(self.device),
+        )
+
+    def _network(self, config: dict) -> PreTrainedModel:
+        return self.dense[0] if config["slice"] is None else self._sliced_for(config["slice"]).model
+
+    def _sliced_for(self, network: dict) -> Sliced:
+        key = Measurement("slice", network).key
+        if self.sliced is None or self.sliced[0] != key:
+            self.drop_sliced()
+            windows = self._windows_of(network["calibration"])
+            widths = self._plan(network["plan"])
+            self.sliced = (key, slicing.slice_model(self.dense[0], windows, widths))
+        return self.sliced[1]
+
+    def _plan(self, request: dict) -> SlicePlan:
+        if request["schedule"] == "matched":
+            return plan.matched(self._plan(request["to"]))
+        shape = plan.Shape.of(self.dense[0].config)
+        amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr")}
+        if request["schedule"] == "constant":
+            return plan.constant(shape, **amounts)
+        lr = Measurement("lr", request["lr"])
+        if (result := self.store.get(lr)) is None:
+            result = self.measure(lr, None)
+            self.store.put(result)
+        return plan.dynamic(shape, [layer["lr"] for layer in result.value["layers"]], **amounts)
+
+    def _windows_of(self, config: dict) -> Tensor:
+        names = ("text", "split", "window", "windows", "seed")
+        asked = tuple(config[name] for name in names)
+        if asked not in self._windows:
+            text, split, window, windows, seed = asked
+            tokenizer = self.dense[1]
+            self._windows[asked] = corpora.windows(text, split, tokenizer, window, windows, seed)
+        return self._windows[asked]
+
+    def _measure_lr(self, config: dict) -> dict:
+        model, tokenizer = self.dense
+        stream = corpora.tokens(config["text"], config["split"], tokenizer, config["max_tokens"])
+        windows = corpora.sliding(stream, config["window"], config["stride"])
+        start = time.perf_counter()
+        lr = redundancy.layer_redundancy(model, windows, config["stride"], config["last_layer"])
+        return {**lr.to_dict(), "seconds": time.perf_counter() - start}
+
+    def _measure_plan(self, config: dict) -> dict:
+        return _facts(self._plan(config["plan"]))
+
+    def _measure_slice(self, config: dict) -> dict:
+        if config["slice"] is None:
+            count = sum(p.numel() for p in self.dense[0].parameters())
+            return {"parameters": count, "parameters_dense": count, "mean_slice": 0.0}
+        outcome = self._sliced_for(config["slice"])
+        facts = _facts(self._plan(config["slice"]["plan"]))
+        stored = sum(p.numel() for p in outcome.model.parameters())
+        if stored != facts["parameters"]:
+            raise RunError(
+                f"the sliced model stores {stored} parameters, its plan says "
+                f"{facts['parameters']}; this is a bug, please report it"
+            )
+        return {**facts, "seconds": outcome.seconds}
+
+    def _measure_ppl(self, config: dict) -> dict:
+        windows = self._windows_of(config)
+        return evaluation.perplexity(self._network(config), windows)
+
+    def _measure_task(self, config: dict) -> dict:
+        name = config["task"]
+        network, tokenizer = self._network(config), self.dense[1]
+        value = evaluation.tasks(network, tokenizer, [name], config["limit"])[name]
+        return {**value, "lm_eval_version": evaluation.lm_eval.__version__}
+
+
+def _facts(widths: SlicePlan) -> dict:
+    values = widths.to_dict()
+    names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
+    return {name: values[name] for name in names}
