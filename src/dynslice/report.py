@@ -166,6 +166,19 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def size_prose(table: pd.DataFrame) -> str:
+    """How the sliced networks compare with the dense one in what they store, as Markdown."""
+    networks = table.drop_duplicates("network")
+    dense = networks[networks["schedule"] == "dense"]["parameters (M)"].iloc[0]
+    sliced = networks[networks["schedule"] != "dense"]["parameters (M)"]
+    more = int((sliced > dense).sum())
+    return (
+        f"Of the {len(sliced)} sliced networks **{more} store more parameters than the dense "
+        f"model** ({dense:.1f} M): slicing unties the embedding and adds the shortcut matrices. "
+        f"They store {sliced.min():.1f} to {sliced.max():.1f} M."
+    )
+
+
 # Tasks
 
 
@@ -220,28 +233,6 @@ def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Diffe
     return Difference(*(100 * x for x in (estimate, low, high)))
 
 
-def task_figure(table: pd.DataFrame) -> plt.Figure:
-    """Differences of accuracy per task with their intervals, one panel per comparison."""
-    style()
-    groups = list(table.groupby(["dynamic", "against constant at"], sort=False))
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(2 * COLUMN_WIDTH, 2.4), sharey=True, sharex=True, squeeze=False
-    )
-    for axis, ((dynamic, basis), rows) in zip(axes[0], groups, strict=True):
-        y = np.arange(len(rows))[::-1]
-        estimate = rows["accuracy (points)"]
-        errors = [estimate - rows["low"], rows["high"] - estimate]
-        fill = ["k" if task == "average" else "w" for task in rows["task"]]
-        axis.errorbar(estimate, y, xerr=errors, fmt="none", color="0.4", capsize=2, zorder=1)
-        axis.scatter(estimate, y, c=fill, edgecolors="k", s=18, zorder=2)
-        axis.axvline(0, color="0.6", linewidth=1)
-        axis.set_yticks(y, rows["task"])
-        axis.set_title(f"dynamic, {dynamic}\nagainst constant at {basis}", fontsize=7)
-        axis.set_xlabel("accuracy difference (points)")
-    figure.tight_layout()
-    return figure
-
-
 def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
     """What a table of paired differences says, per basis of comparison, as Markdown."""
     lines = []
@@ -255,6 +246,38 @@ def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> st
             f"{', '.join(parts)} (of {len(rows)}; from {change} {unit})."
         )
     return "\n".join(lines)
+
+
+def difference_figure(comparison: pd.DataFrame, column: str, label: str) -> plt.Figure:
+    """Paired differences with their intervals, one panel per basis of comparison.
+
+    column: the difference, named `quantity (unit)`; label: the column that names the rows. An
+    average is a filled circle.
+    """
+    style()
+    groups = list(comparison.groupby("against constant at", sort=False))
+    figure, axes = plt.subplots(
+        1,
+        len(groups),
+        figsize=(2 * COLUMN_WIDTH, 0.9 + 0.22 * len(groups[0][1])),
+        sharey=True,
+        sharex=True,
+        squeeze=False,
+    )
+    for axis, (basis, rows) in zip(axes[0], groups, strict=True):
+        y = np.arange(len(rows))[::-1]
+        errors = [rows[column] - rows["low"], rows["high"] - rows[column]]
+        fill = ["k" if name.startswith("average") else "w" for name in rows[label]]
+        axis.errorbar(rows[column], y, xerr=errors, fmt="none", color="0.4", capsize=2, zorder=1)
+        axis.scatter(rows[column], y, c=fill, edgecolors="k", s=18, zorder=2)
+        axis.axvline(0, color="0.6", linewidth=1)
+        axis.set_yticks(y, rows[label])
+        axis.set_ylim(-0.5, len(rows) - 0.5)
+        axis.set_title(f"against constant at {basis}")
+        quantity, _, unit = column.rstrip(")").partition(" (")
+        axis.set_xlabel(f"change of {quantity} ({unit})")
+    figure.tight_layout()
+    return figure
 
 
 # Claims
@@ -326,6 +349,8 @@ def readme_block(study: Study) -> str:
             f"(figures/{name}/perplexity.png)",
             "",
             comparison.to_markdown(index=False, disable_numparse=True),
+            "",
+            size_prose(perplexity_table(study)),
             "",
             f"Perplexity of dynamic relative to constant slicing of {study.profile.model} on "
             f"`{'`, `'.join(study.profile.eval_texts)}` ({study.profile.eval_split} split), "
@@ -450,28 +475,29 @@ def _interval(*samples: np.ndarray) -> tuple[float, float]:
 def _perplexity_panel(axis: plt.Axes, table: pd.DataFrame, x: str, factor: float) -> None:
     dense = table[table["schedule"] == "dense"].iloc[0]
     axis.axhline(dense["perplexity"], color="0.5", linestyle=":", label="dense")
-    groups = {
-        "constant": (["constant", "matched"], "o-", "C0", "w"),
-        "dynamic": (["dynamic"], "D", "C1", "C1"),
-    }
-    for label, (schedules, form, colour, fill) in groups.items():
-        rows = table[table["schedule"].isin(schedules)].sort_values(x)
-        if rows.empty:
-            continue
-        errors = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
-        axis.errorbar(
-            factor * rows[x],
-            rows["perplexity"],
-            yerr=errors,
-            fmt=form,
-            color=colour,
-            markerfacecolor=fill,
-            markersize=4,
-            linewidth=1,
-            capsize=2,
-            label=label,
-        )
-    dynamic = table[table["schedule"] == "dynamic"]
-    for sb, size, value in zip(dynamic["SB"], dynamic[x], dynamic["perplexity"], strict=True):
-        place = (factor * size, value)
-        axis.annotate(f"SB {sb:.0%}", place, xytext=(4, 3), textcoords="offset points")
+    constant = table[table["schedule"].isin(["constant", "matched"])]
+    _points_with_intervals(axis, constant, x, factor, "o-", "C0", "constant")
+    dynamic = table[table["schedule"] == "dynamic"].groupby("SB")
+    for marker, (sb, rows) in zip("D^vsP*<>", dynamic, strict=False):
+        _points_with_intervals(axis, rows, x, factor, marker, "C1", f"dynamic, SB {sb:.0%}")
+
+
+def _points_with_intervals(
+    axis: plt.Axes, rows: pd.DataFrame, x: str, factor: float, form: str, colour: str, label: str
+) -> None:
+    rows = rows.sort_values(x)
+    errors = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
+    artist = axis.errorbar(
+        factor * rows[x],
+        rows["perplexity"],
+        yerr=errors,
+        fmt=form,
+        color=colour,
+        markerfacecolor="w" if "-" in form else colour,
+        markersize=4,
+        linewidth=1,
+        capsize=2,
+        label=label,
+    )
+    for bar in artist[2]:
+        bar.set_alpha(0.5)

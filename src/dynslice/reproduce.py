@@ -77,10 +77,10 @@ def run(
         "agreement": agreement,
     }
     lines = [
-        f"measured {measured} of {len(requests)} values in {_minutes(measuring)}, the others "
-        "were in the store"
-        if not from_record
-        else f"rendered {len(requests)} measurements of the record",
+        f"rendered {len(requests)} measurements of the record"
+        if from_record
+        else f"measured {measured} of {len(requests)} values in {_minutes(measuring)}"
+        + (", the others were in the store" if measured < len(requests) else ""),
         f"profile {study.profile.name} took {_minutes(seconds)}",
         f"rendered notebooks: {outcome['notebooks']}",
         f"figures and tables: {outcome['figures']}",
