@@ -45,7 +45,8 @@ install() {
                 if (tty) printf "\r"
                 printf "%d packages at hand, unpacking them (a minute or two)\n", n }
             { fflush() }' || fail "pip could not install the pins; see .venv/install.log"
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e . \
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+        --no-build-isolation -e . \
         >>.venv/install.log 2>&1 || fail "dynslice could not be installed; see .venv/install.log"
 }
 

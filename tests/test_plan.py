@@ -137,6 +137,15 @@ def test_matched_plan_stores_as_much_within_a_thousandth(sp, sb):
     assert match.parameters == pytest.approx(plan.parameters, rel=1e-3)
 
 
+def test_matched_plan_meets_every_size_within_a_thousandth():
+    lr = [0.0, 0.8, *[0.95] * 27, 0.8]
+    for thousandths in range(100, 500, 3):
+        plan = dynamic(SMOLLM2, lr, thousandths / 1000)
+        match = matched(plan)
+        assert abs(match.parameters / plan.parameters - 1) <= 1e-3
+        assert max(match.widths) - min(match.widths) in (0, 8)
+
+
 def test_matched_plan_of_a_constant_plan_is_that_plan():
     plan = constant(SMOLLM2, 0.25)
     assert matched(plan).widths == plan.widths

@@ -49,6 +49,13 @@ def test_dense_model_is_left_as_it_was(tiny, tokens):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_sliced_model_can_be_fine_tuned(tokens):
+    model = TINY["llama"]()
+    sliced = slice_model(model, tokens, constant(Shape.of(model.config), 0.25)).model
+    sliced(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in sliced.parameters())
+
+
 def test_stored_tensors_match_the_plans_count(tiny, tokens):
     shape = Shape.of(tiny.config)
     for plan in (constant(shape, 0.5), uneven(shape, (40, 17, 31))):
@@ -61,7 +68,7 @@ def test_calibration_batches_do_not_change_the_result(tokens, monkeypatch):
     model = TINY["mistral-sliding"]()
     plan = constant(Shape.of(model.config), 0.5)
     whole = slice_model(model, tokens, plan).model
-    monkeypatch.setattr(corpora, "batches", lambda windows, desc, device: iter(windows.split(1)))
+    monkeypatch.setattr(corpora, "batches", lambda windows, *_: iter(windows.split(1)))
     monkeypatch.setattr("dynslice.slicing.batches", corpora.batches)
     single = slice_model(model, tokens, plan).model
     torch.testing.assert_close(

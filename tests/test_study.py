@@ -144,3 +144,33 @@ def test_a_share_that_cannot_be_cut_is_refused_before_measuring(small):
     greedy = Study.open("smoke", slice_percentages=[0.99])
     with pytest.raises(RequestError, match=r"0\.99 is outside"):
         study.check(greedy.profile)
+
+
+def test_a_study_without_pairs_still_reports(small):
+    alone = Study.open("smoke", device="cpu", slice_bases=[], tasks={}, lr_max_tokens=512)
+    comparison = report.perplexity_comparison(alone)
+    assert comparison.empty
+    assert "compares no dynamic" in report.comparison_prose(
+        comparison, "perplexity (%)", "perplexity"
+    )
+    report.difference_figure(comparison, "perplexity (%)", "dynamic")
+    assert report.task_table(alone).empty
+    assert set(report.claims_table(alone)["verdict on this model"]) == {"not tested here"}
+
+
+def test_a_changed_text_file_is_another_request(tmp_path):
+    text = tmp_path / "text.txt"
+    keys = []
+    for words in ("once", "twice"):
+        text.write_text(words)
+        made = Study.open("smoke", calibration_text=str(text))
+        keys.append(made.slice_request(made.points()[1]).key)
+    assert keys[0] != keys[1]
+
+
+def test_a_file_is_not_calibrated_on_and_evaluated_on(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    both = Study.open("smoke", calibration_text=str(text), eval_texts=[str(text)])
+    with pytest.raises(RequestError, match="calibrated on and evaluated on"):
+        study.check(both.profile)

@@ -31,8 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dynslice: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dynslice: interrupted; the same command goes on from here", file=sys.stderr)
+        print("dynslice: interrupted; give the same command again", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded
+            raise
+        print(
+            "dynslice: the GPU is out of memory; use fewer --windows or a smaller --window or "
+            "--batch-size, --dtype bfloat16, or --device cpu",
+            file=sys.stderr,
+        )
+        return 1
     print(json.dumps(result) if options.json else "\n".join(lines))
     return 0
 
@@ -134,8 +143,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
     split = corpora.default_split(options.calibration, None, "train")
     corpora.check(options.calibration, split)
     if options.plan:
-        if options.slice_percentage is not None or options.lr or options.slice_base is not None:
-            raise RequestError("--plan holds the widths already; leave the other options out")
+        _refuse_beside(options, "--plan", "slice_percentage", "slice_base", "lr", "round_to")
         plan = SlicePlan.read(options.plan)
     else:
         plan = _plan_from_options(options)
@@ -153,13 +161,15 @@ def slice_command(options) -> tuple[dict, list[str]]:
         "mean_slice": plan.mean_slice,
         "windows": len(windows),
         "window": options.window,
+        "sampled": _sampled(options),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(sliced.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
     line = (
-        f"wrote {options.out}: {plan.parameters:,} stored parameters (dense "
+        f"wrote {options.out}: {plan.parameters:,} stored parameters in {result['dtype']} (dense "
         f"{plan.shape.dense_parameters:,}), sliced in {sliced.seconds:.1f} s on {len(windows)} "
-        f"windows of {options.window} tokens"
+        f"{'sampled' if _sampled(options) else 'consecutive'} windows of {options.window} tokens"
     )
     return result, [line]
 
@@ -178,9 +188,10 @@ def ppl_command(options) -> tuple[dict, list[str]]:
         "model": options.model,
         "text": options.text,
         "split": split,
+        "sampled": _sampled(options),
         **evaluation.perplexity(model, windows),
     }
-    sampled = "sampled" if options.seed is not None else "consecutive"
+    sampled = "sampled" if _sampled(options) else "consecutive"
     line = (
         f"perplexity {result['perplexity']:.3f} (NLL {result['nll_mean']:.4f}, standard error "
         f"{_number(result['nll_stderr'])}) on {result['windows']} {sampled} windows of "
@@ -255,15 +266,13 @@ def _load(options, dense_for: str | None = None):
 def _plan_from_options(options) -> Any:
     from dynslice import models, plan
 
-    if options.slice_percentage is None:
-        match = getattr(options, "match_parameters", None)
-        if match:
-            return plan.matched(plan.SlicePlan.read(match))
-        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
     if getattr(options, "match_parameters", None):
-        raise RequestError(
-            "--match-parameters sets the size by itself; leave --slice-percentage out"
-        )
+        others = ("slice_percentage", "slice_base", "lr", "round_to", "schedule", "model")
+        _refuse_beside(options, "--match-parameters", *others)
+        return plan.matched(plan.SlicePlan.read(options.match_parameters))
+    if options.slice_percentage is None:
+        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    round_to = options.round_to or 8
     lr = plan.read_json(options.lr, "LR") if options.lr else None
     schedule = getattr(options, "schedule", None) or _default_schedule(options)
     if options.model:
@@ -278,14 +287,30 @@ def _plan_from_options(options) -> Any:
                 f"--slice-base {options.slice_base} has no meaning in a constant plan; leave it "
                 "out, or use --schedule dynamic with --lr"
             )
-        return plan.constant(shape, options.slice_percentage, options.round_to)
+        return plan.constant(shape, options.slice_percentage, round_to)
     if lr is None:
         raise RequestError(
             "a dynamic plan needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
         )
     scores = plan.lr_of(lr)
     base = options.slice_base or 0.0
-    return plan.dynamic(shape, scores, options.slice_percentage, base, options.round_to)
+    if "shape" in lr and plan.Shape.from_dict(lr["shape"]) != shape:
+        raise RequestError(
+            f"the scores of --lr {options.lr} are of another model; measure LR on {options.model}"
+        )
+    return plan.dynamic(shape, scores, options.slice_percentage, base, round_to)
+
+
+def _refuse_beside(options, given: str, *others: str) -> None:
+    """Raise RequestError when options are given that `given` leaves without a meaning."""
+    for name in others:
+        if getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise RequestError(f"{given} decides the widths by itself; leave {flag} out")
+
+
+def _sampled(options) -> bool:
+    return options.seed is not None and options.windows is not None
 
 
 def _default_schedule(options) -> str:
@@ -355,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    common.add_argument("--seed", type=_seed, help="draw windows or items with this seed")
+    common.add_argument("--seed", type=_seed, help="of whatever the command draws")
 
     def add(name: str, run, **extra) -> argparse.ArgumentParser:
         text = run.__doc__
@@ -373,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--slice-percentage", type=float, metavar="SP", help="share, e.g. 0.25")
         sub.add_argument("--slice-base", type=float, metavar="SB", help="share cut everywhere")
         sub.add_argument("--lr", metavar="FILE", help="output of `dynslice lr`")
-        sub.add_argument("--round-to", type=_positive, default=8, help="multiple for widths [8]")
+        sub.add_argument("--round-to", type=_positive, help="multiple for widths [8]")
 
     sub = add("assets", assets_command)
     sub.add_argument("action", choices=["fetch", "verify", "list"])

@@ -168,12 +168,15 @@ def sliding(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:
     return stream.unfold(0, min(window, len(stream)), stride)
 
 
-def batches(token_windows: torch.Tensor, desc: str, device: torch.device) -> Iterator[torch.Tensor]:
+def batches(
+    token_windows: torch.Tensor, desc: str, device: torch.device, logits: bool = False
+) -> Iterator[torch.Tensor]:
     """Windows [n, T] in batches [b, T] on `device`, with a progress bar.
 
-    About 1,024 tokens a batch on a CPU, where larger ones only cost memory; 16,384 on a GPU.
+    About 1,024 tokens a batch on a CPU, where larger ones only cost memory; on a GPU 16,384, or
+    2,048 where `logits` over the whole vocabulary are computed, which take gigabytes.
     """
-    tokens_per_batch = 1024 if device.type == "cpu" else 16384
+    tokens_per_batch = 1024 if device.type == "cpu" else 2048 if logits else 16384
     size = max(1, tokens_per_batch // token_windows.shape[1])
     with tqdm(total=len(token_windows), desc=desc, unit="window", leave=False) as bar:
         for part in token_windows.split(size):

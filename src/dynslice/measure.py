@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +38,8 @@ class Bench:
         self.dense  # noqa: B018  loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
             self._sliced_for(network)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         value = measure(request.config)
         return self._result(request, value, value.pop("seconds", time.perf_counter() - start))

@@ -30,8 +30,8 @@ EMBEDDED = ("smollm2-135m", "tiny-random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 for _config, _model in SLICED_CLASSES.values():
-    AutoConfig.register(_config.model_type, _config)
-    AutoModelForCausalLM.register(_config, _model)
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
 
 def pick_device(name: str) -> torch.device:

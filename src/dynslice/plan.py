@@ -159,11 +159,18 @@ class SlicePlan:
         return cls.from_dict(read_json(path, "plan"))
 
 
-def constant(shape: Shape, slice_percentage: float, round_to: int = 8) -> SlicePlan:
-    """The same slice at every layer (SliceGPT)."""
+def constant(
+    shape: Shape, slice_percentage: float, round_to: int = 8, phase: float = 0.0
+) -> SlicePlan:
+    """The same slice at every layer (SliceGPT).
+
+    phase: where the width is no multiple, which layers get the wider neighbour: towards 0.5 the
+    first layer does, towards -0.5 the last.
+    """
     _check_request(shape, slice_percentage, slice_percentage, round_to)
     slices = (slice_percentage,) * shape.layers
-    return _rounded("constant", shape, slice_percentage, slice_percentage, slices, round_to)
+    target = (slice_percentage, slice_percentage)
+    return _rounded("constant", shape, *target, slices, round_to, phase)
 
 
 def dynamic(
@@ -190,25 +197,20 @@ def dynamic(
 
 
 def matched(plan: SlicePlan) -> SlicePlan:
-    """The constant plan whose stored parameters come nearest to those of `plan`.
+    """The constant plan of equal stored parameters, as near as the rounding allows.
 
-    The mean width moves in steps of one rounding unit in one layer: neighbouring widths are mixed
-    evenly over the layers, which hits the size to a few hundredths of a percent.
+    The mean width moves in steps of one rounding unit in one layer, neighbouring widths mixed
+    evenly over the layers. The first layer also sets the width of the embedding; where its step
+    is too coarse to come within 0.05 %, that layer alone is rounded the other way.
     """
-    shape = plan.shape
-    total_units = shape.layers * shape.hidden_size // plan.round_to
 
-    def with_units(units: int) -> SlicePlan:
-        return constant(shape, 1 - units / total_units, plan.round_to)
+    def miss(candidate: SlicePlan) -> int:
+        return abs(candidate.parameters - plan.parameters)
 
-    low, high = shape.layers, total_units  # parameters grow with the units: bisect
-    while high - low > 1:
-        middle = (low + high) // 2
-        if with_units(middle).parameters <= plan.parameters:
-            low = middle
-        else:
-            high = middle
-    return min(map(with_units, (low, high)), key=lambda p: abs(p.parameters - plan.parameters))
+    even = _nearest(plan, 0.0)
+    if miss(even) <= 5e-4 * plan.parameters:
+        return even
+    return min(even, _nearest(plan, 0.49), _nearest(plan, -0.49), key=miss)
 
 
 def read_json(path: str | Path, what: str) -> dict:
@@ -235,6 +237,23 @@ def lr_of(values: dict) -> list[float]:
     return scores
 
 
+def _nearest(plan: SlicePlan, phase: float) -> SlicePlan:
+    shape = plan.shape
+    total_units = shape.layers * shape.hidden_size // plan.round_to
+
+    def with_units(units: int) -> SlicePlan:
+        return constant(shape, 1 - units / total_units, plan.round_to, phase)
+
+    low, high = shape.layers, total_units  # parameters grow with the units: bisect
+    while high - low > 1:
+        middle = (low + high) // 2
+        if with_units(middle).parameters <= plan.parameters:
+            low = middle
+        else:
+            high = middle
+    return min(map(with_units, (low, high)), key=lambda p: abs(p.parameters - plan.parameters))
+
+
 def _share_out(
     n: tuple[float, ...], slice_percentage: float, slice_base: float, limit: float
 ) -> tuple[float, ...]:
@@ -254,7 +273,9 @@ def _share_out(
         capped |= over
 
 
-def _rounded(schedule, shape, slice_percentage, slice_base, slices, round_to) -> SlicePlan:
+def _rounded(
+    schedule, shape, slice_percentage, slice_base, slices, round_to, phase=0.0
+) -> SlicePlan:
     """Round d (1 - FS_i) to multiples so that the sum of widths is as near as a multiple allows.
 
     The running sum is rounded, not each width: each width is then one of the two multiples
@@ -262,7 +283,7 @@ def _rounded(schedule, shape, slice_percentage, slice_base, slices, round_to) ->
     mixes its two neighbours evenly over the layers.
     """
     most = shape.hidden_size // round_to
-    widths, exact, taken = [], 0.0, 0
+    widths, exact, taken = [], phase, 0
     for share in slices:
         exact += shape.hidden_size * (1 - share) / round_to
         units = math.floor(round(exact, 9) + 0.5) - taken

@@ -99,7 +99,7 @@ def layer_redundancy(
     count, window = windows.shape
     return LayerRedundancy(
         lr=tuple((sums / windows.numel()).tolist()),
-        tokens=(count - 1) * stride + window,
+        tokens=(count - 1) * min(stride, window) + window,
         windows=count,
         window=window,
         stride=stride,

@@ -137,7 +137,8 @@ def perplexity_comparison(study: Study) -> pd.DataFrame:
                     "dynamic is": change.direction,
                 }
             )
-    return pd.DataFrame(rows)
+    names = ["dynamic", "against constant at", "text", "size (%)", "perplexity (%)"]
+    return pd.DataFrame(rows, columns=[*names, "low", "high", "dynamic is"])
 
 
 def perplexity_change(study: Study, a: Point, b: Point, text: str) -> Difference:
@@ -191,8 +192,11 @@ def task_table(study: Study) -> pd.DataFrame:
             task: 100 * study.get(study.task_request(point, task)).value["acc"]
             for task in study.profile.tasks
         }
-        columns[point.label] = {**accuracy, "average": np.mean(list(accuracy.values()))}
+        average = {"average": np.mean(list(accuracy.values()))} if accuracy else {}
+        columns[point.label] = {**accuracy, **average}
     table = pd.DataFrame(columns)
+    if table.empty:
+        return table
     first = study.task_points()[0]
     items = [study.get(study.task_request(first, task)).value["n"] for task in study.profile.tasks]
     table.insert(0, "items", [*items, sum(items)])
@@ -205,8 +209,8 @@ def task_comparison(study: Study) -> pd.DataFrame:
     study.ensure(study.task_requests())
     rows = []
     for dynamic, other, basis in _pairs(study.task_points()):
-        names = [[task] for task in study.profile.tasks] + [list(study.profile.tasks)]
-        for tasks in names:
+        every = list(study.profile.tasks)
+        for tasks in [*([task] for task in every), every] if every else []:
             change = accuracy_change(study, dynamic, other, tasks)
             rows.append(
                 {
@@ -219,7 +223,8 @@ def task_comparison(study: Study) -> pd.DataFrame:
                     "dynamic is": change.direction,
                 }
             )
-    return pd.DataFrame(rows)
+    names = ["dynamic", "against constant at", "task", "accuracy (points)"]
+    return pd.DataFrame(rows, columns=[*names, "low", "high", "dynamic is"])
 
 
 def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
@@ -235,6 +240,8 @@ def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Diffe
 
 def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
     """What a table of paired differences says, per basis of comparison, as Markdown."""
+    if comparison.empty:
+        return f"This profile compares no dynamic with a constant network by {quantity}."
     lines = []
     for basis, rows in comparison.groupby("against constant at", sort=False):
         counts = rows["dynamic is"].value_counts()
@@ -255,6 +262,11 @@ def difference_figure(comparison: pd.DataFrame, column: str, label: str) -> plt.
     average is a filled circle.
     """
     style()
+    if comparison.empty:
+        figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 0.8))
+        axis.axis("off")
+        axis.text(0.5, 0.5, "nothing to compare in this profile", ha="center", va="center")
+        return figure
     groups = list(comparison.groupby("against constant at", sort=False))
     figure, axes = plt.subplots(
         1,
@@ -341,7 +353,7 @@ def claims_prose(table: pd.DataFrame, study: Study) -> str:
 def readme_block(study: Study) -> str:
     """What the README says of a record: a figure, the paired comparison, the verdicts."""
     name = study.profile.name
-    run = study.run_summary()
+    seconds = [study.store.get(request).seconds for request in study.requests()]
     comparison = rounded(perplexity_comparison(study)).drop(columns=["text"])
     return "\n".join(
         [
@@ -358,8 +370,8 @@ def readme_block(study: Study) -> str:
             "",
             claims_prose(claims_table(study), study).strip(),
             "",
-            f"{device_line(study)} The run measured {run['measured']} results and took "
-            f"{run['seconds'] / 60:.1f} minutes after set-up.",
+            f"{device_line(study)} Its {len(seconds)} measurements took "
+            f"{sum(seconds) / 60:.1f} minutes.",
         ]
     )
 
@@ -408,6 +420,13 @@ def device_line(study: Study) -> str:
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
     commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
     return f"Measured on {'; '.join(devices)}, code at commit {', '.join(commits)}."
+
+
+def lm_eval_line(study: Study) -> str:
+    """Which version of lm-eval scored the tasks."""
+    requests = [r for r in study.task_requests() if r.kind == "task"]
+    versions = sorted({study.get(r).value["lm_eval_version"] for r in requests})
+    return f"Scored by lm-eval {', '.join(versions) or '-'}."
 
 
 def _folder(study: Study) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from dynslice import paths, report
 from dynslice.errors import RequestError, RunError
 from dynslice.results import Measurement, Result, Store
-from dynslice.study import RUN_SUMMARY, Study, check
+from dynslice.study import Study, check
 
 # What each notebook needs measured, by its number.
 NEEDS = {
@@ -62,11 +62,7 @@ def run(
         _execute(path, paths.rendered(study.profile.name) / path.name, parameters)
     seconds = time.perf_counter() - start
 
-    if measured == len(study.requests()):  # all of it, in one go
-        summary = {"measured": measured, "seconds": round(seconds, 1)}
-        text = json.dumps(summary) + "\n"
-        (study.store.folder / RUN_SUMMARY).write_text(text, encoding="utf-8")
-    agreement = agree(study, requests)
+    agreement = None if from_record else agree(study, requests)
     outcome = {
         "profile": study.profile.name,
         "measured": measured,
@@ -84,8 +80,9 @@ def run(
         f"profile {study.profile.name} took {_minutes(seconds)}",
         f"rendered notebooks: {outcome['notebooks']}",
         f"figures and tables: {outcome['figures']}",
-        _agreement_line(agreement, study.profile.name),
     ]
+    if not from_record:
+        lines.append(_agreement_line(agreement, study.profile.name))
     return outcome, lines
 
 
@@ -114,8 +111,6 @@ def record(profile: str) -> tuple[dict, list[str]]:
         fresh = Store(Path(scratch) / "fresh")
         for result in results:
             fresh.put(result)
-        summary = json.dumps(study.run_summary()) + "\n"
-        (fresh.folder / RUN_SUMMARY).write_text(summary, encoding="utf-8")
         if target.exists():
             os.replace(target, Path(scratch) / "old")
         os.replace(fresh.folder, target)
@@ -191,7 +186,8 @@ def _values(result: Result) -> dict[str, float]:
 
 def _agreement_line(agreement: dict | None, profile: str) -> str:
     if agreement is None:
-        return f"no record of profile {profile} to compare with"
+        have = "holds none of these values" if paths.record(profile).is_dir() else "does not exist"
+        return f"nothing to compare with: the record of profile {profile} {have}"
     return (
         f"{agreement['agree']} of {agreement['values']} values agree with the record "
         f"(largest deviation {agreement['largest_deviation']:.2%}"
@@ -235,6 +231,7 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
                 cwd=str(source.parent),
                 kernel_name="python3",
                 progress_bar=sys.stderr.isatty(),
+                extra_arguments=["--log-level=40"],  # errors only: no advice about transports
             )
         except papermill.PapermillExecutionError as error:
             raise RunError(

@@ -24,7 +24,7 @@ class Sliced:
     seconds: float
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors could never be fine-tuned
 def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sliced:
     """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
 

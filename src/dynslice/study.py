@@ -1,18 +1,19 @@
 """A profile -> the measurements it needs -> their results; only what is missing is computed."""
 
-import json
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from dynslice import paths, profile
+from dynslice.assets import sha256
 from dynslice.errors import RequestError, RunError
 from dynslice.profile import Profile
 from dynslice.results import Measurement, Result, Store
-
-RUN_SUMMARY = "run.json"
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class Study:
         text = text or p.lr_text
         config = {
             **self._model,
-            "text": text,
-            "split": _split_for(text, p.lr_split),
+            **_text(text, p.lr_split),
             "max_tokens": p.lr_max_tokens,
             "window": p.lr_window,
             "stride": p.lr_stride,
@@ -125,8 +125,7 @@ class Study:
         config = {
             **self._model,
             "slice": self._slice(point),
-            "text": text,
-            "split": _split_for(text, p.eval_split),
+            **_text(text, p.eval_split),
             "windows": p.eval_windows,
             "window": p.eval_window,
             "seed": p.seed,
@@ -204,23 +203,13 @@ class Study:
         self.ensure([request])
         return self.store.get(request)
 
-    def run_summary(self) -> dict:
-        """What the last complete run of the profile measured and how long it took.
-
-        Raises RunError where none has been completed.
-        """
-        path = self.store.folder / RUN_SUMMARY
-        if not path.is_file():
-            raise RunError(f"{RUN_SUMMARY} is missing: the profile has not been run as a whole")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    @property
+    @cached_property
     def _model(self) -> dict:
-        return {
-            "model": self.profile.model,
-            "revision": self.profile.revision,
-            "dtype": self.profile.dtype,
-        }
+        p = self.profile
+        config = {"model": p.model, "revision": p.revision, "dtype": p.dtype}
+        if Path(p.model).is_dir():  # what a path holds can change, so its content counts
+            config["model_sha256"] = _sha256_of(sorted(Path(p.model).iterdir()))
+        return config
 
     @property
     def _other_lr_texts(self) -> list[str]:
@@ -231,8 +220,7 @@ class Study:
             return None
         p = self.profile
         calibration = {
-            "text": p.calibration_text,
-            "split": _split_for(p.calibration_text, "train"),
+            **_text(p.calibration_text, "train"),
             "windows": p.calibration_windows,
             "window": p.calibration_window,
             "seed": p.seed,
@@ -281,6 +269,19 @@ def _describe(request: Measurement) -> str:
     return " ".join([request.kind, what, plan["schedule"], *amounts])
 
 
+def _text(text: str, split: str | None) -> dict:
+    """A text as part of a request: a corpus split by name, a file by its content."""
+    config = {"text": text, "split": _split_for(text, split)}
+    if Path(text).is_file():
+        config["text_sha256"] = _sha256_of([Path(text)])
+    return config
+
+
+def _sha256_of(files: list[Path]) -> str:
+    digests = [sha256(path) for path in files if path.is_file()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def _split_for(text: str, split: str | None) -> str | None:
     from dynslice.corpora import CORPORA
 
@@ -302,6 +303,11 @@ def check(settings: Profile) -> None:
     corpora.check(settings.calibration_text, _split_for(settings.calibration_text, "train"))
     for text in settings.eval_texts:
         corpora.check(text, _split_for(text, settings.eval_split))
+        if text == settings.calibration_text and _split_for(text, settings.eval_split) is None:
+            raise RequestError(
+                f"text {text!r} is a file and would be calibrated on and evaluated on; give "
+                "eval_texts a text of its own"
+            )
     evaluation.check_tasks(list(settings.tasks))
     config = models.load_config(settings.model, settings.revision)
     models.require_dense(config, "a study")
