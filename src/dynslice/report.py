@@ -299,8 +299,10 @@ def claims_table(study: Study) -> pd.DataFrame:
     """Each headline claim of the paper beside what was measured, with a verdict by rule.
 
     Rule: of all dynamic networks of the study the one that gains most counts, as in an `up to`
-    claim. Its verdict is `supported` when the interval of the gain excludes zero on the claimed
-    side, else `not supported`. On models that the study did not run it is `not tested here`.
+    claim. Its verdict is `not supported` unless the interval of the gain excludes zero on the
+    claimed side; then it is `supported` when the gain is at least the published one, and
+    `supported in direction, not in size` when it is smaller. On models that the study did not
+    run it is `not tested here`.
     """
     claims = pd.read_csv(paths.PUBLISHED / "claims.csv")
     rows = []
@@ -309,9 +311,7 @@ def claims_table(study: Study) -> pd.DataFrame:
         for basis in (EQUAL_SLICE, EQUAL_SIZE):
             name, change = _best(study, claim.metric, basis)
             unit = "%" if claim.metric == "perplexity" else "points"
-            wanted = "lower" if claim.value < 0 else "higher"
-            holds = change is not None and change.direction == wanted
-            here = "supported" if holds else "not supported"
+            here = _verdict(change, claim.value)
             rows.append(
                 {
                     "claim": claim.claim,
@@ -319,12 +319,22 @@ def claims_table(study: Study) -> pd.DataFrame:
                     "at": basis,
                     "best dynamic network": name,
                     "measured": change.format(unit) if change else "-",
-                    "verdict on this model": here if change else "not tested here",
+                    "verdict on this model": here,
                     "verdict on the paper's models": here if tested else "not tested here",
                     "source": claim.source,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _verdict(change: Difference | None, published: float) -> str:
+    if change is None:
+        return "not tested here"
+    if change.direction != ("lower" if published < 0 else "higher"):
+        return "not supported"
+    return "supported" + (
+        "" if abs(change.estimate) >= abs(published) else " in direction, not in size"
+    )
 
 
 def claims_prose(table: pd.DataFrame, study: Study) -> str:
