@@ -243,14 +243,20 @@ def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> st
     if comparison.empty:
         return f"This profile compares no dynamic with a constant network by {quantity}."
     lines = []
+    unit = column.partition("(")[2].rstrip(")")
     for basis, rows in comparison.groupby("against constant at", sort=False):
         counts = rows["dynamic is"].value_counts()
-        parts = [f"{counts[word]} {word}" for word in counts.index]
-        change = f"{rows[column].min():+.1f} to {rows[column].max():+.1f}"
-        unit = column.partition("(")[2].rstrip(")")
+        found = [
+            f"no difference is shown in {count}"
+            if word == "no difference shown"
+            else f"{quantity} of dynamic slicing is {word} in {count}"
+            for word, count in counts.items()
+        ]
+        low, high = (f"{x:+.1f}" for x in (rows[column].min(), rows[column].max()))
+        changes = f"the change is {low}" if low == high else f"the changes are {low} to {high}"
         lines.append(
-            f"- At **{basis}** the {quantity} of dynamic slicing, against constant, is: "
-            f"{', '.join(parts)} (of {len(rows)}; from {change} {unit})."
+            f"- At **{basis}**, of {len(rows)} comparison{'s' * (len(rows) > 1)}: "
+            f"{', '.join(found)}; {changes} {unit}."
         )
     return "\n".join(lines)
 
