@@ -93,7 +93,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("A fixed sentence.")["input_ids"]])
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = torch.tensor([tokenizer("A fixed sentence.")["input_ids"]])
 with torch.inference_mode():
     torch.save({"ids": ids, "logits": model(ids, use_cache=False).logits}, out)
 """
@@ -119,6 +120,7 @@ def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, tmp_pa
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "", "transformers asks whether to run custom code"
     there = torch.load(out)
 
     model, tokenizer = models.load(str(folder), torch.device("cpu"), torch.float32)
