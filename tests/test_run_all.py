@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import papermill
 import pytest
+import yaml
+from prose import paragraphs
 
-from dynslice import paths
+from dynslice import models, paths
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,22 @@ def test_a_failing_request_is_one_sentence(output):
     last = finished.stderr.strip().splitlines()[-1]
     assert "nearest valid name is 'slice_percentages'" in last
     assert "Traceback" not in finished.stderr
+
+
+def test_own_model_texts_and_profile_by_relative_paths(dynslice, tmp_path):
+    shutil.copytree(models.resolve("embedded:tiny-random"), tmp_path / "DIR")
+    for name in ("train.txt", "held_out.txt"):
+        (tmp_path / name).write_text(paragraphs(20), encoding="utf-8")
+    settings = yaml.safe_load((paths.PROFILES / "smoke.yaml").read_text())
+    settings |= {"lr_text": "train.txt", "lr_compare_texts": [], "slice_bases": []}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+    request = ["--profile", "own.yaml", "--only", "01", "02", "--set", "model=DIR"]
+    request += ["--set", "calibration_text=train.txt", "--set", "eval_texts=[held_out.txt]"]
+    environment = {**os.environ, "DYNSLICE_OUTPUT": str(tmp_path / "out")}
+    status, stdout, stderr = dynslice("reproduce", *request, cwd=tmp_path, env=environment)
+    assert status == 0, stderr[-2000:]
+    done, total = measured(stdout)
+    assert done == total
+    assert (
+        "held_out.txt" in (tmp_path / "out/notebooks/rendered/own/02_perplexity.ipynb").read_text()
+    )

@@ -55,7 +55,7 @@ def run(
     measured = study.ensure(requests)
     measuring = time.perf_counter() - start
 
-    parameters = {"profile": _profile_for_notebooks(profile), "from_record": from_record}
+    parameters = {"profile": profile, "from_record": from_record}
     parameters |= {"device": device, **overrides}
     for position, path in enumerate(notebooks.values(), start=1):
         print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
@@ -228,7 +228,7 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
                 str(source),
                 str(unfinished),
                 parameters,
-                cwd=str(source.parent),
+                cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
                 kernel_name="python3",
                 progress_bar=sys.stderr.isatty(),
                 extra_arguments=["--log-level=40"],  # errors only: no advice about transports
@@ -246,12 +246,6 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             cell["metadata"].pop("execution", None)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.move(unfinished, target)
-
-
-def _profile_for_notebooks(profile: str) -> str:
-    """A profile name as it is; a file as seen from the notebooks' folder."""
-    is_file = profile.endswith((".yaml", ".yml"))
-    return os.path.relpath(profile, paths.NOTEBOOKS) if is_file else profile
 
 
 def _unique(requests: list[Measurement]) -> list[Measurement]:
