@@ -1,9 +1,11 @@
-"""Perplexity by its definition, and tasks by lm-eval's own command line."""
+"""Perplexity by its definition, and tasks by lm-eval's own model class and command line."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +64,175 @@ def test_non_finite_logits_are_an_error(tokens):
         evaluation.perplexity(model, tokens)
 
 
+@torch.inference_mode()
+def whole_logits_nll(model, windows):
+    """The same by the model's own forward pass and its logits at once."""
+    logits = model(windows).logits[:, :-1].transpose(1, 2).float()
+    return torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").mean(1)
+
+
+def test_perplexity_is_that_of_the_whole_logits(tiny, tokens):
+    # 6 x 23 positions: more than one chunk of the head, and the last one short.
+    assert evaluation.LOGIT_CHUNK < 6 * 23 < 2 * evaluation.LOGIT_CHUNK
+    want = whole_logits_nll(tiny, tokens).tolist()
+    assert evaluation.perplexity(tiny, tokens)["nll"] == pytest.approx(want, rel=1e-6)
+
+
+def test_perplexity_never_holds_more_logits_than_a_chunk(tokens):
+    model, rows = TINY["llama"](), []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _module, args, _out: rows.append(args[0].numel() // args[0].shape[-1])
+    )
+    evaluation.perplexity(model, tokens)
+    assert sum(rows) == 6 * 23
+    assert max(rows) <= evaluation.LOGIT_CHUNK
+
+
+def test_models_that_cap_their_logits_run_whole(tokens):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        final_logit_softcapping=0.5,
+        initializer_range=0.2,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    want = whole_logits_nll(model, tokens).tolist()
+    assert evaluation.perplexity(model, tokens)["nll"] == pytest.approx(want, rel=1e-6)
+    assert not evaluation.has_plain_head(config)
+    for name in ("logits_scaling", "logit_scale"):
+        assert not evaluation.has_plain_head(SimpleNamespace(**{name: 0.5}))
+
+
+# Choices that share a context
+
+
+@pytest.fixture(scope="module")
+def lm_classes():
+    from lm_eval.models.huggingface import HFLM
+
+    from dynslice.choices import SharedContextLM
+
+    return HFLM, SharedContextLM
+
+
+def score(cls, model, tokenizer, requests):
+    """lm-eval's answers to token requests, and the tokens that the layers computed for them."""
+    lm = cls(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=32)
+    computed = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda _module, args: computed.append(args[0].shape[0] * args[0].shape[1])
+    )
+    try:
+        answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    finally:
+        hook.remove()
+    return answers, sum(computed)
+
+
+def assert_same(got, want):
+    assert [p for p, _ in got] == pytest.approx([p for p, _ in want], abs=1e-4)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
+
+
+def requests_of(*groups):
+    """(length of context, lengths of continuations) -> lm-eval's requests, interleaved."""
+    draw = np.random.default_rng(5)
+    made = []
+    for c, lengths in groups:
+        context = draw.integers(2, 97, c).tolist()
+        made += [(context, draw.integers(2, 97, length).tolist()) for length in lengths]
+    made = [made[i] for i in draw.permutation(len(made))]
+    return [((f"{context}", f"{cont}"), context, cont) for context, cont in made]
+
+
+def greedy_request(model, context, length):
+    """A continuation that greedy decoding gives."""
+    ids = list(context)
+    for _ in range(length):
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return (("greedy", "greedy"), list(context), ids[len(context) :])
+
+
+def network(name):
+    if name != "sliced":
+        return TINY[name]()
+    dense = TINY["llama"]()
+    calibration = torch.randint(2, 97, (8, 24), generator=torch.Generator().manual_seed(3))
+    return slice_model(dense, calibration, constant(Shape.of(dense.config), 0.25)).model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "mistral", "mistral-sliding", "sliced"])
+def test_shared_contexts_change_no_answer(name, attention, tiny_random, lm_classes):
+    hflm, shared = lm_classes
+    model = network(name)
+    model.set_attn_implementation(attention)
+    requests = requests_of((3, (1, 1, 2)), (9, (4, 3, 1, 6)), (17, (2, 9)), (1, (5,)), (6, (1,)))
+    requests += [requests[0], requests[3], greedy_request(model, requests[1][1], 3)]
+    requests += requests_of((40, (1, 3, 3)), (30, (2, 6)), (5, (32, 28)))  # max_length is 32
+    requests.append(requests[-1])
+    want, _ = score(hflm, model, tiny_random[1], requests)
+    got, computed = score(shared, model, tiny_random[1], requests)
+    assert_same(got, want)
+    assert sum(greedy for _, greedy in want) in range(1, len(want))
+    # A sliding window of 8 leaves these requests to HFLM, which computes as it does itself.
+    if name != "mistral-sliding":
+        assert computed < score(hflm, model, tiny_random[1], requests)[1]
+
+
+def test_a_context_is_computed_once_for_its_choices(tiny_random, lm_classes):
+    hflm, shared = lm_classes
+    model, requests = TINY["llama"](), requests_of((20, (3, 5, 1, 4)))
+    assert score(shared, model, tiny_random[1], requests)[1] == 20 + 2 + 4 + 0 + 3
+    assert score(hflm, model, tiny_random[1], requests)[1] == 4 * (20 + 4)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_sliding_window_may_cover_the_choices(length, tiny_random, lm_classes):
+    # 7 + 2 tokens less the last fill the window of 8; the layout is longer and may be.
+    hflm, shared = lm_classes
+    model, requests = TINY["mistral-sliding"](), requests_of((7, (1, length, length)))
+    want, plain = score(hflm, model, tiny_random[1], requests)
+    got, computed = score(shared, model, tiny_random[1], requests)
+    assert_same(got, want)
+    assert computed == 7 + 2 * (length - 1)
+    longer = requests_of((8, (1, 2, 2)))
+    want, plain = score(hflm, model, tiny_random[1], longer)
+    got, computed = score(shared, model, tiny_random[1], longer)
+    assert_same(got, want)
+    assert computed == plain
+
+
+def test_answers_reach_the_cache_of_lm_eval(tiny_random, lm_classes):
+    model, requests = TINY["llama"](), requests_of((4, (2, 3)), (5, (1,)))
+    lm = lm_classes[1](pretrained=model, tokenizer=tiny_random[1], max_length=32)
+    kept = []
+    lm.cache_hook = SimpleNamespace(add_partial=lambda *entry: kept.append(entry))
+    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    texts = [texts for texts, *_ in requests]
+    assert kept == [("loglikelihood", *pair) for pair in zip(texts, answers, strict=True)]
+
+
+def test_rolling_likelihoods_are_those_of_lm_eval(tiny_random, lm_classes):
+    model, tokenizer = tiny_random
+    text = SimpleNamespace(args=(paragraphs(1)[:150],))
+    values = [
+        cls(pretrained=model, tokenizer=tokenizer, max_length=64).loglikelihood_rolling(
+            [text, text]
+        )
+        for cls in lm_classes
+    ]
+    assert values[1] == pytest.approx(values[0], abs=1e-3)
+
+
 # Tasks
 
 
@@ -102,6 +273,128 @@ def test_mmlu_takes_the_limit_per_subject(tiny_random):
     assert score["n"] == len(score["margin"]) == 57
     assert score["acc"] == pytest.approx(np.mean(score["correct"]), abs=1e-12)
     assert [int(margin > 0) for margin in score["margin"]] == score["correct"]
+
+
+def test_scores_are_those_of_lm_eval_to_the_item(tiny_random, lm_classes, monkeypatch):
+    names = ["piqa", "hellaswag", "winogrande", "arc_easy", "mmlu"]
+    ours = evaluation.tasks(*tiny_random, names, limit=2)
+    monkeypatch.setattr("dynslice.choices.SharedContextLM", lm_classes[0])
+    theirs = evaluation.tasks(*tiny_random, names, limit=2)
+    for name in names:
+        margins = ours[name].pop("margin"), theirs[name].pop("margin")
+        assert margins[0] == pytest.approx(margins[1], abs=1e-3)
+        assert ours[name] == theirs[name]
+
+
+# Drawn items
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_random):
+    names = ["piqa", "winogrande", "mmlu"]
+    return evaluation.tasks(*tiny_random, names, limit=20, subset="stratified")
+
+
+@pytest.mark.parametrize("name", ["piqa", "winogrande", "mmlu"])
+def test_a_stratified_limit_is_the_number_of_items(name, drawn):
+    score = drawn[name]
+    assert score["n"] == len(score["items"]) == len(set(score["items"])) == 20
+    assert score["acc"] == pytest.approx(np.mean(score["correct"]), abs=1e-12)
+    deviation = np.std(score["correct"], ddof=1)
+    assert score["acc_stderr"] == pytest.approx(deviation / np.sqrt(20))
+    assert [int(margin > 0) for margin in score["margin"]] == score["correct"]
+
+
+def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
+    whole = evaluation.tasks(*tiny_random, ["piqa"], limit=9)["piqa"]
+    monkeypatch.setattr(evaluation, "_draw", lambda name, limit: {name: [1, 5, 8]})
+    part = evaluation.tasks(*tiny_random, ["piqa"], limit=3, subset="stratified")["piqa"]
+    assert "items" not in whole
+    assert part["items"] == [1, 5, 8]
+    for key in ("correct", "correct_norm"):
+        assert part[key] == [whole[key][item] for item in part["items"]]
+    assert part["margin"] == pytest.approx([whole["margin"][i] for i in part["items"]], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"])
+@pytest.mark.parametrize("limit", [7, 50])
+def test_answer_positions_keep_their_proportions(name, limit, tiny_random):
+    evaluation.write_task_files()
+    positions = {"piqa": "label", "hellaswag": "label", "winogrande": "answer"}
+    docs = evaluation._task_manager().load([name])["tasks"][name].eval_docs
+    if name.startswith("arc"):
+        answers = [doc["choices"]["label"].index(doc["answerKey"]) for doc in docs]
+    else:
+        answers = [int(doc[positions[name]]) for doc in docs]
+    [(task, items)] = evaluation._draw(name, limit).items()
+    assert task == name
+    assert items == sorted(set(items))
+    assert len(items) == limit
+    among = Counter(answers[item] for item in items)
+    for answer, count in Counter(answers).items():
+        assert abs(among[answer] - limit * count / len(answers)) < 1
+
+
+@pytest.mark.parametrize("limit", [20, 200])
+def test_mmlu_is_drawn_in_proportion_to_its_subjects(limit, tiny_random):
+    evaluation.write_task_files()
+    sizes = {name: len(items) for name, items in evaluation._strata("mmlu")}
+    items = evaluation._draw("mmlu", limit)
+    assert len(sizes) == 57
+    assert all(items.values())
+    assert sum(map(len, items.values())) == limit
+    for name, size in sizes.items():
+        share = limit * size / sum(sizes.values())
+        assert abs(len(items.get(name, [])) - share) < 1
+
+
+def test_mmlu_names_its_items_by_subject(drawn):
+    items = evaluation._draw("mmlu", 20)
+    want = [f"{name.removeprefix('mmlu_')}:{i}" for name in sorted(items) for i in items[name]]
+    assert drawn["mmlu"]["items"] == want
+    assert drawn["mmlu"]["acc_norm"] is None
+
+
+@pytest.mark.parametrize("name", ["piqa", "mmlu"])
+def test_the_same_items_are_drawn_every_time(name, drawn):
+    evaluation._draw.cache_clear()
+    np.random.default_rng().random()
+    again = evaluation._draw(name, 20)
+    items = [
+        f"{task.removeprefix('mmlu_')}:{i}" if name == "mmlu" else i
+        for task, ids in again.items()
+        for i in ids
+    ]
+    assert sorted(items) == sorted(drawn[name]["items"])
+
+
+def test_a_limit_beyond_the_items_takes_them_all(tiny_random):
+    evaluation.write_task_files()
+    assert evaluation._draw("arc_challenge", 10**6) == {"arc_challenge": list(range(299))}
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes", "shares"),
+    [
+        (10, [10, 10, 10], [4, 3, 3]),
+        (3, [5, 1, 4], [2, 0, 1]),
+        (1, [1, 1], [1, 0]),
+        (9, [2, 3], [2, 3]),
+    ],
+)
+def test_largest_remainders(limit, sizes, shares):
+    assert evaluation._proportional(limit, sizes) == shares
+
+
+def test_unknown_subset_is_refused(tiny_random):
+    with pytest.raises(RequestError, match=r"subset 'random' is unknown; use first or stratified"):
+        evaluation.tasks(*tiny_random, ["piqa"], limit=1, subset="random")
+
+
+@pytest.mark.parametrize("subset", evaluation.SUBSETS)
+def test_a_limit_of_no_item_is_refused(subset, tiny_random):
+    with pytest.raises(RequestError, match="limit 0 takes no item; use at least 1"):
+        evaluation.tasks(*tiny_random, ["piqa"], limit=0, subset=subset)
 
 
 def test_unknown_task_is_refused(tiny_random):

@@ -1,5 +1,7 @@
 """The heart of the method against its plain definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY, projector_oracle
@@ -8,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from dynslice import corpora, models
 from dynslice.errors import RequestError, RunError
 from dynslice.evaluation import perplexity
-from dynslice.plan import Shape, SlicePlan, constant, dynamic
+from dynslice.plan import Shape, SlicePlan, constant, dynamic, single
 from dynslice.slicing import principal_basis, slice_model
 
 
@@ -21,7 +23,7 @@ def logits_of(model, tokens):
     return model(tokens, use_cache=False).logits
 
 
-def test_rotation_without_slicing_leaves_logits_unchanged(tiny, tokens):
+def test_full_widths_leave_logits_unchanged(tiny, tokens):
     shape = Shape.of(tiny.config)
     sliced = slice_model(tiny, tokens, constant(shape, 0.0)).model
     torch.testing.assert_close(
@@ -29,9 +31,18 @@ def test_rotation_without_slicing_leaves_logits_unchanged(tiny, tokens):
     )
 
 
-@pytest.mark.parametrize("widths", [(36, 36, 36), (48, 17, 31), (9, 40, 24)])
-def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths):
-    plan = uneven(Shape.of(tiny.config), widths)
+@pytest.mark.parametrize(
+    ("widths", "embedding"),
+    [
+        ((36, 36, 36), None),
+        ((48, 17, 31), None),
+        ((9, 40, 24), None),
+        ((48, 17, 48), 48),
+        ((20, 48, 31), 40),
+    ],
+)
+def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths, embedding):
+    plan = replace(uneven(Shape.of(tiny.config), widths), embedding_width=embedding)
     evaluation = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9))
     sliced = slice_model(tiny, tokens, plan).model
     expected = projector_oracle(tiny, tokens, evaluation, plan.attention_widths, plan.mlp_widths)
@@ -83,7 +94,17 @@ def test_each_block_runs_once_per_calibration_batch(tokens):
         layer.self_attn.register_forward_hook(lambda *_: calls.append("attention"))
         layer.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
     slice_model(model, tokens, constant(Shape.of(model.config), 0.25))  # one batch of 6 x 24
-    assert calls == ["attention", "mlp"] * 3
+    # The last MLP runs for no place: the head reads the full stream in its own basis.
+    assert calls == ["attention", "mlp", "attention", "mlp", "attention"]
+
+
+def test_blocks_after_the_last_cut_do_not_run(tokens):
+    model = TINY["llama"]()
+    calls = []
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    slice_model(model, tokens, single(Shape.of(model.config), 1, 0.5))
+    assert calls == [0, 1]
 
 
 def test_basis_is_the_leading_eigenspace():

@@ -11,13 +11,22 @@ from dynslice.errors import RequestError, RunError
 from dynslice.study import Study
 
 
+SMALL = {
+    "tasks": {},
+    "task_slice_percentages": [],
+    "lr_max_tokens": 512,
+    "ablation_slice_percentage": None,
+    "ablation_lr_tokens": [],
+    "single_layer_slice": None,
+}
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """The smoke study without tasks, in a store of its own."""
+    """The smoke study without tasks and ablations, in a store of its own."""
     assets.fetch()
     monkeypatch.setattr(paths, "OUTPUT", tmp_path)
-    settings = {"tasks": {}, "task_slice_percentages": [], "lr_max_tokens": 512}
-    return Study.open("smoke", device="cpu", **settings)
+    return Study.open("smoke", device="cpu", **SMALL)
 
 
 def test_only_what_is_missing_is_measured(small, capfd):
@@ -41,7 +50,7 @@ def test_the_model_is_loaded_once_and_each_slice_made_once(small, monkeypatch):
     monkeypatch.setattr(slicing, "slice_model", lambda *a: slices.append(a) or slice_model(*a))
     small.ensure(small.requests())
     assert len(loads) == 1
-    assert len(slices) == len([p for p in small.points() if p.plan])
+    assert len(slices) == len([p for p in small.points() if p.network])
 
 
 def test_every_point_has_its_constants_of_equal_slice_and_of_equal_size(small):
@@ -153,7 +162,7 @@ def test_a_share_that_cannot_be_cut_is_refused_before_measuring(small):
 
 
 def test_a_study_without_pairs_still_reports(small):
-    alone = Study.open("smoke", device="cpu", slice_bases=[], tasks={}, lr_max_tokens=512)
+    alone = Study.open("smoke", device="cpu", **{**SMALL, "slice_bases": []})
     comparison = report.perplexity_comparison(alone)
     assert comparison.empty
     assert "compares no dynamic" in report.comparison_prose(

