@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dynslice import assets, models, paths, report, slicing, study
+from dynslice import assets, claims, compare, models, paths, report, slicing, study
 from dynslice.errors import RequestError, RunError
 from dynslice.study import Study
-
 
 SMALL = {
     "tasks": {},
@@ -127,11 +126,11 @@ def test_verdicts_follow_from_the_results(small, shift, verdict):
         nll = 3 + 0.02 * rng.standard_normal(8) + shift * (point.schedule == "dynamic")
         value = {**result.value, "nll": nll.tolist(), "perplexity": float(np.exp(nll.mean()))}
         small.store.put(replace(result, value=value))
-    table = report.claims_table(small)
+    table = claims.claims_table(small)
     rows = table[table["claim"].str.contains("perplexity")]
     assert rows["verdict on this model"].tolist() == [verdict] * 2
     assert set(rows["verdict on the paper's models"]) == {"not tested here"}
-    prose = report.claims_prose(table, small)
+    prose = claims.claims_prose(table, small)
     assert f"**{verdict}** on embedded:tiny-random" in prose
     tasks = table[table["claim"].str.contains("tasks")]
     assert set(tasks["verdict on this model"]) == {"not tested here"}
@@ -140,11 +139,11 @@ def test_verdicts_follow_from_the_results(small, shift, verdict):
 def test_intervals_hold_the_mean_and_shrink_with_more_windows():
     rng = np.random.default_rng(1)
     few, many = rng.normal(1, 1, 20), rng.normal(1, 1, 2000)
-    low, high = report._interval(few)
+    low, high = compare.interval(few)
     assert low < few.mean() < high
-    narrow = report._interval(many)
+    narrow = compare.interval(many)
     assert narrow[1] - narrow[0] < (high - low) / 5
-    assert report._interval(np.zeros(5)) == (0.0, 0.0)
+    assert compare.interval(np.zeros(5)) == (0.0, 0.0)
 
 
 def test_result_files_are_json_with_provenance(small):
@@ -170,7 +169,7 @@ def test_a_study_without_pairs_still_reports(small):
     )
     report.difference_figure(comparison, "perplexity (%)", "dynamic")
     assert report.task_table(alone).empty
-    assert set(report.claims_table(alone)["verdict on this model"]) == {"not tested here"}
+    assert set(claims.claims_table(alone)["verdict on this model"]) == {"not tested here"}
 
 
 def test_a_changed_text_file_is_another_request(tmp_path):

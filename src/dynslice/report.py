@@ -1,6 +1,5 @@
-"""Tables and figures from results, nothing else: no number here is measured or typed."""
+"""Tables and figures of redundancy, perplexity and tasks from results; nothing is measured here."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,36 +7,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
-from dynslice import paths
-from dynslice.study import Point, Study
+from dynslice import compare, paths
+from dynslice.study import Study
 
-CONFIDENCE = 0.95
-RESAMPLES = 9999
-INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap interval, {RESAMPLES:,} resamples, seed 0"
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
-EQUAL_SLICE, EQUAL_SIZE = "equal mean slice", "equal stored parameters"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference with its bootstrap interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-    @property
-    def direction(self) -> str:
-        """`lower`, `higher`, or `no difference shown`, by where the interval lies."""
-        if self.high < 0:
-            return "lower"
-        return "higher" if self.low > 0 else "no difference shown"
-
-    def format(self, unit: str) -> str:
-        """`+1.2 % [-0.3, +2.7]`."""
-        return f"{self.estimate:+.1f} {unit} [{self.low:+.1f}, {self.high:+.1f}]"
+MARKERS = "D^vsP*<>"
+SHARES = ["SP", "SB", "mean slice", "SB chosen on validation", "best SB in hindsight"]
 
 
 # Layer redundancy
@@ -92,8 +68,9 @@ def perplexity_table(study: Study) -> pd.DataFrame:
     for point in study.points():
         size = study.get(study.slice_request(point)).value
         for text in study.profile.eval_texts:
-            value = study.get(study.perplexity_request(point, text)).value
-            low, high = _interval(np.array(value["nll"]))
+            request = study.perplexity_request(point, text)
+            low, high = compare.interval(compare.nll(study, request))
+            value = study.get(request).value
             rows.append(
                 {
                     "network": point.label,
@@ -119,34 +96,22 @@ def perplexity_comparison(study: Study) -> pd.DataFrame:
     """
     study.ensure(study.perplexity_requests())
     rows = []
-    for dynamic, other, basis in _pairs(study.points()):
+    for dynamic, other, basis in compare.pairs(study.points()):
+        sizes = [study.get(study.slice_request(p)).value["parameters"] for p in (dynamic, other)]
         for text in study.profile.eval_texts:
-            change = perplexity_change(study, dynamic, other, text)
-            sizes = [
-                study.get(study.slice_request(p)).value["parameters"] for p in (dynamic, other)
-            ]
+            change = compare.perplexity_change(study, dynamic, other, text)
             rows.append(
                 {
-                    "dynamic": f"SP {dynamic.slice_percentage:.0%}, SB {dynamic.slice_base:.0%}",
+                    "SP": dynamic.slice_percentage,
+                    "SB": dynamic.slice_base,
                     "against constant at": basis,
                     "text": text,
                     "size (%)": 100 * (sizes[0] / sizes[1] - 1),
-                    "perplexity (%)": change.estimate,
-                    "low": change.low,
-                    "high": change.high,
-                    "dynamic is": change.direction,
+                    **_columns(change, "perplexity (%)"),
                 }
             )
-    names = ["dynamic", "against constant at", "text", "size (%)", "perplexity (%)"]
-    return pd.DataFrame(rows, columns=[*names, "low", "high", "dynamic is"])
-
-
-def perplexity_change(study: Study, a: Point, b: Point, text: str) -> Difference:
-    """Perplexity of a relative to b in percent, paired by window."""
-    nll = [np.array(study.get(study.perplexity_request(p, text)).value["nll"]) for p in (a, b)]
-    difference = nll[0] - nll[1]
-    low, high = _interval(difference)
-    return Difference(*(100 * np.expm1(x) for x in (difference.mean(), low, high)))
+    names = ["SP", "SB", "against constant at", "text", "size (%)"]
+    return pd.DataFrame(rows, columns=[*names, *_columns(None, "perplexity (%)")])
 
 
 def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
@@ -159,7 +124,7 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
     for row, text in zip(axes, texts, strict=True):
         here = table[table["text"] == text]
         for axis, x, factor in ((row[0], "mean slice", 100), (row[1], "parameters (M)", 1)):
-            _perplexity_panel(axis, here, x, factor)
+            constant_and_dynamic(axis, here, x, "perplexity", factor)
         row[0].set(xlabel="mean slice (% of the width)", ylabel=f"perplexity ({text})")
         row[1].set(xlabel="stored parameters (millions)")
     axes[0, 0].legend(frameon=False)
@@ -180,62 +145,186 @@ def size_prose(table: pd.DataFrame) -> str:
     )
 
 
+# Choosing the slice base
+
+
+def sweep_figure(comparison: pd.DataFrame) -> plt.Figure:
+    """Change of perplexity from constant to dynamic by SB: a row per text, a column per SP.
+
+    SB = SP is constant slicing itself, where both changes are zero.
+    """
+    style()
+    if comparison.empty:
+        return nothing()
+    texts, percentages = comparison["text"].unique(), comparison["SP"].unique()
+    size = (2 * COLUMN_WIDTH, 2.2 * len(texts))
+    figure, axes = plt.subplots(
+        len(texts), len(percentages), figsize=size, squeeze=False, sharex="col", sharey=True
+    )
+    for row, text in zip(axes, texts, strict=True):
+        for axis, sp in zip(row, percentages, strict=True):
+            here = comparison[(comparison["text"] == text) & (comparison["SP"] == sp)]
+            _sweep_panel(axis, here, sp)
+            axis.set_title(f"{text}, SP {sp:.0%}")
+        row[0].set_ylabel("change of perplexity (%)")
+    for axis in axes[-1]:
+        axis.set_xlabel("slice base (% of the width)")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def selection_table(study: Study) -> pd.DataFrame:
+    """Per SP, basis and text: the SB that validation chose, its change on the reported windows.
+
+    Beside it the SB that is best on the reported windows themselves; its gain is optimistic,
+    because the numbers that chose it are those that are shown.
+    """
+    study.ensure(study.perplexity_requests())
+    rows = []
+    for sp in study.profile.slice_percentages:
+        for basis in compare.BASES:
+            picked = compare.chosen(study, basis, sp)
+            for text in study.profile.eval_texts if picked else []:
+                best = compare.best(study, basis, text, sp)
+                change = compare.perplexity_change(study, *picked[:2], text)
+                optimistic = compare.perplexity_change(study, *best[:2], text)
+                rows.append(
+                    {
+                        "SP": sp,
+                        "against constant at": basis,
+                        "text": text,
+                        "SB chosen on validation": picked[0].slice_base,
+                        **_columns(change, "perplexity (%)"),
+                        "best SB in hindsight": best[0].slice_base,
+                        "its change (%), optimistic": optimistic.estimate,
+                    }
+                )
+    names = ["SP", "against constant at", "text", "SB chosen on validation"]
+    names += [*_columns(None, "perplexity (%)")]
+    return pd.DataFrame(
+        rows, columns=[*names, "best SB in hindsight", "its change (%), optimistic"]
+    )
+
+
+def selection_prose(table: pd.DataFrame) -> str:
+    """What choosing on validation windows changes, as Markdown."""
+    if table.empty:
+        return "This profile chooses no SB; `standard` does, on validation windows."
+    lines = []
+    for basis, rows in table.groupby("against constant at", sort=False):
+        counts = rows["dynamic is"].value_counts()
+        found = ", ".join(f"{word} in {count}" for word, count in counts.items())
+        plural = "s" * (len(rows) > 1)
+        inflation = (rows["perplexity (%)"] - rows["its change (%), optimistic"]).max()
+        lines.append(
+            f"- At **{basis}**, with SB chosen on validation windows, the perplexity of dynamic "
+            f"slicing is, of {len(rows)} comparison{plural} on test windows: {found}. "
+            f"The best SB in hindsight would flatter it by at most {inflation:.1f} points."
+        )
+    return "\n".join(lines)
+
+
 # Tasks
 
 
 def task_table(study: Study) -> pd.DataFrame:
-    """Accuracy in percent by task and network, with the average over tasks in the last row."""
+    """One row per network and task, then the average: accuracy with its interval, and margin.
+
+    Accuracies in percent; the margin in nats (see `compare.margin_change`).
+    """
     study.ensure(study.task_requests())
-    columns = {}
+    every = list(study.profile.tasks)
+    rows = []
     for point in study.task_points():
-        accuracy = {
-            task: 100 * study.get(study.task_request(point, task)).value["acc"]
-            for task in study.profile.tasks
-        }
-        average = {"average": np.mean(list(accuracy.values()))} if accuracy else {}
-        columns[point.label] = {**accuracy, **average}
-    table = pd.DataFrame(columns)
+        size = study.get(study.slice_request(point)).value["parameters"] / 1e6
+        for tasks in [*([task] for task in every), every] if every else []:
+            values = [study.get(study.task_request(point, task)).value for task in tasks]
+            correct = [100 * np.array(value["correct"]) for value in values]
+            margins = [np.array(value["margin"]) for value in values]
+            low, high = compare.interval(*correct)
+            normed = [value["acc_norm"] for value in values]
+            rows.append(
+                {
+                    "network": point.label,
+                    "schedule": point.schedule,
+                    "SP": point.slice_percentage,
+                    "SB": point.slice_base,
+                    "parameters (M)": size,
+                    "task": tasks[0] if len(tasks) == 1 else "average",
+                    "items": sum(map(len, correct)),
+                    "accuracy": np.mean([c.mean() for c in correct]),
+                    "low": low,
+                    "high": high,
+                    "acc_norm": 100 * np.mean(normed) if None not in normed else None,
+                    "margin": np.mean([m.mean() for m in margins]),
+                }
+            )
+            margin_low, margin_high = compare.interval(*margins)
+            rows[-1] |= {"margin low": margin_low, "margin high": margin_high}
+    return pd.DataFrame(rows)
+
+
+def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
+    """The task table for reading: a row per task, a column per network, `45.0 [38.0, 52.0]`."""
     if table.empty:
         return table
-    first = study.task_points()[0]
-    items = [study.get(study.task_request(first, task)).value["n"] for task in study.profile.tasks]
-    table.insert(0, "items", [*items, sum(items)])
-    table.index.name = "task"
-    return table
+    text = [f"{r.accuracy:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in table.itertuples()]
+    view = table.assign(text=text).pivot_table(
+        index="task", columns="network", values="text", aggfunc="first"
+    )
+    return view.loc[table["task"].unique(), table["network"].unique()]
+
+
+def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
+    """Average accuracy, and average margin of the right choice, against stored parameters."""
+    style()
+    if table.empty:
+        return nothing()
+    here = table[table["task"] == "average"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.5))
+    x = "parameters (M)"
+    constant_and_dynamic(left, here, x, "accuracy")
+    margins = here.drop(columns=["low", "high"])
+    margins = margins.rename(columns={"margin low": "low", "margin high": "high"})
+    constant_and_dynamic(right, margins, x, "margin")
+    left.set(xlabel="stored parameters (millions)", ylabel="average accuracy (%)")
+    right.set(xlabel="stored parameters (millions)", ylabel="average margin (nats)")
+    left.legend(frameon=False)
+    figure.tight_layout()
+    return figure
 
 
 def task_comparison(study: Study) -> pd.DataFrame:
-    """Accuracy of dynamic minus constant in points, per task and on average, paired by item."""
+    """Accuracy of dynamic minus constant in points, per task and on average, paired by item.
+
+    Beside it McNemar's exact p, and the change of the mean margin in nats.
+    """
     study.ensure(study.task_requests())
+    every = list(study.profile.tasks)
     rows = []
-    for dynamic, other, basis in _pairs(study.task_points()):
-        every = list(study.profile.tasks)
+    for dynamic, other, basis in compare.pairs(study.task_points()):
         for tasks in [*([task] for task in every), every] if every else []:
-            change = accuracy_change(study, dynamic, other, tasks)
+            margin = compare.margin_change(study, dynamic, other, tasks)
             rows.append(
                 {
-                    "dynamic": f"SP {dynamic.slice_percentage:.0%}, SB {dynamic.slice_base:.0%}",
+                    "SP": dynamic.slice_percentage,
+                    "SB": dynamic.slice_base,
                     "against constant at": basis,
                     "task": tasks[0] if len(tasks) == 1 else "average",
-                    "accuracy (points)": change.estimate,
-                    "low": change.low,
-                    "high": change.high,
-                    "dynamic is": change.direction,
+                    **_columns(
+                        compare.accuracy_change(study, dynamic, other, tasks), "accuracy (points)"
+                    ),
+                    "McNemar p": compare.mcnemar(study, dynamic, other, tasks),
+                    "margin (nats)": margin.estimate,
+                    "margin low": margin.low,
+                    "margin high": margin.high,
+                    "margin of dynamic is": margin.direction,
                 }
             )
-    names = ["dynamic", "against constant at", "task", "accuracy (points)"]
-    return pd.DataFrame(rows, columns=[*names, "low", "high", "dynamic is"])
-
-
-def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
-    """Accuracy of a minus b in points, the mean over tasks, resampling items within each task."""
-    differences = [
-        np.subtract(*(study.get(study.task_request(p, task)).value["correct"] for p in (a, b)))
-        for task in tasks
-    ]
-    low, high = _interval(*differences)
-    estimate = np.mean([d.mean() for d in differences])
-    return Difference(*(100 * x for x in (estimate, low, high)))
+    names = ["SP", "SB", "against constant at", "task", *_columns(None, "accuracy (points)")]
+    names += ["McNemar p", "margin (nats)", "margin low", "margin high", "margin of dynamic is"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
@@ -269,10 +358,7 @@ def difference_figure(comparison: pd.DataFrame, column: str, label: str) -> plt.
     """
     style()
     if comparison.empty:
-        figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 0.8))
-        axis.axis("off")
-        axis.text(0.5, 0.5, "nothing to compare in this profile", ha="center", va="center")
-        return figure
+        return nothing()
     groups = list(comparison.groupby("against constant at", sort=False))
     figure, axes = plt.subplots(
         1,
@@ -296,100 +382,6 @@ def difference_figure(comparison: pd.DataFrame, column: str, label: str) -> plt.
         axis.set_xlabel(f"change of {quantity} ({unit})")
     figure.tight_layout()
     return figure
-
-
-# Claims
-
-
-def claims_table(study: Study) -> pd.DataFrame:
-    """Each headline claim of the paper beside what was measured, with a verdict by rule.
-
-    Rule: of all dynamic networks of the study the one that gains most counts, as in an `up to`
-    claim. Its verdict is `not supported` unless the interval of the gain excludes zero on the
-    claimed side; then it is `supported` when the gain is at least the published one, and
-    `supported in direction, not in size` when it is smaller. On models that the study did not
-    run it is `not tested here`.
-    """
-    claims = pd.read_csv(paths.PUBLISHED / "claims.csv")
-    rows = []
-    for claim in claims.itertuples():
-        tested = study.profile.model in claim.models.split(";")
-        for basis in (EQUAL_SLICE, EQUAL_SIZE):
-            name, change = _best(study, claim.metric, basis)
-            unit = "%" if claim.metric == "perplexity" else "points"
-            here = _verdict(change, claim.value)
-            rows.append(
-                {
-                    "claim": claim.claim,
-                    "published": f"{claim.value:+d} {'%' if claim.unit == 'percent' else ''}",
-                    "at": basis,
-                    "best dynamic network": name,
-                    "measured": change.format(unit) if change else "-",
-                    "verdict on this model": here,
-                    "verdict on the paper's models": here if tested else "not tested here",
-                    "source": claim.source,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _verdict(change: Difference | None, published: float) -> str:
-    if change is None:
-        return "not tested here"
-    if change.direction != ("lower" if published < 0 else "higher"):
-        return "not supported"
-    return "supported" + (
-        "" if abs(change.estimate) >= abs(published) else " in direction, not in size"
-    )
-
-
-def claims_prose(table: pd.DataFrame, study: Study) -> str:
-    """The verdicts as sentences (Markdown), in words that follow from the numbers."""
-    lines = []
-    for claim, rows in table.groupby("claim", sort=False):
-        lines.append(f"**{claim}** (published: {rows.iloc[0]['published'].strip()}).")
-        for row in rows.itertuples(index=False):
-            at, network, measured, verdict = row[2:6]
-            lines.append(
-                f"- At {at} the best dynamic network ({network}) differs from constant slicing "
-                f"by {measured}: **{verdict}** on {study.profile.model}."
-                if measured != "-"
-                else f"- At {at} this profile measures no such pair: **{verdict}**."
-            )
-        untested = (rows["verdict on the paper's models"] == "not tested here").all()
-        if untested:
-            lines.append("- On Llama3-8B and Mistral-7B: **not tested here**.")
-        lines.append("")
-    return "\n".join(lines)
-
-
-# The README's part
-
-
-def readme_block(study: Study) -> str:
-    """What the README says of a record: a figure, the paired comparison, the verdicts."""
-    name = study.profile.name
-    seconds = [study.store.get(request).seconds for request in study.requests()]
-    comparison = rounded(perplexity_comparison(study)).drop(columns=["text"])
-    return "\n".join(
-        [
-            f"![Perplexity against mean slice and against stored parameters, profile {name}]"
-            f"(figures/{name}/perplexity.png)",
-            "",
-            comparison.to_markdown(index=False, disable_numparse=True),
-            "",
-            size_prose(perplexity_table(study)),
-            "",
-            f"Perplexity of dynamic relative to constant slicing of {study.profile.model} on "
-            f"`{'`, `'.join(study.profile.eval_texts)}` ({study.profile.eval_split} split), "
-            f"negative is better; low and high: {INTERVAL}, windows resampled in pairs.",
-            "",
-            claims_prose(claims_table(study), study).strip(),
-            "",
-            f"{device_line(study)} Its {len(seconds)} measurements took "
-            f"{sum(seconds) / 60:.1f} minutes.",
-        ]
-    )
 
 
 # Writing
@@ -424,8 +416,12 @@ def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) ->
 
 
 def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
-    """The table with its floats as text of so many decimals."""
-    return table.map(lambda v: f"{v:.{digits}f}" if isinstance(v, float) else v)
+    """The table with its floats as text of so many decimals, and shares as percentages."""
+    shares = table.columns.intersection(SHARES)
+    percent = table[shares].map(lambda v: f"{v:.1%}" if isinstance(v, float) else v)
+    return table.assign(**percent).map(
+        lambda v: f"{v:.{digits}f}" if isinstance(v, float) and np.isfinite(v) else v
+    )
 
 
 def device_line(study: Study) -> str:
@@ -451,81 +447,31 @@ def _folder(study: Study) -> Path:
     return folder
 
 
-def _pairs(points: list[Point]) -> list[tuple[Point, Point, str]]:
-    """(dynamic, constant to compare with, basis of the comparison)."""
-    pairs = []
-    for a in points:
-        if a.schedule != "dynamic":
-            continue
-        for b in points:
-            same_sp = b.slice_percentage == a.slice_percentage
-            if b.schedule == "constant" and same_sp:
-                pairs.append((a, b, EQUAL_SLICE))
-            if b.schedule == "matched" and same_sp and b.slice_base == a.slice_base:
-                pairs.append((a, b, EQUAL_SIZE))
-    return pairs
-
-
-def _best(study: Study, metric: str, basis: str) -> tuple[str, Difference | None]:
-    """The dynamic network with the largest gain, and that gain."""
-    if metric == "perplexity":
-        gains = [
-            (f"{a.label}, {text}", perplexity_change(study, a, b, text))
-            for a, b, on in _pairs(study.points())
-            if on == basis
-            for text in study.profile.eval_texts
-        ]
-        return min(gains, key=lambda g: g[1].estimate, default=("-", None))
-    tasks = list(study.profile.tasks)
-    gains = [
-        (a.label, accuracy_change(study, a, b, tasks))
-        for a, b, on in _pairs(study.task_points())
-        if on == basis and tasks
-    ]
-    return max(gains, key=lambda g: g[1].estimate, default=("-", None))
-
-
-def _interval(*samples: np.ndarray) -> tuple[float, float]:
-    """Bootstrap interval of the mean of the samples' means, resampling each on its own."""
-    if all(len(set(sample)) == 1 for sample in samples):  # nothing to resample
-        mean = float(np.mean([sample.mean() for sample in samples]))
-        return mean, mean
-
-    def mean_of_means(*resampled: np.ndarray, axis: int) -> np.ndarray:
-        return np.mean([r.mean(axis=axis) for r in resampled], axis=0)
-
-    interval = stats.bootstrap(
-        samples,
-        mean_of_means,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        batch=1000,  # bounds the memory on whole task sets
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def _perplexity_panel(axis: plt.Axes, table: pd.DataFrame, x: str, factor: float) -> None:
-    dense = table[table["schedule"] == "dense"].iloc[0]
-    axis.axhline(dense["perplexity"], color="0.5", linestyle=":", label="dense")
-    constant = table[table["schedule"].isin(["constant", "matched"])]
-    _points_with_intervals(axis, constant, x, factor, "o-", "C0", "constant")
-    dynamic = table[table["schedule"] == "dynamic"].groupby("SB")
-    for marker, (sb, rows) in zip("D^vsP*<>", dynamic, strict=False):
-        _points_with_intervals(axis, rows, x, factor, marker, "C1", f"dynamic, SB {sb:.0%}")
-
-
-def _points_with_intervals(
-    axis: plt.Axes, rows: pd.DataFrame, x: str, factor: float, form: str, colour: str, label: str
+def constant_and_dynamic(
+    axis: plt.Axes, table: pd.DataFrame, x: str, y: str, factor: float = 1.0
 ) -> None:
-    rows = rows.sort_values(x)
-    errors = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
+    """y with its interval (low, high) against factor * x: constant as a curve, dynamic as marks."""
+    dense = table[table["schedule"] == "dense"].iloc[0]
+    axis.axhline(dense[y], color="0.5", linestyle=":", label="dense")
+    constant = table[table["schedule"].isin(["constant", "matched"])]
+    points_with_intervals(axis, factor * constant[x], constant, y, "o-", "C0", "constant")
+    dynamic = table[table["schedule"] == "dynamic"].groupby("SB")
+    for marker, (sb, rows) in zip(MARKERS, dynamic, strict=False):
+        points_with_intervals(
+            axis, factor * rows[x], rows, y, marker, "C1", f"dynamic, SB {sb:.0%}"
+        )
+
+
+def points_with_intervals(
+    axis: plt.Axes, x: pd.Series, rows: pd.DataFrame, y: str, form: str, colour: str, label: str
+) -> None:
+    """rows[y] at x, with bars from rows["low"] to rows["high"]; a line where `form` has one."""
+    order = np.argsort(x.to_numpy(), kind="stable")
+    rows = rows.iloc[order]
     artist = axis.errorbar(
-        factor * rows[x],
-        rows["perplexity"],
-        yerr=errors,
+        x.iloc[order],
+        rows[y],
+        yerr=[rows[y] - rows["low"], rows["high"] - rows[y]],
         fmt=form,
         color=colour,
         markerfacecolor="w" if "-" in form else colour,
@@ -536,3 +482,28 @@ def _points_with_intervals(
     )
     for bar in artist[2]:
         bar.set_alpha(0.5)
+
+
+def _sweep_panel(axis: plt.Axes, rows: pd.DataFrame, sp: float) -> None:
+    looks = {compare.EQUAL_SLICE: ("s--", "C2", -0.2), compare.EQUAL_SIZE: ("o-", "C0", 0.2)}
+    for basis, (form, colour, aside) in looks.items():
+        here = rows[rows["against constant at"] == basis]
+        x = 100 * here["SB"] + aside
+        points_with_intervals(axis, x, here, "perplexity (%)", form, colour, f"at {basis}")
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.plot(100 * sp, 0, "k|", markersize=8)
+
+
+def _columns(change: compare.Difference | None, name: str) -> dict:
+    if change is None:
+        return dict.fromkeys((name, "low", "high", "dynamic is"))
+    values = (change.estimate, change.low, change.high, change.direction)
+    return dict(zip((name, "low", "high", "dynamic is"), values, strict=True))
+
+
+def nothing() -> plt.Figure:
+    """A small figure that says that the profile has nothing to show."""
+    figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 0.8))
+    axis.axis("off")
+    axis.text(0.5, 0.5, "nothing to compare in this profile", ha="center", va="center")
+    return figure

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynslice import paths, report
+from dynslice import claims, paths
 from dynslice.errors import RequestError, RunError
 from dynslice.results import Measurement, Result, Store
 from dynslice.study import Study, check
@@ -23,6 +23,12 @@ NEEDS = {
     "03": Study.task_requests,
     "04": Study.ablation_requests,
     "06": Study.requests,
+}
+
+# The pages with parts that a record speaks for, between its markers.
+PAGES = {
+    paths.ROOT / "README.md": claims.readme_block,
+    paths.ROOT / "docs" / "deviations.md": claims.deviations_block,
 }
 
 
@@ -116,21 +122,20 @@ def record(profile: str) -> tuple[dict, list[str]]:
         if target.exists():
             os.replace(target, Path(scratch) / "old")
         os.replace(fresh.folder, target)
-    update_readme(Study.open(profile, from_record=True))
+    update_pages(Study.open(profile, from_record=True))
     commit = commits.pop()
     facts = {"profile": profile, "results": len(results), "commit": commit}
     return facts, [f"{len(results)} results of commit {commit[:10]} are the record of {profile}"]
 
 
-def update_readme(study: Study) -> None:
-    """Rewrite the part of the README that a record speaks for, if the README has one."""
-    readme = paths.ROOT / "README.md"
-    before, start, rest = readme.read_text(encoding="utf-8").partition(_marker(study, ""))
-    if not start:
-        return
-    _, end, after = rest.partition(_marker(study, "/"))
-    text = f"{before}{start}\n{report.readme_block(study)}\n{end}{after}"
-    readme.write_text(text, encoding="utf-8")
+def update_pages(study: Study) -> None:
+    """Rewrite the parts of the README and of docs/ that a record speaks for."""
+    for path, block in PAGES.items():
+        before, start, rest = path.read_text(encoding="utf-8").partition(_marker(study, ""))
+        if start:
+            _, end, after = rest.partition(_marker(study, "/"))
+            text = f"{before}{start}\n{block(study)}\n{end}{after}"
+            path.write_text(text, encoding="utf-8")
 
 
 def _marker(study: Study, slash: str) -> str:

@@ -1,0 +1,431 @@
+"""Tables, figures and sentences of the ablations (notebook 04), from results."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
+
+from dynslice import compare, report
+from dynslice.compare import Difference
+from dynslice.redundancy import SCORES, scores_of
+from dynslice.report import COLUMN_WIDTH, MARKERS
+from dynslice.study import Point, Study
+
+FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
+NONE = "This profile runs no such ablation; `standard` does."
+
+
+# LR itself
+
+
+def lr_table(study: Study) -> pd.DataFrame:
+    """LR per layer: on each text, with other definitions of the last layer, and other scores."""
+    columns = {f"{r.config['text']}": _lr(study, r) for r in study.lr_requests()}
+    for end in study.profile.ablation_last_layers:
+        request = study.lr_request(last_layer=end)
+        columns[f"{request.config['text']}, last layer {end}"] = _lr(study, request)
+    layers = study.get(study.lr_request()).value["layers"]
+    if study.profile.ablation_scores:
+        columns["angular distance"] = [layer["angular_distance"] for layer in layers]
+        columns["update norm"] = [layer["update_norm"] for layer in layers]
+    table = pd.DataFrame(columns)
+    table.index.name = "layer"
+    return table
+
+
+def lr_figure(table: pd.DataFrame) -> plt.Figure:
+    """LR by layer, a curve per text and definition."""
+    report.style()
+    figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 2.6))
+    curves = [name for name in table if name not in ("angular distance", "update norm")]
+    for name, marker, line in zip(curves, MARKERS, ["-", "--", ":", "-.", "-"] * 2, strict=False):
+        axis.plot(table.index, table[name], line, marker=marker, markersize=3, label=name)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="layer", ylabel="layer redundancy (cosine)")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def lr_agreement(study: Study) -> pd.DataFrame:
+    """How LR on each text, length, last layer and score ranks the layers beside the profile's own.
+
+    Spearman's rank correlation over layers, the largest difference of LR in any layer, and for
+    texts the largest difference of a width in the ablated dynamic plan.
+    """
+    own = study.lr_request()
+    reference = _lr(study, own)
+    rows = []
+
+    def add(what: str, variant: str, scores: list[float], same_scale: bool = True) -> None:
+        gap = np.abs(np.subtract(scores, reference)).max() if same_scale else None
+        rank = float(stats.spearmanr(scores, reference).statistic)
+        rows.append(
+            {
+                "varied": what,
+                "variant": variant,
+                "rank correlation": rank,
+                "largest |difference| of LR": gap,
+            }
+        )
+
+    for request in study.lr_requests()[1:]:
+        add("text", request.config["text"], _lr(study, request))
+    for end in study.profile.ablation_last_layers:
+        add("last layer", end, _lr(study, study.lr_request(last_layer=end)))
+    for score in SCORES[1:] if study.profile.ablation_scores else []:
+        layers = study.get(own).value["layers"]
+        add("score", score, scores_of(layers, score), same_scale=False)
+    return pd.DataFrame(rows)
+
+
+def width_table(study: Study) -> pd.DataFrame:
+    """The ablated dynamic plan as LR on each text makes it: widths and stored parameters."""
+    rows = []
+    plans = [study.get(request).value for request in study.lr_plan_requests()]
+    for request, plan in zip(study.lr_requests(), plans, strict=False):
+        gaps = np.abs(np.subtract(plan["widths"], plans[0]["widths"]))
+        rows.append(
+            {
+                "LR text": request.config["text"],
+                "narrowest": min(plan["widths"]),
+                "widest": max(plan["widths"]),
+                "layers with another width": int((gaps > 0).sum()),
+                "largest change of a width": int(gaps.max()),
+                "parameters (M)": plan["parameters"] / 1e6,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def lr_tokens_table(study: Study) -> pd.DataFrame:
+    """LR on growing beginnings of the text beside LR on the longest."""
+    if not study.profile.ablation_lr_tokens:
+        return pd.DataFrame()
+    requests = study.lr_by_tokens()
+    longest = _lr(study, requests[-1])
+    rows = []
+    for request in requests:
+        lr, value = _lr(study, request), study.get(request).value
+        rows.append(
+            {
+                "tokens": value["tokens"],
+                "windows": value["windows"],
+                "rank correlation with the longest": float(stats.spearmanr(lr, longest).statistic),
+                "largest |difference| of LR": float(np.abs(np.subtract(lr, longest)).max()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# What a change of the slice does
+
+
+def ablation_table(study: Study) -> pd.DataFrame:
+    """Every ablated network on the first text: size, perplexity, and two paired changes.
+
+    `change` compares with the same kind of network (dynamic, or constant) as the main comparison
+    makes it, `against the curve` with constant slicing of the same stored parameters, interpolated
+    between the constant networks of the study (`compare.curve_change`); both in percent.
+    """
+    text = study.profile.eval_texts[0]
+    reference = {point.schedule: point for point in study.ablated()}
+    rows = [_ablation_row(study, "as in the main comparison", p, p, text) for p in study.ablated()]
+    for ablation in study.ablations():
+        schedule = "dynamic" if ablation.point.schedule == "shuffled" else ablation.point.schedule
+        for text in ablation.texts:
+            rows.append(
+                _ablation_row(study, ablation.question, ablation.point, reference[schedule], text)
+            )
+    return pd.DataFrame(rows)
+
+
+def ablation_prose(table: pd.DataFrame, question: str) -> str:
+    """What the networks of one question differ by, as Markdown."""
+    rows = table[table["varied"] == question] if not table.empty else table
+    if rows.empty:
+        return NONE
+    lines = []
+    for row in rows.itertuples(index=False):
+        values = dict(zip(table.columns, row, strict=True))
+        change = Difference(values["change (%)"], values["low"], values["high"])
+        against = f"{change.format('%')} against the reference: **{change.direction}**"
+        lines.append(
+            f"- {values['network']} ({values['parameters (M)']:.1f} M parameters, "
+            f"{values['text']}): perplexity {values['perplexity']:.1f}, "
+            f"{against}{curve_phrase(values)}."
+        )
+    return "\n".join(lines)
+
+
+def curve_phrase(values: dict | pd.Series) -> str:
+    """How a row of `ablation_table` lies beside constant slicing of its size, to go on a sentence."""
+    if pd.isna(values["against the curve (%)"]):
+        return "; its size lies outside the constant curve"
+    names = ("against the curve (%)", "low, curve", "high, curve")
+    change = Difference(*(values[name] for name in names))
+    return f"; against constant slicing of its own size {change.format('%')}"
+
+
+def seed_table(study: Study) -> pd.DataFrame:
+    """Dynamic against constant of equal size, by calibration seed, then mean and deviation.
+
+    The spread over calibrations is a variance of its own, which no interval over evaluation
+    windows holds.
+    """
+    text = study.profile.eval_texts[0]
+    rows = []
+    for seed, dynamic, matched in _by_seed(study):
+        change = compare.perplexity_change(study, dynamic, matched, text)
+        rows.append(
+            {
+                "calibration seed": str(seed),
+                "dynamic": _perplexity(study, dynamic, text),
+                "constant of equal size": _perplexity(study, matched, text),
+                "change (%)": change.estimate,
+                "low": change.low,
+                "high": change.high,
+            }
+        )
+    table = pd.DataFrame(rows)
+    if len(rows) < 2:
+        return pd.DataFrame()
+    numbers = table[["dynamic", "constant of equal size", "change (%)"]]
+    spread = pd.DataFrame([numbers.mean(), numbers.std()])
+    spread.insert(0, "calibration seed", ["mean", "standard deviation"])
+    return pd.concat([table, spread], ignore_index=True)
+
+
+def seed_prose(table: pd.DataFrame) -> str:
+    """The spread over calibrations in a sentence (Markdown)."""
+    if table.empty:
+        return NONE
+    *draws, mean, deviation = table["change (%)"]
+    signs = {np.sign(change) for change in draws}
+    return (
+        f"Over {len(draws)} calibrations the change is {mean:+.1f} % on average with a standard "
+        f"deviation of {deviation:.1f} points, from {min(draws):+.1f} to {max(draws):+.1f} %: "
+        + (
+            "its sign is the same in all of them."
+            if len(signs) == 1
+            else "**its sign depends on the draw of the calibration windows.**"
+        )
+    )
+
+
+def overfit_table(study: Study) -> pd.DataFrame:
+    """Constant slicing by calibration size: perplexity on its calibration windows and on test."""
+    if not study.ablations():
+        return pd.DataFrame()
+    text = study.profile.eval_texts[0]
+    points = [a.point for a in study.ablations() if a.question == "calibration size"]
+    rows = []
+    for point in [study.ablated()[0], *points]:
+        calibration = point.network["calibration"]
+        own = study.get(study.calibration_request(point)).value
+        rows.append(
+            {
+                "calibration tokens": calibration["windows"] * calibration["window"],
+                "perplexity, own calibration windows": own["perplexity"],
+                f"perplexity, {text}": _perplexity(study, point, text),
+            }
+        )
+    return pd.DataFrame(rows).sort_values("calibration tokens", ignore_index=True)
+
+
+# Does LR predict what hurts?
+
+
+def sensitivity_table(study: Study) -> pd.DataFrame:
+    """Per layer: LR, and by how many percent cutting that layer alone raises the perplexity."""
+    request = study.sensitivity_request()
+    if request is None:
+        return pd.DataFrame()
+    value = study.get(request).value
+    lr = _lr(study, study.lr_request())
+    rows = []
+    for layer in value["layers"]:
+        difference = np.subtract(layer["nll"], value["dense"])
+        low, high = compare.interval(difference)
+        numbers = (100 * np.expm1(x) for x in (difference.mean(), low, high))
+        row = dict(zip(("perplexity (%)", "low", "high"), numbers, strict=True))
+        rows.append({"layer": layer["index"], "LR": lr[layer["index"]], **row})
+    return pd.DataFrame(rows)
+
+
+def rank_correlation(table: pd.DataFrame) -> Difference:
+    """Spearman's correlation of LR with the measured loss, with its bootstrap interval."""
+
+    def spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        ranks = (stats.rankdata(values, axis=axis) for values in (x, y))
+        return stats.pearsonr(*ranks, axis=axis).statistic
+
+    samples = table["LR"].to_numpy(), table["perplexity (%)"].to_numpy()
+    bounds = compare.bootstrap(samples, spearman, paired=True)
+    return Difference(float(spearman(*samples, axis=-1)), float(bounds.low), float(bounds.high))
+
+
+def sensitivity_prose(table: pd.DataFrame) -> str:
+    """Whether layers with high LR are those that are cheap to cut (Markdown)."""
+    if table.empty:
+        return NONE
+    inner = table.iloc[1:-1]
+    if len(inner) < FEWEST_LAYERS:
+        return f"{len(table)} layers are too few for a rank correlation."
+    rho, within = rank_correlation(table), rank_correlation(inner)
+    worst, mildest = (
+        table.loc[getattr(table["perplexity (%)"], f)()] for f in ("idxmax", "idxmin")
+    )
+    says = {
+        "lower": "layers with a higher LR do lose less: LR predicts what hurts",
+        "higher": "layers with a higher LR lose **more**: LR ranks the layers the wrong way round",
+        "no difference shown": "no relation is shown between LR and what a cut costs",
+    }
+    return (
+        f"Rank correlation of LR with the loss over all {len(table)} layers: {_interval(rho)}: "
+        f"{says[rho.direction]}. Without the first and the last layer: {_interval(within)}: "
+        f"{says[within.direction]}. Cutting layer {worst['layer']:.0f} costs most "
+        f"({worst['perplexity (%)']:+.1f} %, LR {worst['LR']:.3f}), layer {mildest['layer']:.0f} "
+        f"least ({mildest['perplexity (%)']:+.1f} %, LR {mildest['LR']:.3f})."
+    )
+
+
+def sensitivity_figure(table: pd.DataFrame) -> plt.Figure:
+    """Left the loss against LR, a point per layer; right the loss by layer."""
+    report.style()
+    if table.empty:
+        return report.nothing()
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.5), sharey=True)
+    for axis, x in zip(axes, ("LR", "layer"), strict=True):
+        report.points_with_intervals(axis, table[x], table, "perplexity (%)", "o", "C0", "")
+    for row in table.itertuples(index=False):
+        axes[0].annotate(
+            f"{row.layer}", (row.LR, row[2]), fontsize=5, xytext=(2, 2), textcoords="offset points"
+        )
+    axes[0].set(xlabel="layer redundancy (cosine)", ylabel="perplexity, layer cut alone (%)")
+    axes[1].set(xlabel="layer")
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if table["perplexity (%)"].max() > 20 * max(table["perplexity (%)"].median(), 0.1):
+        axes[0].set_yscale("symlog", linthresh=1)
+    figure.tight_layout()
+    return figure
+
+
+# Is it the order that helps?
+
+
+def shuffle_table(study: Study) -> pd.DataFrame:
+    """The dynamic network and its shuffles, against constant of equal size and against LR order."""
+    shuffled = [a.point for a in study.ablations() if a.question == "shuffled"]
+    if not shuffled:
+        return pd.DataFrame()
+    text = study.profile.eval_texts[0]
+    _, dynamic, _ = study.ablated()
+    rows = []
+    for point in [dynamic, *shuffled]:
+        curve = compare.curve_change(study, point, text)
+        change = compare.perplexity_change(study, point, dynamic, text)
+        rows.append(
+            {
+                "order of the widths": point.variant or "by LR",
+                "parameters (M)": _parameters(study, point) / 1e6,
+                "perplexity": _perplexity(study, point, text),
+                **_named(curve, "against constant of equal size (%)", "constant"),
+                **_named(change, "against LR order (%)", "LR"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def shuffle_prose(table: pd.DataFrame) -> str:
+    """Whether the order that LR gives is better than any order (Markdown)."""
+    if table.empty:
+        return NONE
+    draws = table.iloc[1:]
+    better = int((draws["low, LR"] > 0).sum())
+    change = draws["against LR order (%)"]
+    return (
+        f"Of {len(draws)} random orders of the same widths **{better} have a higher perplexity** "
+        f"than the order by LR, with an interval above zero ({change.min():+.1f} to "
+        f"{change.max():+.1f} %). "
+        + (
+            "Where the widths go matters, and LR places them better than chance."
+            if better == len(draws)
+            else "LR's order is not shown to be better than chance in all of them."
+        )
+    )
+
+
+def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
+    """Left against constant slicing of equal size, right against the order by LR."""
+    report.style()
+    if table.empty:
+        return report.nothing()
+    figure, axes = plt.subplots(
+        1, 2, figsize=(2 * COLUMN_WIDTH, 0.9 + 0.25 * len(table)), sharey=True
+    )
+    y = np.arange(len(table))[::-1]
+    names = {"against constant of equal size (%)": "constant", "against LR order (%)": "LR"}
+    for axis, (column, suffix) in zip(axes, names.items(), strict=True):
+        values = table[column].astype(float)
+        bars = [
+            values - table[f"low, {suffix}"].astype(float),
+            table[f"high, {suffix}"].astype(float) - values,
+        ]
+        axis.errorbar(values, y, xerr=bars, fmt="none", color="0.4", capsize=2, zorder=1)
+        axis.scatter(values, y, c=["k", *["w"] * (len(table) - 1)], edgecolors="k", s=18, zorder=2)
+        axis.axvline(0, color="0.6", linewidth=1)
+        axis.set_yticks(y, table["order of the widths"])
+        axis.set_xlabel(f"perplexity {column}")
+    figure.tight_layout()
+    return figure
+
+
+def _by_seed(study: Study) -> list[tuple[int, Point, Point]]:
+    """(calibration seed, dynamic, constant of equal size): the profile's own seed, then others."""
+    if not study.ablated():
+        return []
+    _, dynamic, matched = study.ablated()
+    found = [(study.profile.seed, dynamic, matched)]
+    others = [a.point for a in study.ablations() if a.question == "calibration seed"]
+    for first, second in zip(others[::2], others[1::2], strict=True):
+        found.append((first.network["calibration"]["seed"], first, second))
+    return found
+
+
+def _ablation_row(study: Study, question: str, point: Point, reference: Point, text: str) -> dict:
+    change = compare.perplexity_change(study, point, reference, text)
+    curve = compare.curve_change(study, point, text)
+    return {
+        "varied": question,
+        "network": point.label,
+        "text": text,
+        "parameters (M)": _parameters(study, point) / 1e6,
+        "perplexity": _perplexity(study, point, text),
+        "change (%)": change.estimate,
+        "low": change.low,
+        "high": change.high,
+        **_named(curve, "against the curve (%)", "curve"),
+    }
+
+
+def _named(change: Difference | None, name: str, suffix: str) -> dict:
+    numbers = (change.estimate, change.low, change.high) if change else (None,) * 3
+    return dict(zip((name, f"low, {suffix}", f"high, {suffix}"), numbers, strict=True))
+
+
+def _interval(value: Difference) -> str:
+    return f"{value.estimate:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+
+
+def _lr(study: Study, request) -> list[float]:
+    return [layer["lr"] for layer in study.get(request).value["layers"]]
+
+
+def _perplexity(study: Study, point: Point, text: str) -> float:
+    return study.get(study.perplexity_request(point, text)).value["perplexity"]
+
+
+def _parameters(study: Study, point: Point) -> int:
+    return study.get(study.slice_request(point)).value["parameters"]
