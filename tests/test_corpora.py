@@ -123,7 +123,7 @@ def test_unknown_split_is_refused():
 
 
 @pytest.mark.parametrize("name", corpora.CORPORA)
-def test_splits_share_no_document(name):
+def test_splits_hold_documents_each_once(name):
     splits = [corpora.documents(name, split) for split in corpora.SPLITS]
     every = [document for split in splits for document in split]
     assert all(split for split in splits)

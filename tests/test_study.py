@@ -1,12 +1,10 @@
 """A study computes what is missing, once, and its verdicts follow from its results."""
 
 import json
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from dynslice import assets, claims, compare, models, paths, report, slicing, study
+from dynslice import assets, claims, models, paths, report, slicing, study
 from dynslice.errors import RequestError, RunError
 from dynslice.study import Study
 
@@ -106,44 +104,6 @@ def test_a_record_that_lacks_results_is_said_so(small):
     incomplete = Study(small.profile, small.store, "cpu", from_record=True)
     with pytest.raises(RunError, match="lacks"):
         incomplete.ensure(incomplete.requests())
-
-
-@pytest.mark.parametrize(
-    ("shift", "verdict"),
-    [
-        (-0.2, "supported"),
-        (-0.06, "supported in direction, not in size"),
-        (0.0, "not supported"),
-        (0.2, "not supported"),
-    ],
-)
-def test_verdicts_follow_from_the_results(small, shift, verdict):
-    small.ensure(small.requests())
-    rng = np.random.default_rng(0)
-    for point in small.points():
-        request = small.perplexity_request(point, "wikipedia")
-        result = small.get(request)
-        nll = 3 + 0.02 * rng.standard_normal(8) + shift * (point.schedule == "dynamic")
-        value = {**result.value, "nll": nll.tolist(), "perplexity": float(np.exp(nll.mean()))}
-        small.store.put(replace(result, value=value))
-    table = claims.claims_table(small)
-    rows = table[table["claim"].str.contains("perplexity")]
-    assert rows["verdict on this model"].tolist() == [verdict] * 2
-    assert set(rows["verdict on the paper's models"]) == {"not tested here"}
-    prose = claims.claims_prose(table, small)
-    assert f"**{verdict}** on embedded:tiny-random" in prose
-    tasks = table[table["claim"].str.contains("tasks")]
-    assert set(tasks["verdict on this model"]) == {"not tested here"}
-
-
-def test_intervals_hold_the_mean_and_shrink_with_more_windows():
-    rng = np.random.default_rng(1)
-    few, many = rng.normal(1, 1, 20), rng.normal(1, 1, 2000)
-    low, high = compare.interval(few)
-    assert low < few.mean() < high
-    narrow = compare.interval(many)
-    assert narrow[1] - narrow[0] < (high - low) / 5
-    assert compare.interval(np.zeros(5)) == (0.0, 0.0)
 
 
 def test_result_files_are_json_with_provenance(small):

@@ -160,7 +160,7 @@ def ablation_prose(table: pd.DataFrame, question: str) -> str:
 
 
 def curve_phrase(values: dict | pd.Series) -> str:
-    """How a row of `ablation_table` lies beside constant slicing of its size, to go on a sentence."""
+    """How a row of `ablation_table` lies beside constant slicing of its size, ends a sentence."""
     if pd.isna(values["against the curve (%)"]):
         return "; its size lies outside the constant curve"
     names = ("against the curve (%)", "low, curve", "high, curve")

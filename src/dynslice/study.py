@@ -256,8 +256,16 @@ class Study:
             if ablation.question == "calibration size":
                 requests.append(self.calibration_request(ablation.point))
         if ablations:
+            requests += self._curve_requests()
             requests += [self.centred_request(), self.calibration_request(self.ablated()[0])]
         return _unique(requests)
+
+    def _curve_requests(self) -> list[Measurement]:
+        """The constant networks, between which the constant curve is drawn."""
+        constant = [p for p in self.points() if p.schedule in ("constant", "matched")]
+        texts = self.profile.eval_texts
+        sizes = [self.slice_request(point) for point in constant]
+        return sizes + [self.perplexity_request(p, text) for p in constant for text in texts]
 
     # Getting it
 

@@ -1,0 +1,294 @@
+"""Paired comparisons, the choice of SB, and the ablations, on results made for the purpose."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dynslice import ablations, claims, compare, report
+from dynslice.profile import load
+from dynslice.results import Measurement, Result, Store
+from dynslice.study import Study
+
+RNG = np.random.default_rng(4)
+LAYERS, ITEMS = 12, 40
+TEXT_LEVEL = {"sotu": 3.0, "wikipedia": 3.4}
+SETTINGS = {
+    "slice_percentages": [0.2, 0.3],
+    "slice_bases": [0.0, 0.1],
+    "eval_texts": ["sotu", "wikipedia"],
+    "tasks": {"piqa": ITEMS, "arc_easy": ITEMS},
+    "task_slice_percentages": [0.2, 0.3],
+    "ablation_slice_percentage": 0.3,
+}
+
+
+class Invented(Study):
+    """A study whose results are invented by `nll_of` and `correct_of` instead of measured."""
+
+    def nll_of(self, config):
+        """Level of the text plus a cost of the slice; dynamic costs 0.05 less."""
+        level = TEXT_LEVEL[config["text"]]
+        if config["slice"] is None:
+            return level
+        plan = config["slice"]["plan"]
+        plan = plan.get("of", plan)
+        inner = plan.get("to", plan)
+        return level + inner["slice_percentage"] - 0.05 * (plan["schedule"] == "dynamic")
+
+    def value(self, request):
+        config = request.config
+        rng = np.random.default_rng(1)  # the same windows and items for every network
+        if request.kind in ("ppl", "centred"):
+            noise = 0.3 * rng.standard_normal(24)
+            nll = self.nll_of({"slice": None, **config}) + noise
+            return {"nll": nll.tolist(), "perplexity": float(np.exp(nll.mean())), "windows": 24}
+        if request.kind == "task":
+            correct = (rng.random(ITEMS) < 0.6).astype(int)
+            margin = rng.standard_normal(ITEMS)
+            version = {"lm_eval_version": "0"}
+            return {
+                "correct": correct.tolist(),
+                "margin": margin.tolist(),
+                "acc_norm": None,
+            } | version
+        if request.kind == "lr":
+            layers = [
+                {
+                    "index": i,
+                    "lr": 0.5 + i / 40,
+                    "angular_distance": 0.4 - i / 40,
+                    "update_norm": 1.0,
+                }
+                for i in range(LAYERS)
+            ]
+            return {"layers": layers, "tokens": config["max_tokens"], "windows": 3}
+        if request.kind == "sensitivity":
+            dense = rng.standard_normal(8)
+            layers = [{"index": i, "nll": (dense + 0.5 - i / 40).tolist()} for i in range(LAYERS)]
+            return {"dense": dense.tolist(), "layers": layers}
+        return self.size_of(config)
+
+    def size_of(self, config):
+        plan = (config.get("slice") or config).get("plan") or {"schedule": "dense"}
+        plan = plan.get("of", plan)
+        inner = plan.get("to", plan)
+        shares = inner.get("slice_percentage", 0.0), inner.get("slice_base", None)
+        size = 200e6 * (1 - shares[0]) + (1e6 if shares[1] is not None else 0)
+        slices = [shares[0]] * LAYERS
+        widths = [64] * LAYERS
+        sizes = {"parameters": int(size), "shortcut_parameters": 10**6, "mean_slice": shares[0]}
+        return {**sizes, "widths": widths, "final_slice": slices}
+
+    def fill(self):
+        """Put a result for every request into the store."""
+        for request in self.requests():
+            where = {"device": "a test", "threads": 1, "commit": "0" * 40, "dirty": False}
+            result = Result(request.kind, request.config, self.value(request), 1.0, 0, where)
+            self.store.put(result)
+        return self
+
+
+@pytest.fixture
+def invented(tmp_path):
+    return Invented(load("smoke", SETTINGS), Store(tmp_path), "cpu", from_record=True).fill()
+
+
+def alter(study, request, change):
+    """Replace a stored value by `change(value)`."""
+    result = study.store.get(request)
+    study.store.put(replace(result, value=change(result.value)))
+
+
+def shift_nll(amount):
+    def change(value):
+        nll = (np.array(value["nll"]) + amount).tolist()
+        return {**value, "nll": nll, "perplexity": float(np.exp(np.mean(nll)))}
+
+    return change
+
+
+def points(study, schedule):
+    return [point for point in study.points() if point.schedule == schedule]
+
+
+def test_a_perplexity_change_is_paired(invented):
+    dynamic, matched = points(invented, "dynamic")[0], points(invented, "matched")[0]
+    change = compare.perplexity_change(invented, dynamic, matched, "sotu")
+    expected = 100 * np.expm1(-0.05)  # the windows' noise is common to both and cancels
+    assert change.estimate == pytest.approx(expected)
+    assert change.low == pytest.approx(expected)
+    assert change.direction == "lower"
+
+
+def test_sb_is_chosen_on_validation_windows_alone(invented):
+    """Whatever the reported windows say: the choice must not move, the hindsight must."""
+    at_03 = [p for p in points(invented, "dynamic") if p.slice_percentage == 0.3]
+    favourite, other = at_03
+    alter(invented, invented.selection_request(favourite), shift_nll(-0.2))
+    for text in ("sotu", "wikipedia"):
+        alter(invented, invented.perplexity_request(other, text), shift_nll(-0.5))
+    for basis in compare.BASES:
+        assert compare.chosen(invented, basis, 0.3)[0] == favourite
+        assert compare.best(invented, basis, "sotu", 0.3)[0] == other
+    table = report.selection_table(invented)
+    rows = table[table["SP"] == 0.3]
+    assert set(rows["SB chosen on validation"]) == {favourite.slice_base}
+    assert set(rows["best SB in hindsight"]) == {other.slice_base}
+    assert (rows["its change (%), optimistic"] < rows["perplexity (%)"] - 10).all()
+
+
+def test_selection_windows_are_of_the_validation_split(invented):
+    requests = [invented.selection_request(p).config for p in invented.points()]
+    assert {r["split"] for r in requests} == {"validation"}
+    reported = {
+        invented.perplexity_request(p, t).config["split"]
+        for p, t in itertools.product(invented.points(), invented.profile.eval_texts)
+    }
+    assert reported == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"),
+    [
+        (-0.3, "supported"),
+        (0.0, "supported in direction, not in size"),
+        (0.3, "not supported"),
+    ],
+)
+def test_verdicts_are_those_of_the_chosen_network(invented, shift, verdict):
+    for point in points(invented, "dynamic"):
+        alter(invented, invented.perplexity_request(point, "wikipedia"), shift_nll(shift))
+    table = claims.claims_table(invented)
+    rows = table[table["claim"].str.contains("perplexity")]
+    verdicts = rows.groupby("measured on")["verdict on this model"].unique()
+    assert verdicts["wikipedia"].tolist() == [verdict]
+    assert verdicts["sotu"].tolist() == ["supported in direction, not in size"]  # untouched
+    prose = claims.claims_prose(table, invented)
+    assert "on wikipedia: dynamic slicing" in prose
+    assert f"**{verdict}** on embedded:tiny-random" in prose
+
+
+def test_accuracy_verdicts_follow_the_items(invented):
+    accuracy = "Dynamic slicing performs"
+    before = claims.claims_table(invented)
+    before = before[before["claim"].str.startswith(accuracy)]
+    assert set(before["verdict on this model"]) == {"not supported"}
+    for point in invented.task_points():
+        if point.schedule == "dynamic":
+            for task in invented.profile.tasks:
+                request = invented.task_request(point, task)
+                alter(invented, request, lambda v: {**v, "correct": [1] * ITEMS})
+    after = claims.claims_table(invented)
+    after = after[after["claim"].str.startswith(accuracy)]
+    assert set(after["verdict on this model"]) == {"supported"}
+
+
+def test_the_constant_curve_is_interpolated_at_the_networks_size(invented):
+    """Between constant networks at 160 M (NLL 3.2) and 141 M (3.3), as at 140 M and 161 M."""
+    dynamic = next(p for p in points(invented, "dynamic") if p.slice_percentage == 0.3)
+    curve = {
+        invented.store.get(invented.slice_request(p)).value["parameters"]: p.slice_percentage
+        for p in invented.points()
+        if p.schedule in ("constant", "matched")
+    }
+    for size in (150e6, 158e6):
+        alter(invented, invented.slice_request(dynamic), lambda v, s=size: {**v, "parameters": s})
+        costs = np.interp(size, sorted(curve), [curve[s] for s in sorted(curve)])
+        change = compare.curve_change(invented, dynamic, "sotu")
+        assert change.estimate == pytest.approx(100 * np.expm1(0.25 - costs))
+    alter(invented, invented.slice_request(dynamic), lambda v: {**v, "parameters": 5})
+    assert compare.curve_change(invented, dynamic, "sotu") is None
+
+
+def test_mcnemar_is_the_exact_binomial_test(invented):
+    a, b = invented.task_points()[:2]
+    flips = (a, [0, 0, 0, 0, 0, 0, 0, 1]), (b, [1, 1, 1, 1, 1, 1, 1, 0])
+    for point, first in flips:
+        request = invented.task_request(point, "piqa")
+        alter(invented, request, lambda v, f=first: {**v, "correct": [*f, *[1] * (ITEMS - 8)]})
+    p = compare.mcnemar(invented, a, b, ["piqa"])
+    assert p == pytest.approx(2 * sum(stats.binom.pmf(k, 8, 0.5) for k in (0, 1)))
+    assert compare.mcnemar(invented, a, a, ["piqa"]) == 1.0
+
+
+def test_margins_move_where_accuracy_does_not(invented):
+    a, b = invented.task_points()[:2]
+    alter(
+        invented,
+        invented.task_request(a, "piqa"),
+        lambda v: {**v, "margin": [m + 0.1 for m in v["margin"]]},
+    )
+    assert compare.accuracy_change(invented, a, b, ["piqa"]).estimate == 0
+    change = compare.margin_change(invented, a, b, ["piqa"])
+    assert (change.estimate, change.direction) == (pytest.approx(0.1), "higher")
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_windows():
+    few, many = RNG.normal(1, 1, 20), RNG.normal(1, 1, 2000)
+    low, high = compare.interval(few)
+    assert low < few.mean() < high
+    narrow = compare.interval(many)
+    assert narrow[1] - narrow[0] < (high - low) / 5
+    assert compare.interval(np.zeros(5)) == (0.0, 0.0)
+
+
+def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
+    table = ablations.sensitivity_table(invented)
+    assert ablations.rank_correlation(table).estimate == pytest.approx(-1)
+    assert "LR predicts what hurts" in ablations.sensitivity_prose(table)
+
+    def turned(value):
+        return {
+            **value,
+            "layers": [
+                {**layer, "nll": other["nll"]}
+                for layer, other in zip(value["layers"], value["layers"][::-1], strict=True)
+            ],
+        }
+
+    alter(invented, invented.sensitivity_request(), turned)
+    assert "wrong way round" in ablations.sensitivity_prose(ablations.sensitivity_table(invented))
+
+
+def test_shuffles_are_compared_with_the_order_by_lr(invented):
+    assert "not shown to be better" in ablations.shuffle_prose(ablations.shuffle_table(invented))
+    for ablation in invented.ablations():
+        if ablation.question == "shuffled":
+            alter(invented, invented.perplexity_request(ablation.point, "sotu"), shift_nll(0.1))
+    table = ablations.shuffle_table(invented)
+    assert table["against LR order (%)"].iloc[1:].min() > 10
+    assert "better than chance" in ablations.shuffle_prose(table)
+    assert "not shown" not in ablations.shuffle_prose(table)
+
+
+def test_a_sign_that_depends_on_the_calibration_is_said(invented):
+    assert "the same in all" in ablations.seed_prose(ablations.seed_table(invented))
+    first = next(a for a in invented.ablations() if a.question == "calibration seed")
+    alter(invented, invented.perplexity_request(first.point, "sotu"), shift_nll(0.2))
+    assert "sign depends" in ablations.seed_prose(ablations.seed_table(invented))
+
+
+def test_every_page_and_figure_comes_from_these_results(invented):
+    comparison = report.perplexity_comparison(invented)
+    report.sweep_figure(comparison)
+    report.accuracy_figure(report.task_table(invented))
+    ablations.lr_figure(ablations.lr_table(invented))
+    ablations.sensitivity_figure(ablations.sensitivity_table(invented))
+    ablations.shuffle_figure(ablations.shuffle_table(invented))
+    deviations = claims.deviations_block(invented)
+    assert "nan" not in deviations
+    before = claims.readme_block(invented)
+    request = invented.perplexity_request(points(invented, "dynamic")[0], "sotu")
+    alter(invented, request, shift_nll(-0.3))
+    assert claims.readme_block(invented) != before
+
+
+def test_requests_of_the_ablations_differ_in_what_they_vary(invented):
+    """No two variants ask for the same network, and each differs from its reference."""
+    networks = [a.point.network for a in invented.ablations()]
+    networks += [point.network for point in invented.ablated()]
+    keys = {Measurement("network", network).key for network in networks}
+    assert len(keys) == len(networks)

@@ -1,0 +1,118 @@
+"""Nothing that is calibrated on, or that chooses, is reported."""
+
+import pytest
+import torch
+
+from dynslice import assets, corpora, evaluation
+from dynslice.errors import RequestError
+from dynslice.study import Study, check
+
+RUN = 64  # tokens; a shared document, or window, shares runs of that length
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fetched():
+    assets.fetch()
+
+
+def windows_by_role(study, tokenizer):
+    """Every token window that the study reads, by what it is read for: {role: [windows]}."""
+    roles = {"calibration": [], "selection": [], "report": []}
+    for request in study.requests():
+        config = request.config
+        if request.kind in ("ppl", "centred") and config["split"] != "train":
+            role = "selection" if config["split"] == "validation" else "report"
+            roles[role].append(config)
+        if config.get("slice"):
+            roles["calibration"].append(config["slice"]["calibration"])
+        if request.kind == "sensitivity":
+            roles["selection"].append(config)
+            roles["calibration"].append(config["calibration"])
+    names = ("text", "split", "window", "windows", "seed")
+    asked = {role: {tuple(c[n] for n in names) for c in configs} for role, configs in roles.items()}
+    return {
+        role: [
+            corpora.windows(text, split, tokenizer, window, count, seed)
+            for text, split, window, count, seed in sorted(configs, key=str)
+        ]
+        for role, configs in asked.items()
+    }
+
+
+def runs(windows):
+    """Every run of RUN tokens in token windows [n, T], as a set of tuples."""
+    return {tuple(run) for row in windows for run in row.unfold(0, RUN, 1).tolist()}
+
+
+def shared_runs(roles):
+    """Runs that windows of two roles have in common, by pair of roles."""
+    known = {role: set().union(*map(runs, windows)) for role, windows in roles.items()}
+    names = list(known)
+    return {
+        (a, b): known[a] & known[b]
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        if known[a] & known[b]
+    }
+
+
+@pytest.mark.parametrize("profile", ["quick", "standard"])
+def test_calibration_selection_and_report_share_no_text(profile, smollm2):
+    roles = windows_by_role(Study.open(profile), smollm2[1])
+    assert roles["calibration"]
+    assert roles["report"]
+    assert not shared_runs(roles)
+
+
+def test_one_shared_window_is_found(smollm2):
+    """The test above fails if one window is shared, or a part of one."""
+    roles = windows_by_role(Study.open("standard"), smollm2[1])
+    clean = roles["report"][0]
+    for leak in (roles["calibration"][0][:1], roles["selection"][0][3:4]):
+        shifted = torch.cat([clean[:1, :100], leak[:, 100:]], dim=1)
+        for poisoned in (leak, shifted):
+            roles["report"][0] = torch.cat([clean, poisoned])
+            assert shared_runs(roles)
+    roles["report"][0] = clean
+    assert not shared_runs(roles)
+
+
+@pytest.mark.parametrize("name", corpora.CORPORA)
+def test_a_document_belongs_to_one_split(name, monkeypatch):
+    def documents_in_two_splits():
+        splits = [set(corpora.documents(name, split)) for split in corpora.SPLITS]
+        return (splits[0] & splits[1]) | (splits[0] & splits[2]) | (splits[1] & splits[2])
+
+    assert not documents_in_two_splits()
+    splits = {split: list(corpora.documents(name, split)) for split in corpora.SPLITS}
+    splits["test"].append(splits["train"][0])
+    monkeypatch.setattr(corpora, "_corpus", lambda _: splits)
+    assert len(documents_in_two_splits()) == 1
+
+
+def test_texts_made_of_task_data_hold_no_item_that_is_scored():
+    assert "boolq" not in evaluation.TASKS  # its passages are the corpus `wikipedia`
+    evaluation.write_task_files()
+    subjects = evaluation._task_manager().load(["mmlu"])["tasks"].values()
+    scored = {doc["question"].strip() for subject in subjects for doc in subject.eval_docs}
+    texts = [text for split in corpora.SPLITS for text in corpora.documents("mmlu", split)]
+    assert len(scored) > 10_000
+    assert len(texts) > 1_000
+    starts = {text[:i] for text in texts for i, letter in enumerate(text) if letter == "\n"}
+    assert not starts & scored
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_split": "validation"}, "selection_windows 6 would choose SB on the text"),
+        ({"eval_split": "train"}, "would be calibrated on and evaluated on"),
+        (
+            {"eval_texts": ["sotu"], "eval_split": "train"},
+            "'sotu', split train, would be calibrated on",
+        ),
+    ],
+)
+def test_a_study_that_leaks_is_refused(settings, message):
+    with pytest.raises(RequestError, match=message):
+        check(Study.open("smoke", **settings).profile)

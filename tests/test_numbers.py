@@ -1,0 +1,155 @@
+"""Every number that the project states is recomputed from the committed record, or is no result."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from dynslice import assets, claims, models, paths, profile, reproduce
+from dynslice.study import Study
+
+RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
+SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+
+
+def committed(path):
+    """The committed text of a file, which a run may have rewritten since."""
+    command = ["git", "-C", str(paths.ROOT), "show", f"HEAD:{path}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", params=RECORDED)
+def again(request, tmp_path_factory):
+    """A profile rendered anew from its record, in a place of its own."""
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, "-m", "dynslice", "reproduce", "--from-record"]
+    subprocess.run(
+        [*command, "--profile", request.param],
+        env={**os.environ, "DYNSLICE_OUTPUT": str(folder)},
+        check=True,
+        capture_output=True,
+    )
+    return SimpleNamespace(profile=request.param, folder=folder)
+
+
+def outputs(notebook):
+    """All that a rendered notebook says, figures apart: a list of texts per code cell."""
+    cells = [c for c in json.loads(notebook)["cells"] if c["cell_type"] == "code"]
+    return [[_text(output) for output in cell["outputs"]] for cell in cells]
+
+
+def _text(output):
+    assert output["output_type"] != "error"
+    assert output.get("name") != "stderr", output
+    data = output.get("data", {})
+    return [
+        output.get("text"),
+        *(data.get(f"text/{form}") for form in ("markdown", "html", "plain")),
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_rendered_notebooks_say_what_the_record_says(again, source):
+    path = f"notebooks/rendered/{again.profile}/{source.name}"
+    assert outputs(committed(path)) == outputs((again.folder / path).read_text())
+
+
+def test_tables_of_a_record_are_those_of_its_results(again):
+    folder = again.folder / "figures" / again.profile
+    listed = committed(f"figures/{again.profile}/").split()[2:]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(listed)
+    for path in sorted(folder.glob("*.csv")):
+        before = pd.read_csv(io.StringIO(committed(f"figures/{again.profile}/{path.name}")))
+        pd.testing.assert_frame_equal(pd.read_csv(path), before, rtol=1e-6)
+    for path in sorted(folder.glob("*.md")):
+        assert path.read_text() == committed(f"figures/{again.profile}/{path.name}"), path.name
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_pages_say_what_the_record_says(name):
+    study = Study.open(name, from_record=True)
+    found = 0
+    for path, block in reproduce.PAGES.items():
+        _, start, rest = path.read_text().partition(f"<!-- record:{name} -->\n")
+        if start:
+            found += 1
+            assert rest.partition(f"\n<!-- /record:{name} -->")[0] == block(study), path.name
+    assert found
+
+
+def test_a_changed_result_changes_what_the_readme_would_say():
+    study = Study.open("quick", from_record=True)
+    before = claims.readme_block(study)
+    original = study.store.get
+    victim = study.perplexity_request(study.points()[2], "sotu").key
+
+    def get(request):
+        result = original(request)
+        if request.key == victim:
+            result.value["nll"][0] += 0.5
+        return result
+
+    study.store.get = get
+    assert claims.readme_block(study) != before
+
+
+# Numbers outside the generated parts. They are no results: each is a fact of the method, of a
+# profile or of the published work, and is checked where the project knows it.
+
+
+def prose():
+    """(where, text) of everything that people wrote: pages without blocks, code and links."""
+    for path in reproduce.PAGES:
+        yield (
+            path.name,
+            re.sub(r"<!-- record:.*?<!-- /record:\w+ -->", "", path.read_text(), flags=re.S),
+        )
+    for path in SOURCES:
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "markdown":
+                yield path.stem, "".join(cell["source"])
+
+
+def numbers(text):
+    """The numbers of a text, without those in code, formulas, addresses and names."""
+    for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"\$[^$]*\$", r"`[^`]*`", r"\]\([^)]*\)"):
+        text = re.sub(pattern, " ", text, flags=re.S)
+    text = re.sub(r"SmolLM2-135M(-Instruct)?|Llama-?3-8B|Mistral-7B|WikiText-2|PG-19", " ", text)
+    text = re.sub(
+        r"SHA-256|UTF-8|arXiv \d+\.\d+|(EMNLP|ACL) 20\d\d|float(32|64)|bfloat16", " ", text
+    )
+    text = re.sub(r"(notebook|section|Figure|layer)s? \d+(, \d+)*|\b0\d \w+", " ", text)
+    return re.findall(r"\d[\d,.]*\d|\d", text)
+
+
+FACTS = {
+    "30": lambda: models.load_config("embedded:smollm2-135m").num_hidden_layers == 30,
+    "4": lambda: "Q4" in json.dumps(json.loads(paths.ASSET_MANIFEST.read_text())),
+    "200": lambda: set(profile.load("standard").tasks.values()) == {200},
+    "25": None,  # chance on four choices
+    "50": None,  # chance on two
+    "180": None,  # megabytes of wheels, tested with the assets
+    "3.11": lambda: "3.11" in (paths.ROOT / "pyproject.toml").read_text(),
+    "3": None,  # gigabytes of disk, and the hours that `standard` may take, which follow here
+    "15": None,  # the minutes that `quick` may take, which follow here
+}
+
+
+def test_numbers_in_prose_are_no_results():
+    assets.fetch()
+    unknown = [(where, n) for where, text in prose() for n in numbers(text) if n not in FACTS]
+    assert not unknown
+    assert all(check() for check in FACTS.values() if check is not None)
+
+
+@pytest.mark.parametrize(("name", "minutes"), [("quick", 15), ("standard", 180)])
+def test_a_recorded_profile_took_no_longer_than_is_said(name, minutes):
+    if name in RECORDED:
+        study = Study.open(name, from_record=True)
+        assert sum(study.store.get(r).seconds for r in study.requests()) < 60 * minutes
