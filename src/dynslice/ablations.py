@@ -8,9 +8,10 @@ from scipy import stats
 
 from dynslice import compare, report
 from dynslice.compare import Difference
+from dynslice.design import Point
 from dynslice.redundancy import SCORES, scores_of
 from dynslice.report import COLUMN_WIDTH, MARKERS
-from dynslice.study import Point, Study
+from dynslice.study import Study
 
 FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
 NONE = "This profile runs no such ablation; `standard` does."

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from dynslice.design import Point
 from dynslice.results import Measurement
-from dynslice.study import Point, Study
+from dynslice.study import Study
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from dynslice import claims, paths
+from dynslice.design import unique
 from dynslice.errors import RequestError, RunError
 from dynslice.results import Measurement, Result, Store
 from dynslice.study import Study, check
@@ -48,7 +49,7 @@ def run(
     start = time.perf_counter()
     study = Study.open(profile, from_record, device, **overrides)
     notebooks = _notebooks(only)
-    requests = _unique([r for number in notebooks for r in NEEDS[number](study)])
+    requests = unique([r for number in notebooks for r in NEEDS[number](study)])
     missing = study.missing(requests)
     if dry_run:
         lines = [f"{'missing' if r in missing else 'stored':8} {r.key}" for r in requests]
@@ -255,10 +256,6 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             cell["metadata"].pop("execution", None)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.move(unfinished, target)
-
-
-def _unique(requests: list[Measurement]) -> list[Measurement]:
-    return list({request.key: request for request in requests}.values())
 
 
 def _minutes(seconds: float) -> str:
