@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
 from dynslice import compare, report
@@ -293,22 +293,28 @@ def sensitivity_prose(table: pd.DataFrame) -> str:
 
 
 def sensitivity_figure(table: pd.DataFrame) -> plt.Figure:
-    """Left the loss against LR, a point per layer; right the loss by layer."""
+    """Left the loss against 1 - LR, a numbered point per layer; right the loss by layer."""
     report.style()
     if table.empty:
         return report.nothing()
-    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.5), sharey=True)
-    for axis, x in zip(axes, ("LR", "layer"), strict=True):
-        report.points_with_intervals(axis, table[x], table, "perplexity (%)", "o", "C0", "")
-    for row in table.itertuples(index=False):
-        axes[0].annotate(
-            f"{row.layer}", (row.LR, row[2]), fontsize=5, xytext=(2, 2), textcoords="offset points"
-        )
-    axes[0].set(xlabel="layer redundancy (cosine)", ylabel="perplexity, layer cut alone (%)")
-    axes[1].set(xlabel="layer")
-    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if table["perplexity (%)"].max() > 20 * max(table["perplexity (%)"].median(), 0.1):
-        axes[0].set_yscale("symlog", linthresh=1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.5), sharey=True)
+    loss, change = "perplexity (%)", 1 - table["LR"]
+    for axis, x in ((left, change), (right, table["layer"])):
+        report.points_with_intervals(axis, x, table, loss, "o", "C0", "")
+    for x, y, layer in zip(change, table[loss], table["layer"], strict=True):
+        left.annotate(layer, (x, y), fontsize=5, xytext=(2, 2), textcoords="offset points")
+    left.set(xlabel="1 - layer redundancy", ylabel="perplexity, layer cut alone (%)")
+    left.set_xscale("log")
+    if (table["low"] > 0).all():
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_minor_locator(NullLocator())
+        left.yaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="layer")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     return figure
 
@@ -378,6 +384,7 @@ def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
         axis.scatter(values, y, c=["k", *["w"] * (len(table) - 1)], edgecolors="k", s=18, zorder=2)
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_yticks(y, table["order of the widths"])
+        axis.set_ylim(-0.5, len(table) - 0.5)
         axis.set_xlabel(f"perplexity {column}")
     figure.tight_layout()
     return figure

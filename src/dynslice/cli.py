@@ -209,12 +209,12 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
     model, tokenizer = _load(options)
-    scores = evaluation.tasks(
-        model, tokenizer, names, options.limit, options.batch_size, options.seed
-    )
+    amounts = (options.limit, options.batch_size, options.seed, options.subset)
+    scores = evaluation.tasks(model, tokenizer, names, *amounts)
     result = {
         "model": options.model,
         "limit": options.limit,
+        "subset": options.subset,
         "tasks": scores,
         "lm_eval_version": evaluation.lm_eval.__version__,
     }
@@ -441,7 +441,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("tasks", tasks_command)
     add_model(sub)
     sub.add_argument("--tasks", required=True, help="comma-separated names")
-    sub.add_argument("--limit", type=_positive, help="first items (per subject for mmlu)")
+    sub.add_argument("--limit", type=_positive, help="items per task")
+    sub.add_argument(
+        "--subset",
+        choices=("first", "stratified"),
+        default="first",
+        help="which: the first ones, of each subject for mmlu [default], or stratified ones",
+    )
     sub.add_argument("--batch-size", type=_positive, default=8)
 
     sub = add("reproduce", reproduce_command)

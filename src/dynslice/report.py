@@ -452,6 +452,7 @@ def constant_and_dynamic(
 ) -> None:
     """y with its interval (low, high) against factor * x: constant as a curve, dynamic as marks."""
     dense = table[table["schedule"] == "dense"].iloc[0]
+    axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.axhline(dense[y], color="0.5", linestyle=":", label="dense")
     constant = table[table["schedule"].isin(["constant", "matched"])]
     points_with_intervals(axis, factor * constant[x], constant, y, "o-", "C0", "constant")
