@@ -82,14 +82,21 @@ def lr_agreement(study: Study) -> pd.DataFrame:
 
 
 def width_table(study: Study) -> pd.DataFrame:
-    """The ablated dynamic plan as LR on each text makes it: widths and stored parameters."""
+    """What other ways to LR do to the widths of the ablated dynamic plan, and to its size."""
+    own, *others = [study.get(request).value for request in study.lr_plan_requests()] or [None]
+    if own is None:
+        return pd.DataFrame()
+    texts = [f"LR on {request.config['text']}" for request in study.lr_requests()]
+    plans = dict(zip(texts, [own, *others], strict=True))
+    for ablation in study.ablations():
+        if ablation.question in ("last layer", "score"):
+            plans[ablation.point.label] = study.get(study.slice_request(ablation.point)).value
     rows = []
-    plans = [study.get(request).value for request in study.lr_plan_requests()]
-    for request, plan in zip(study.lr_requests(), plans, strict=False):
-        gaps = np.abs(np.subtract(plan["widths"], plans[0]["widths"]))
+    for name, plan in plans.items():
+        gaps = np.abs(np.subtract(plan["widths"], own["widths"]))
         rows.append(
             {
-                "LR text": request.config["text"],
+                "plan": name,
                 "narrowest": min(plan["widths"]),
                 "widest": max(plan["widths"]),
                 "layers with another width": int((gaps > 0).sum()),

@@ -404,24 +404,43 @@ def save_figure(figure: plt.Figure, study: Study, name: str) -> None:
 
 
 def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) -> None:
-    """Write a table as CSV (full precision), Markdown and LaTeX to figures/<profile>/."""
+    """Write a table as CSV (full precision), Markdown and LaTeX to figures/<profile>/.
+
+    The latter two say what the intervals are. A profile that has nothing to show writes nothing.
+    """
+    if table.empty:
+        return
     stem = _folder(study) / name
     keep_index = table.index.name is not None
     table.to_csv(stem.with_suffix(".csv"), index=keep_index)
-    shown = rounded(table, digits)
+    shown, note = rounded(table, digits), interval_note(table)
     text = shown.to_markdown(index=keep_index, disable_numparse=True)
-    stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    latex = shown.to_latex(index=keep_index, escape=True)
+    stem.with_suffix(".md").write_text(f"{text}\n\n{note}".rstrip() + "\n", encoding="utf-8")
+    latex = shown.to_latex(index=keep_index, escape=True, caption=note.replace("%", r"\%") or None)
     stem.with_suffix(".tex").write_text(latex, encoding="utf-8")
 
 
+def interval_note(table: pd.DataFrame) -> str:
+    """What `low` and `high` of a table are; nothing where it has none."""
+    names = " ".join(map(str, table.columns))
+    if "low" not in names:
+        return ""
+    resampled = "items resampled" if "task" in table.columns else "windows resampled"
+    paired = " in pairs" if "(%)" in names or "(points)" in names else ""  # a difference
+    return f"low, high: {compare.INTERVAL}, {resampled}{paired}."
+
+
 def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
-    """The table with its floats as text of so many decimals, and shares as percentages."""
+    """The table as text: floats with so many decimals, shares as percentages, `-` for nothing."""
+
+    def text(value: object) -> object:
+        if value is None or value != value:  # NaN
+            return "-"
+        return f"{value:.{digits}f}" if isinstance(value, float) else value
+
     shares = table.columns.intersection(SHARES)
     percent = table[shares].map(lambda v: f"{v:.1%}" if isinstance(v, float) else v)
-    return table.assign(**percent).map(
-        lambda v: f"{v:.{digits}f}" if isinstance(v, float) and np.isfinite(v) else v
-    )
+    return table.assign(**percent).map(text)
 
 
 def device_line(study: Study) -> str:
