@@ -8,18 +8,20 @@ import pytest
 from scipy import stats
 
 from dynslice import ablations, claims, compare, report
+from dynslice.errors import RunError
 from dynslice.profile import load
 from dynslice.results import Measurement, Result, Store
 from dynslice.study import Study
 
 RNG = np.random.default_rng(4)
 LAYERS, ITEMS = 12, 40
+TASKS = {"piqa": ITEMS, "arc_easy": ITEMS}
 TEXT_LEVEL = {"sotu": 3.0, "wikipedia": 3.4}
 SETTINGS = {
     "slice_percentages": [0.2, 0.3],
     "slice_bases": [0.0, 0.1],
     "eval_texts": ["sotu", "wikipedia"],
-    "tasks": {"piqa": ITEMS, "arc_easy": ITEMS},
+    "tasks": TASKS,
     "task_slice_percentages": [0.2, 0.3],
     "ablation_slice_percentage": 0.3,
 }
@@ -137,7 +139,7 @@ def test_sb_is_chosen_on_validation_windows_alone(invented):
     rows = table[table["SP"] == 0.3]
     assert set(rows["SB chosen on validation"]) == {favourite.slice_base}
     assert set(rows["best SB in hindsight"]) == {other.slice_base}
-    assert (rows["its change (%), optimistic"] < rows["perplexity (%)"] - 10).all()
+    assert (rows["in hindsight (%)"] < rows["perplexity (%)"] - 10).all()
 
 
 def test_selection_windows_are_of_the_validation_split(invented):
@@ -151,24 +153,51 @@ def test_selection_windows_are_of_the_validation_split(invented):
 
 
 @pytest.mark.parametrize(
-    ("shift", "verdict"),
+    ("shift", "noise", "verdict"),
     [
-        (-0.3, "supported"),
-        (0.0, "supported in direction, not in size"),
-        (0.3, "not supported"),
+        (-0.3, 0.0, "supported"),
+        (0.0, 0.0, "supported in direction, not in size"),
+        (0.0, 1.0, "not supported"),  # the same mean, but the interval crosses zero
+        (0.3, 0.0, "not supported"),
     ],
 )
-def test_verdicts_are_those_of_the_chosen_network(invented, shift, verdict):
-    for point in points(invented, "dynamic"):
-        alter(invented, invented.perplexity_request(point, "wikipedia"), shift_nll(shift))
+def test_verdicts_are_those_of_the_chosen_network(invented, shift, noise, verdict):
+    """Only the network that validation chose is altered; the others would be `supported`."""
+    speaks, *others = points(invented, "dynamic")
+    alter(invented, invented.selection_request(speaks), shift_nll(-0.01))
+    spread = noise * (np.arange(24) - 11.5) / 12
+    alter(invented, invented.perplexity_request(speaks, "wikipedia"), shift_nll(shift + spread))
+    for other in others:
+        alter(invented, invented.perplexity_request(other, "wikipedia"), shift_nll(-0.5))
     table = claims.claims_table(invented)
     rows = table[table["claim"].str.contains("perplexity")]
     verdicts = rows.groupby("measured on")["verdict on this model"].unique()
     assert verdicts["wikipedia"].tolist() == [verdict]
     assert verdicts["sotu"].tolist() == ["supported in direction, not in size"]  # untouched
-    prose = claims.claims_prose(table, invented)
+    prose = claims.claims_prose(invented)
     assert "on wikipedia: dynamic slicing" in prose
     assert f"**{verdict}** on embedded:tiny-random" in prose
+    word = {"not supported": "Does not hold" if shift > 0 else "Not shown"}.get(verdict)
+    assert word is None or f"**{word}**: lower perplexity" in claims.findings(invented)
+
+
+def test_points_and_ratio_are_both_said_where_they_disagree(invented):
+    pairs = [p for p in compare.pairs(invented.task_points()) if p[2] == compare.EQUAL_SIZE]
+    right = {"constant": 4, "matched": 4, "dynamic": 9}
+    for point, task in itertools.product([p for pair in pairs for p in pair[:2]], TASKS):
+        correct = [int(i < right[point.schedule]) for i in range(ITEMS)]
+        request = invented.task_request(point, task)
+        alter(invented, request, lambda v, made=correct: {**v, "correct": made})
+    outcome = next(
+        o
+        for o in claims.outcomes(invented)
+        if o.metric == "accuracy" and o.basis == compare.EQUAL_SIZE
+    )
+    assert outcome.change.estimate == pytest.approx(12.5)
+    assert outcome.ratio.estimate == pytest.approx(125)
+    assert outcome.verdict == "supported"
+    weaker = replace(outcome, change=compare.Difference(2.5, 0.5, 4.5))
+    assert weaker.verdict == "supported in direction, not in size (read as a ratio: supported)"
 
 
 def test_accuracy_verdicts_follow_the_items(invented):
@@ -209,9 +238,9 @@ def test_mcnemar_is_the_exact_binomial_test(invented):
     for point, first in flips:
         request = invented.task_request(point, "piqa")
         alter(invented, request, lambda v, f=first: {**v, "correct": [*f, *[1] * (ITEMS - 8)]})
-    p = compare.mcnemar(invented, a, b, ["piqa"])
+    p = compare.mcnemar(invented, a, b, "piqa")
     assert p == pytest.approx(2 * sum(stats.binom.pmf(k, 8, 0.5) for k in (0, 1)))
-    assert compare.mcnemar(invented, a, a, ["piqa"]) == 1.0
+    assert compare.mcnemar(invented, a, a, "piqa") == 1.0
 
 
 def test_margins_move_where_accuracy_does_not(invented):
@@ -231,14 +260,34 @@ def test_intervals_hold_the_mean_and_shrink_with_more_windows():
     low, high = compare.interval(few)
     assert low < few.mean() < high
     narrow = compare.interval(many)
-    assert narrow[1] - narrow[0] < (high - low) / 5
+    normal = 2 * stats.norm.ppf(0.975) * many.std() / np.sqrt(len(many))
+    assert narrow[1] - narrow[0] == pytest.approx(normal, rel=0.05)
     assert compare.interval(np.zeros(5)) == (0.0, 0.0)
+
+
+def test_tasks_weigh_alike_whatever_their_items(invented):
+    a, b = invented.task_points()[:2]
+    for task, count, right in (("piqa", 30, 1), ("arc_easy", 10, 0)):
+        for point, correct in ((a, right), (b, 0)):
+            made = {"correct": [correct] * count, "margin": [0.0] * count}
+            request = invented.task_request(point, task)
+            alter(invented, request, lambda v, m=made: {**v, **m})
+    change = compare.accuracy_change(invented, a, b, ["piqa", "arc_easy"])
+    assert change.estimate == pytest.approx(50)  # 75 if items weighed alike
+    assert compare.accuracy(invented, a, ["piqa", "arc_easy"]) == pytest.approx(50)
+
+
+def test_results_of_other_items_are_not_paired(invented):
+    a, b = invented.task_points()[:2]
+    alter(invented, invented.task_request(a, "piqa"), lambda v: {**v, "items": [1]})
+    with pytest.raises(RunError, match="different items"):
+        compare.accuracy_change(invented, a, b, ["piqa"])
 
 
 def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
     table = ablations.sensitivity_table(invented)
     assert ablations.rank_correlation(table).estimate == pytest.approx(-1)
-    assert "LR predicts what hurts" in ablations.sensitivity_prose(table)
+    assert "LR predicts what hurts" in ablations.sensitivity_prose(table, invented)
 
     def turned(value):
         return {
@@ -250,18 +299,35 @@ def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
         }
 
     alter(invented, invented.sensitivity_request(), turned)
-    assert "wrong way round" in ablations.sensitivity_prose(ablations.sensitivity_table(invented))
+    assert "wrong way round" in ablations.sensitivity_prose(
+        ablations.sensitivity_table(invented), invented
+    )
 
 
-def test_shuffles_are_compared_with_the_order_by_lr(invented):
-    assert "not shown to be better" in ablations.shuffle_prose(ablations.shuffle_table(invented))
+@pytest.mark.parametrize(
+    ("shift", "says"),
+    [
+        (0.1, "first of 3 with probability 1 in 3"),
+        (0.0, "not shown to matter"),
+        (-0.1, "worse than all"),
+    ],
+)
+def test_shuffles_are_compared_with_the_order_by_lr(invented, shift, says):
     for ablation in invented.ablations():
         if ablation.question == "shuffled":
-            alter(invented, invented.perplexity_request(ablation.point, "sotu"), shift_nll(0.1))
+            alter(invented, invented.perplexity_request(ablation.point, "sotu"), shift_nll(shift))
     table = ablations.shuffle_table(invented)
-    assert table["against LR order (%)"].iloc[1:].min() > 10
-    assert "better than chance" in ablations.shuffle_prose(table)
-    assert "not shown" not in ablations.shuffle_prose(table)
+    assert table["against LR order (%)"].iloc[1:3].mean() == pytest.approx(100 * np.expm1(shift))
+    assert says in ablations.shuffle_prose(table)
+    assert "All layers alike with the embedding whole" in ablations.shuffle_prose(table)
+
+
+def test_a_size_outside_the_curve_is_compared_with_the_nearest_constant(invented):
+    embedding = next(a.point for a in invented.ablations() if a.question == "embedding")
+    alter(invented, invented.slice_request(embedding), lambda v: {**v, "parameters": 10**6})
+    rows = ablations.ablation_table(invented)
+    prose = ablations.ablation_prose(rows, "embedding")
+    assert "outside the constant curve, against the nearest constant network, of 140.0 M" in prose
 
 
 def test_a_sign_that_depends_on_the_calibration_is_said(invented):

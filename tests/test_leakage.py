@@ -17,12 +17,15 @@ def fetched():
 
 def windows_by_role(study, tokenizer):
     """Every token window that the study reads, by what it is read for: {role: [windows]}."""
-    roles = {"calibration": [], "selection": [], "report": []}
+    roles = {"calibration": [], "selection": [], "report": [], "LR": []}
     for request in study.requests():
         config = request.config
         if request.kind in ("ppl", "centred") and config["split"] != "train":
             role = "selection" if config["split"] == "validation" else "report"
             roles[role].append(config)
+        if request.kind == "lr":
+            tokens = {"windows": 1, "window": config["max_tokens"], "seed": None}
+            roles["LR"].append({**config, **tokens})
         if config.get("slice"):
             roles["calibration"].append(config["slice"]["calibration"])
         if request.kind == "sensitivity":
@@ -44,16 +47,15 @@ def runs(windows):
     return {tuple(run) for row in windows for run in row.unfold(0, RUN, 1).tolist()}
 
 
-def shared_runs(roles):
-    """Runs that windows of two roles have in common, by pair of roles."""
+def leaks(roles):
+    """Runs that are reported and were also read for something else, and calibration's others.
+
+    LR and the choice of SB may share validation text: neither is reported.
+    """
     known = {role: set().union(*map(runs, windows)) for role, windows in roles.items()}
-    names = list(known)
-    return {
-        (a, b): known[a] & known[b]
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-        if known[a] & known[b]
-    }
+    pairs = [("report", "calibration"), ("report", "selection"), ("report", "LR")]
+    pairs += [("calibration", "selection"), ("calibration", "LR")]
+    return {(a, b): known[a] & known[b] for a, b in pairs if known[a] & known[b]}
 
 
 @pytest.mark.parametrize("profile", ["quick", "standard"])
@@ -61,20 +63,22 @@ def test_calibration_selection_and_report_share_no_text(profile, smollm2):
     roles = windows_by_role(Study.open(profile), smollm2[1])
     assert roles["calibration"]
     assert roles["report"]
-    assert not shared_runs(roles)
+    assert roles["LR"]
+    assert not leaks(roles)
 
 
 def test_one_shared_window_is_found(smollm2):
     """The test above fails if one window is shared, or a part of one."""
     roles = windows_by_role(Study.open("standard"), smollm2[1])
     clean = roles["report"][0]
-    for leak in (roles["calibration"][0][:1], roles["selection"][0][3:4]):
+    for role in ("calibration", "selection", "LR"):
+        leak = roles[role][0][:1, :512]
         shifted = torch.cat([clean[:1, :100], leak[:, 100:]], dim=1)
         for poisoned in (leak, shifted):
             roles["report"][0] = torch.cat([clean, poisoned])
-            assert shared_runs(roles)
+            assert leaks(roles)
     roles["report"][0] = clean
-    assert not shared_runs(roles)
+    assert not leaks(roles)
 
 
 @pytest.mark.parametrize("name", corpora.CORPORA)
@@ -105,12 +109,12 @@ def test_texts_made_of_task_data_hold_no_item_that_is_scored():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eval_split": "validation"}, "selection_windows 6 would choose SB on the text"),
-        ({"eval_split": "train"}, "would be calibrated on and evaluated on"),
-        (
-            {"eval_texts": ["sotu"], "eval_split": "train"},
-            "'sotu', split train, would be calibrated on",
-        ),
+        ({"eval_split": "validation", "lr_compare_texts": []}, "what selection_windows 6 choose"),
+        ({"eval_split": None, "lr_compare_texts": []}, "what selection_windows 6 choose SB on"),
+        ({"eval_split": "train"}, "'wikipedia' with eval_split train .* is calibrated on"),
+        ({"eval_texts": ["sotu"], "eval_split": "train"}, "'sotu' .* is calibrated on"),
+        ({"eval_split": None}, "is what LR is measured on"),
+        ({"lr_split": "test"}, "is what LR is measured on"),
     ],
 )
 def test_a_study_that_leaks_is_refused(settings, message):

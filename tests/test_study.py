@@ -142,9 +142,23 @@ def test_a_changed_text_file_is_another_request(tmp_path):
     assert keys[0] != keys[1]
 
 
-def test_a_file_is_not_calibrated_on_and_evaluated_on(tmp_path):
+def test_a_file_is_not_calibrated_on_and_evaluated_on(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("some words")
-    both = Study.open("smoke", calibration_text=str(text), eval_texts=[str(text)])
-    with pytest.raises(RequestError, match="calibrated on and evaluated on"):
+    monkeypatch.chdir(tmp_path)
+    both = Study.open("smoke", calibration_text=str(text), eval_texts=["./text.txt"])
+    with pytest.raises(RequestError, match=r"'\./text\.txt' .* is calibrated on"):
         study.check(both.profile)
+
+
+def test_a_text_too_short_for_its_windows_is_refused_before_measuring():
+    assets.fetch()
+    greedy = Study.open("smoke", ablation_calibration_windows=[10**6])
+    with pytest.raises(RequestError, match="fewer than 1000000 windows of 128"):
+        study.check(greedy.profile)
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "standard", "full"])
+def test_built_in_profiles_can_run(name):
+    assets.fetch()
+    study.check(Study.open(name).profile)

@@ -14,7 +14,7 @@ from dynslice.report import COLUMN_WIDTH, MARKERS
 from dynslice.study import Study
 
 FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
-NONE = "This profile runs no such ablation; `standard` does."
+NONE = "This profile asks for no such ablation."
 
 
 # LR itself
@@ -50,10 +50,9 @@ def lr_figure(table: pd.DataFrame) -> plt.Figure:
 
 
 def lr_agreement(study: Study) -> pd.DataFrame:
-    """How LR on each text, length, last layer and score ranks the layers beside the profile's own.
+    """How LR on other texts, last layers and scores ranks the layers beside the profile's own.
 
-    Spearman's rank correlation over layers, the largest difference of LR in any layer, and for
-    texts the largest difference of a width in the ablated dynamic plan.
+    Spearman's rank correlation over layers, and the largest difference of LR in any layer.
     """
     own = study.lr_request()
     reference = _lr(study, own)
@@ -135,7 +134,8 @@ def ablation_table(study: Study) -> pd.DataFrame:
 
     `change` compares with the same kind of network (dynamic, or constant) as the main comparison
     makes it, `against the curve` with constant slicing of the same stored parameters, interpolated
-    between the constant networks of the study (`compare.curve_change`); both in percent.
+    between the constant networks of the study (`compare.curve_change`); where a size lies outside
+    them, `against the nearest` compares with the constant network of the nearest size. In percent.
     """
     text = study.profile.eval_texts[0]
     reference = {point.schedule: point for point in study.ablated()}
@@ -167,13 +167,18 @@ def ablation_prose(table: pd.DataFrame, question: str) -> str:
     return "\n".join(lines)
 
 
-def curve_phrase(values: dict | pd.Series) -> str:
-    """How a row of `ablation_table` lies beside constant slicing of its size, ends a sentence."""
-    if pd.isna(values["against the curve (%)"]):
-        return "; its size lies outside the constant curve"
-    names = ("against the curve (%)", "low, curve", "high, curve")
-    change = Difference(*(values[name] for name in names))
-    return f"; against constant slicing of its own size {change.format('%')}"
+def curve_phrase(row: dict | pd.Series) -> str:
+    """How a row of `ablation_table` lies beside constant slicing of its size; ends a sentence."""
+    if not pd.isna(row["against the curve (%)"]):
+        names = ("against the curve (%)", "low, curve", "high, curve")
+        change = Difference(*(row[name] for name in names))
+        return f"; against constant slicing of its own size {change.format('%')}"
+    names = ("against the nearest (%)", "low, nearest", "high, nearest")
+    change = Difference(*(row[name] for name in names))
+    return (
+        f"; its size lies outside the constant curve, against the nearest constant network, of "
+        f"{row['nearest (M)']:.1f} M, {change.format('%')}"
+    )
 
 
 def seed_table(study: Study) -> pd.DataFrame:
@@ -263,7 +268,7 @@ def sensitivity_table(study: Study) -> pd.DataFrame:
 
 
 def rank_correlation(table: pd.DataFrame) -> Difference:
-    """Spearman's correlation of LR with the measured loss, with its bootstrap interval."""
+    """Spearman's correlation of LR with the measured loss; the interval resamples layers."""
 
     def spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         ranks = (stats.rankdata(values, axis=axis) for values in (x, y))
@@ -274,7 +279,7 @@ def rank_correlation(table: pd.DataFrame) -> Difference:
     return Difference(float(spearman(*samples, axis=-1)), float(bounds.low), float(bounds.high))
 
 
-def sensitivity_prose(table: pd.DataFrame) -> str:
+def sensitivity_prose(table: pd.DataFrame, study: Study) -> str:
     """Whether layers with high LR are those that are cheap to cut (Markdown)."""
     if table.empty:
         return NONE
@@ -290,10 +295,13 @@ def sensitivity_prose(table: pd.DataFrame) -> str:
         "higher": "layers with a higher LR lose **more**: LR ranks the layers the wrong way round",
         "no difference shown": "no relation is shown between LR and what a cut costs",
     }
+    p = study.profile
     return (
-        f"Rank correlation of LR with the loss over all {len(table)} layers: {_interval(rho)}: "
-        f"{says[rho.direction]}. Without the first and the last layer: {_interval(within)}: "
-        f"{says[within.direction]}. Cutting layer {worst['layer']:.0f} costs most "
+        f"Each layer cut alone by {p.single_layer_slice:.0%} ({p.eval_texts[0]}, "
+        f"{p.single_layer_eval_windows} validation windows): the rank correlation of LR with the "
+        f"loss is {_interval(within)} over the {len(inner)} layers between the first and the last: "
+        f"{says[within.direction]}. Over all {len(table)} it is {_interval(rho)}: "
+        f"{says[rho.direction]}. Cutting layer {worst['layer']:.0f} costs most "
         f"({worst['perplexity (%)']:+.1f} %, LR {worst['LR']:.3f}), layer {mildest['layer']:.0f} "
         f"least ({mildest['perplexity (%)']:+.1f} %, LR {mildest['LR']:.3f})."
     )
@@ -330,22 +338,35 @@ def sensitivity_figure(table: pd.DataFrame) -> plt.Figure:
 
 
 def shuffle_table(study: Study) -> pd.DataFrame:
-    """The dynamic network and its shuffles, against constant of equal size and against LR order."""
-    shuffled = [a.point for a in study.ablations() if a.question == "shuffled"]
-    if not shuffled:
+    """The dynamic network, its shuffles, and all widths alike with the embedding as wide as its.
+
+    Each against constant slicing of equal size, and against the order by LR.
+    """
+    controls = [a.point for a in study.ablations() if a.question == "shuffled"]
+    if not controls:
         return pd.DataFrame()
+    whole = [a.point for a in study.ablations() if a.point.schedule == "constant"]
+    controls += [point for point in whole if "embedding" in point.variant]
     text = study.profile.eval_texts[0]
     _, dynamic, _ = study.ablated()
+    widths = study.get(study.slice_request(dynamic)).value["widths"]
     rows = []
-    for point in [dynamic, *shuffled]:
-        curve = compare.curve_change(study, point, text)
+    for point in [dynamic, *controls]:
+        own = study.get(study.slice_request(point)).value["widths"]
         change = compare.perplexity_change(study, point, dynamic, text)
         rows.append(
             {
                 "order of the widths": point.variant or "by LR",
+                "layers with the width by LR": sum(
+                    a == b for a, b in zip(own, widths, strict=True)
+                ),
                 "parameters (M)": _parameters(study, point) / 1e6,
                 "perplexity": _perplexity(study, point, text),
-                **_named(curve, "against constant of equal size (%)", "constant"),
+                **_named(
+                    compare.curve_change(study, point, text),
+                    "against constant of equal size (%)",
+                    "constant",
+                ),
                 **_named(change, "against LR order (%)", "LR"),
             }
         )
@@ -353,22 +374,36 @@ def shuffle_table(study: Study) -> pd.DataFrame:
 
 
 def shuffle_prose(table: pd.DataFrame) -> str:
-    """Whether the order that LR gives is better than any order (Markdown)."""
+    """Whether the order that LR gives is better than random orders (Markdown)."""
     if table.empty:
         return NONE
-    draws = table.iloc[1:]
-    better = int((draws["low, LR"] > 0).sum())
-    change = draws["against LR order (%)"]
-    return (
-        f"Of {len(draws)} random orders of the same widths **{better} have a higher perplexity** "
-        f"than the order by LR, with an interval above zero ({change.min():+.1f} to "
-        f"{change.max():+.1f} %). "
-        + (
-            "Where the widths go matters, and LR places them better than chance."
-            if better == len(draws)
-            else "LR's order is not shown to be better than chance in all of them."
+    draws = table[table["order of the widths"].str.startswith("shuffled")]
+    worse, better = int((draws["low, LR"] > 0).sum()), int((draws["high, LR"] < 0).sum())
+    changes, kept = draws["against LR order (%)"], draws["layers with the width by LR"]
+    lines = [
+        f"Of {len(draws)} random orders of the same widths {worse} have a higher perplexity than "
+        f"the order by LR, {better} a lower one, by intervals that exclude zero "
+        f"({changes.min():+.1f} to {changes.max():+.1f} %). {kept.min()} to {kept.max()} layers "
+        f"keep their width in them, and the embedding does in all. "
+    ]
+    if worse == len(draws):
+        lines.append(
+            f"If the order did not matter, LR's would come first of {len(draws) + 1} with "
+            f"probability 1 in {len(draws) + 1}."
         )
-    )
+    elif better == len(draws):
+        lines.append("**The order by LR is worse than all of them.**")
+    else:
+        lines.append("**The order by LR is not shown to matter.**")
+    alike = table[table["order of the widths"].str.contains("embedding")]
+    for row in alike.to_dict("records"):
+        change = Difference(*(row[n] for n in ("against LR order (%)", "low, LR", "high, LR")))
+        lines.append(
+            f" All layers alike with the embedding whole ({row['parameters (M)']:.1f} M parameters "
+            f"beside {table.iloc[0]['parameters (M)']:.1f} M) has a perplexity that is "
+            f"{change.format('%')} against the order by LR: **{change.direction}**."
+        )
+    return "".join(lines)
 
 
 def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
@@ -412,6 +447,8 @@ def _by_seed(study: Study) -> list[tuple[int, Point, Point]]:
 def _ablation_row(study: Study, question: str, point: Point, reference: Point, text: str) -> dict:
     change = compare.perplexity_change(study, point, reference, text)
     curve = compare.curve_change(study, point, text)
+    nearest = compare.nearest_constant(study, point)
+    beside = compare.perplexity_change(study, point, nearest, text) if curve is None else None
     return {
         "varied": question,
         "network": point.label,
@@ -422,6 +459,8 @@ def _ablation_row(study: Study, question: str, point: Point, reference: Point, t
         "low": change.low,
         "high": change.high,
         **_named(curve, "against the curve (%)", "curve"),
+        "nearest (M)": _parameters(study, nearest) / 1e6,
+        **_named(beside, "against the nearest (%)", "nearest"),
     }
 
 

@@ -1,5 +1,7 @@
 """What the results say of the paper: verdicts by rule, deviations, and the README's sentences."""
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from dynslice import ablations, compare, paths, report
@@ -8,39 +10,44 @@ from dynslice.study import Study
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
 NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
+ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
 
-def claims_table(study: Study) -> pd.DataFrame:
-    """Each headline claim of the paper beside what was measured, with a verdict by `verdict`.
+@dataclass(frozen=True)
+class Outcome:
+    """One claim, on one basis of comparison, beside what was measured of it.
 
-    A claim says "up to", so one dynamic network speaks for it. For perplexity it is the one that
-    gains most on the validation windows; in a profile without those, and for tasks, the one that
-    gains most in what is shown, which favours the claim. On models that the study did not run the
-    verdict is `not tested here`.
+    change: from constant to dynamic slicing, None where nothing was measured; in percent of
+    perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy.
     """
-    claims = pd.read_csv(paths.PUBLISHED / "claims.csv")
-    rows = []
-    for claim in claims.itertuples():
-        tested = study.profile.model in claim.models.split(";")
-        for basis in BASES:
-            for measured_on, network, how, change in _measured(study, claim.metric, basis):
-                here = verdict(change, claim.value)
-                unit = "%" if claim.metric == "perplexity" else "points"
-                rows.append(
-                    {
-                        "claim": claim.claim,
-                        "published": f"{claim.value:+d} {'%' if claim.unit == 'percent' else ''}",
-                        "at": basis,
-                        "measured on": measured_on,
-                        "network": network,
-                        "chosen": how,
-                        "measured": change.format(unit) if change else "-",
-                        "verdict on this model": here,
-                        "verdict on the paper's models": here if tested else NOT_TESTED,
-                        "source": claim.source,
-                    }
-                )
-    return pd.DataFrame(rows)
+
+    claim: str
+    source: str
+    metric: str
+    published: float
+    basis: str
+    measured_on: str
+    network: str
+    how: str
+    change: Difference | None
+    ratio: Difference | None
+
+    @property
+    def verdict(self) -> str:
+        """See `verdict`; where points and ratio disagree, both are said."""
+        plain = verdict(self.change, self.published)
+        if self.ratio is None or verdict(self.ratio, self.published) == plain:
+            return plain
+        return f"{plain} (read as a ratio: {verdict(self.ratio, self.published)})"
+
+    @property
+    def measured(self) -> str:
+        """The change with its interval, as text."""
+        if self.change is None:
+            return "-"
+        if self.ratio is None:
+            return self.change.format("%")
+        return f"{self.change.format('points')}, as a ratio {self.ratio.estimate:+.1f} %"
 
 
 def verdict(change: Difference | None, published: float) -> str:
@@ -56,62 +63,120 @@ def verdict(change: Difference | None, published: float) -> str:
     return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
 
 
-def claims_prose(table: pd.DataFrame, study: Study) -> str:
+def outcomes(study: Study) -> list[Outcome]:
+    """Every headline claim of the paper, at equal mean slice and at equal stored parameters.
+
+    A claim says "up to", so one dynamic network speaks for it: of those that the study compares,
+    the one with the largest gain in perplexity on the validation windows. A profile without
+    validation windows takes the one with the largest gain in what is shown, which favours the
+    claim.
+    """
+    found = []
+    for claim in _claims().itertuples():
+        for basis in BASES:
+            measure = _perplexities if claim.metric == "perplexity" else _accuracy
+            for measured_on, network, how, change, ratio in measure(study, basis):
+                what = (claim.claim, claim.source, claim.metric, claim.value, basis)
+                found.append(Outcome(*what, measured_on, network, how, change, ratio))
+    return found
+
+
+def claims_table(study: Study) -> pd.DataFrame:
+    """The outcomes as a table; on models that the study did not run, `not tested here`."""
+    tested = _tested(study)
+    return pd.DataFrame(
+        {
+            "claim": outcome.claim,
+            "published": f"{outcome.published:+.0f} %",
+            "at": outcome.basis,
+            "measured on": outcome.measured_on,
+            "network": outcome.network,
+            "chosen": outcome.how,
+            "measured": outcome.measured,
+            "verdict on this model": outcome.verdict,
+            **{f"on {model}": outcome.verdict if ran else NOT_TESTED for model, ran in tested},
+            "source": outcome.source,
+        }
+        for outcome in outcomes(study)
+    )
+
+
+def claims_prose(study: Study) -> str:
     """The verdicts as sentences (Markdown), in words that follow from the numbers."""
     lines = []
-    for claim, rows in table.groupby("claim", sort=False):
-        lines.append(f"**{claim}** (published: {rows.iloc[0]['published'].strip()}).")
-        lines.append("")
-        for row in rows.to_dict("records"):
+    grouped: dict[str, list[Outcome]] = {}
+    for outcome in outcomes(study):
+        grouped.setdefault(outcome.claim, []).append(outcome)
+    for claim, group in grouped.items():
+        lines += [f"**{claim}** (published: {group[0].published:+.0f} %).", ""]
+        for o in group:
             lines.append(
-                f"- At {row['at']}, on {row['measured on']}: dynamic slicing ({row['network']}, "
-                f"{row['chosen']}) differs from constant slicing by {row['measured']}: "
-                f"**{row['verdict on this model']}** on {study.profile.model}."
-                if row["measured"] != "-"
-                else f"- At {row['at']} this profile measures no such pair: **{NOT_TESTED}**."
+                f"- At {o.basis}, on {o.measured_on}: dynamic slicing ({o.network}, {o.how}) "
+                f"differs from constant slicing by {o.measured}: **{o.verdict}** on "
+                f"{study.profile.model}."
+                if o.change
+                else f"- At {o.basis} this profile measures no such pair: **{NOT_TESTED}**."
             )
-        if (rows["verdict on the paper's models"] == NOT_TESTED).all():
-            lines.append(f"- On Llama3-8B and Mistral-7B: **{NOT_TESTED}**.")
+        lines += [f"- On {model}: **{NOT_TESTED}**." for model, ran in _tested(study) if not ran]
         lines.append("")
     return "\n".join(lines)
 
 
-def _measured(
-    study: Study, metric: str, basis: str
-) -> list[tuple[str, str, str, Difference | None]]:
-    """(measured on, network, how it was chosen, change), a row per text or one for the tasks."""
-    if metric == "perplexity":
-        return [_on_text(study, basis, text) for text in study.profile.eval_texts]
-    tasks = list(study.profile.tasks)
-    pairs = [p for p in compare.pairs(study.task_points()) if p[2] == basis and tasks]
-    changes = [(p[0].label, compare.accuracy_change(study, *p[:2], tasks)) for p in pairs]
-    name, change = max(changes, key=lambda c: c[1].estimate, default=("-", None))
-    how = f"the best of {len(pairs)}" if len(pairs) > 1 else "the only one with tasks"
-    return [("the average of the tasks", name, how, change)]
+Measured = tuple[str, str, str, Difference | None, Difference | None]
 
 
-def _on_text(study: Study, basis: str, text: str) -> tuple[str, str, str, Difference | None]:
-    pair, how = compare.chosen(study, basis), "chosen on validation windows"
-    if pair is None:
-        pair, how = compare.best(study, basis, text), "the best in hindsight"
-    if pair is None:
-        return (text, "-", how, None)
-    return (text, pair[0].label, how, compare.perplexity_change(study, *pair[:2], text))
+def _claims() -> pd.DataFrame:
+    return pd.read_csv(paths.PUBLISHED / "claims.csv")
+
+
+def _tested(study: Study) -> list[tuple[str, bool]]:
+    """The models of the paper's claims, and whether the study ran on them."""
+    models = dict.fromkeys(m for row in _claims()["models"] for m in row.split(";"))
+    return [(model, model == study.profile.model) for model in models]
+
+
+def _perplexities(study: Study, basis: str) -> list[Measured]:
+    found = []
+    for text in study.profile.eval_texts:
+        pair, how = compare.chosen(study, basis), ON_VALIDATION
+        if pair is None:
+            pair, how = compare.best(study, basis, text), IN_HINDSIGHT
+        change = compare.perplexity_change(study, *pair[:2], text) if pair else None
+        found.append((text, pair[0].label if pair else "-", how, change, None))
+    return found
+
+
+def _accuracy(study: Study, basis: str) -> list[Measured]:
+    tasks, on = list(study.profile.tasks), "the average of the tasks"
+    pairs = [pair for pair in compare.pairs(study.task_points()) if pair[2] == basis and tasks]
+    if not pairs:
+        return [(on, "-", "-", None, None)]
+
+    def gain(pair: Pair) -> float:
+        if study.profile.selection_windows is None:
+            return compare.accuracy_change(study, *pair[:2], tasks).estimate
+        return -compare.selection_change(study, *pair[:2]).estimate
+
+    pair = max(pairs, key=gain)
+    how = ON_VALIDATION if study.profile.selection_windows else IN_HINDSIGHT
+    how = how if len(pairs) > 1 else "the only one with tasks"
+    change = compare.accuracy_change(study, *pair[:2], tasks)
+    scale = 100 / compare.accuracy(study, pair[1], tasks)
+    ratio = Difference(*(scale * x for x in (change.estimate, change.low, change.high)))
+    return [(on, pair[0].label, how, change, ratio)]
 
 
 # What we found
 
 
 def findings(study: Study) -> str:
-    """What a record says of the paper's idea, what holds first (Markdown list)."""
-    table = claims_table(study)
-    holds = [_finding(row) for row in table.to_dict("records") if row["measured"] != "-"]
+    """What a record says of the paper's idea: the claims, then what else was seen (Markdown)."""
     comparison = report.task_comparison(study)
     averages = comparison[comparison["task"] == "average"]
     lines = [
-        "**The claims, by rule:**",
+        "**The claims, by rule**, each as the change from constant to dynamic slicing:",
         "",
-        *(f"- {line}" for line in holds),
+        *(f"- {_finding(outcome)}" for outcome in outcomes(study) if outcome.change),
         "",
         "**What else a reader should know:**",
         "",
@@ -122,13 +187,16 @@ def findings(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _finding(row: dict) -> str:
-    quantity = "perplexity" if "perplexity" in row["claim"] else "accuracy"
-    words = {SUPPORTED: "Holds", DIRECTION: "Holds in direction only"}
-    word = words.get(row["verdict on this model"], "Does not hold")
+def _finding(outcome: Outcome) -> str:
+    claimed = "lower" if outcome.published < 0 else "higher"
+    if verdict(outcome.change, outcome.published) != NOT_SUPPORTED:
+        word = "Holds" if outcome.verdict == SUPPORTED else outcome.verdict.capitalize()
+    else:
+        word = "Not shown" if outcome.change.low <= 0 <= outcome.change.high else "Does not hold"
     return (
-        f"**{word}**: {quantity} at {row['at']}, on {row['measured on']}: {row['measured']} "
-        f"({row['network']}, {row['chosen']}; published {row['published'].strip()})."
+        f"**{word}**: {claimed} {outcome.metric} at {outcome.basis}, on {outcome.measured_on}: "
+        f"{outcome.measured} ({outcome.network}, {outcome.how}; published "
+        f"{outcome.published:+.0f} %)."
     )
 
 
@@ -148,12 +216,14 @@ def _margins(averages: pd.DataFrame) -> list[str]:
 def _ablation_findings(study: Study) -> list[str]:
     if not study.ablations():
         return []
+    network = f"{study.ablated()[1].label}, {study.profile.eval_texts[0]}"
     return [
         "Does LR predict what hurts? "
-        + ablations.sensitivity_prose(ablations.sensitivity_table(study)),
-        "Does the order matter? " + ablations.shuffle_prose(ablations.shuffle_table(study)),
-        "Does the draw of the calibration windows matter? At equal size: "
-        + ablations.seed_prose(ablations.seed_table(study)),
+        + ablations.sensitivity_prose(ablations.sensitivity_table(study), study),
+        f"Does the order of the widths matter ({network})? "
+        + ablations.shuffle_prose(ablations.shuffle_table(study)),
+        f"Does the draw of the calibration windows matter ({network}, against constant slicing at "
+        f"equal stored parameters)? {ablations.seed_prose(ablations.seed_table(study))}",
     ]
 
 
@@ -176,9 +246,9 @@ def readme_block(study: Study) -> str:
         [
             *body,
             "",
-            f"Perplexity of dynamic relative to constant slicing of {study.profile.model} on "
-            f"`{'`, `'.join(study.profile.eval_texts)}` ({study.profile.eval_split} split), "
-            f"negative is better; intervals: {compare.INTERVAL}, windows and items in pairs. "
+            f"Model {study.profile.model}; perplexity on `{'`, `'.join(study.profile.eval_texts)}` "
+            f"({study.profile.eval_split} split, the layers cut alone apart), negative changes are "
+            f"better. Intervals: {compare.INTERVAL}; windows, items or layers, in pairs. "
             f"{report.device_line(study)} Its {len(study.requests())} measurements took "
             f"{seconds / 60:.0f} minutes.",
         ]
@@ -201,10 +271,8 @@ def deviations_block(study: Study) -> str:
 
 def _deviations(study: Study) -> list[tuple[str, str, str]]:
     """(the published code, here, what it changes in numbers of the record)."""
-    text = study.profile.eval_texts[0]
+    p = study.profile
     networks = ablations.ablation_table(study).set_index("network")
-    constant = study.get(study.slice_request(study.ablated()[0])).value
-    sp = study.ablated()[0].slice_percentage
     return [
         (
             "The last layer's LR compares its input with its output *after* the final norm.",
@@ -213,33 +281,33 @@ def _deviations(study: Study) -> list[tuple[str, str, str]]:
         ),
         (
             "Dynamic and constant networks are compared at equal mean slice.",
-            "Also at equal stored parameters, within 0.1 %.",
+            f"Also at equal stored parameters: {_closeness(study)}.",
             _two_bases(study),
         ),
         (
             "The mean over d is subtracted from the embeddings of RMSNorm models too.",
             "Nothing is subtracted, so that the logits stay as they are.",
-            _centred(study, text),
+            _centred(study),
         ),
         (
-            "Its RMS normalisation has a fixed eps of 1e-5.",
+            "Its RMS normalisation has an eps of its own.",
             "The eps of the model.",
-            "Nothing for this model, whose own eps is 1e-5.",
+            "Nothing for this model, whose own eps is the same.",
         ),
         (
             "Shortcut matrices are buffers, and parameter counts leave them out.",
             "They are parameters, and counted.",
-            f"Constant slicing by {sp:.0%} stores {constant['parameters'] / 1e6:.1f} M parameters, "
-            f"{constant['shortcut_parameters'] / 1e6:.1f} M of them in shortcuts.",
+            _shortcuts(study),
         ),
         (
             "Perplexity is taken on sampled validation windows.",
-            "On test windows; validation windows only choose SB.",
-            _splits(study, text),
+            f"On windows of the {p.eval_split} split.",
+            _splits(study),
         ),
         (
             "SB is chosen by the numbers that are then reported.",
-            "Chosen on validation windows, reported on test windows of two texts.",
+            f"Chosen on validation windows, reported on {p.eval_split} windows of "
+            f"{', '.join(p.eval_texts)}.",
             _inflation(study),
         ),
         (
@@ -252,23 +320,19 @@ def _deviations(study: Study) -> list[tuple[str, str, str]]:
         (
             "A skewed score gives a negative width without an error.",
             "Slices are capped, the excess goes to other layers, the mean is kept.",
-            _capped(study),
+            _largest_slice(study),
         ),
         (
             "Widths of dynamic plans are whole numbers, not multiples.",
-            "Multiples of 8; the mean of the widths is kept.",
+            f"Multiples of {p.round_to}; the mean of the widths is kept.",
             _phrase(networks, "rounding"),
         ),
         (
-            "1 % of the mean diagonal is added to the covariance.",
+            "A hundredth of the mean diagonal is added to the covariance.",
             "Left out: it moves all eigenvalues alike and no eigenvector.",
             "Nothing.",
         ),
-        (
-            "fp16 weights.",
-            f"{study.profile.dtype}.",
-            "Not measured.",
-        ),
+        ("fp16 weights.", f"{p.dtype}.", "Not measured."),
     ]
 
 
@@ -287,50 +351,70 @@ def _phrase(networks: pd.DataFrame, question: str) -> str:
     return f"Perplexity of the dynamic network {own.format('%')}{ablations.curve_phrase(row)}."
 
 
+def _closeness(study: Study) -> str:
+    """How far sizes of matched constants lie from those of their dynamic networks."""
+    pairs = [pair for pair in compare.pairs(study.points()) if pair[2] == EQUAL_SIZE]
+    sizes = [[_size(study, point)["parameters"] for point in pair[:2]] for pair in pairs]
+    gap = max(abs(a / b - 1) for a, b in sizes)
+    return f"those of the {len(pairs)} pairs differ by at most {gap:.2%}"
+
+
 def _two_bases(study: Study) -> str:
+    """One network against both of its constants."""
+    dynamic, constant, _ = compare.chosen(study, EQUAL_SLICE)
+    matched = next(
+        b for a, b, basis in compare.pairs(study.points()) if a == dynamic and basis == EQUAL_SIZE
+    )
     parts = []
-    for basis in (EQUAL_SLICE, EQUAL_SIZE):
-        pair: Pair = compare.chosen(study, basis)
+    for basis, other in ((EQUAL_SLICE, constant), (EQUAL_SIZE, matched)):
         for text in study.profile.eval_texts:
-            change = compare.perplexity_change(study, *pair[:2], text)
+            change = compare.perplexity_change(study, dynamic, other, text)
             parts.append(f"at {basis} {change.format('%')} ({text})")
-    return f"The gain of the network that validation chose: {', '.join(parts)}."
+    return f"Change of perplexity to {dynamic.label}: {', '.join(parts)}."
 
 
-def _centred(study: Study, text: str) -> str:
-    dense = study.get(study.perplexity_request(study.points()[0], text)).value["perplexity"]
-    centred = study.get(study.centred_request()).value["perplexity"]
-    return f"Perplexity of the dense model {dense:.3f} becomes {centred:.3f} before any slicing."
+def _centred(study: Study) -> str:
+    dense = study.perplexity_request(study.points()[0], study.profile.eval_texts[0])
+    before, after = (
+        study.get(request).value["perplexity"] for request in (dense, study.centred_request())
+    )
+    return f"Perplexity of the dense model {before:.3f} becomes {after:.3f} before any slicing."
 
 
-def _splits(study: Study, text: str) -> str:
+def _shortcuts(study: Study) -> str:
+    constant = study.ablated()[0]
+    size = _size(study, constant)
+    return (
+        f"{constant.label.capitalize()} stores {size['parameters'] / 1e6:.1f} M parameters, "
+        f"{size['shortcut_parameters'] / 1e6:.1f} M of them in shortcuts."
+    )
+
+
+def _splits(study: Study) -> str:
     dense = study.points()[0]
     validation = study.get(study.selection_request(dense)).value
-    test = study.get(study.perplexity_request(dense, text)).value
+    test = study.get(study.perplexity_request(dense, study.profile.eval_texts[0])).value
     return (
         f"Perplexity of the dense model is {validation['perplexity']:.1f} on "
         f"{validation['windows']} validation windows and {test['perplexity']:.1f} on "
-        f"{test['windows']} test windows."
+        f"{test['windows']} {study.profile.eval_split} windows."
     )
 
 
 def _inflation(study: Study) -> str:
     table = report.selection_table(study)
-    gaps = table["perplexity (%)"] - table["its change (%), optimistic"]
+    gaps = table["perplexity (%)"] - table["in hindsight (%)"]
     return (
-        f"The best SB in hindsight gains up to {gaps.max():.1f} points more than the chosen one "
+        f"The best SB in hindsight looks up to {gaps.max():.1f} points better than the chosen one "
         f"({int((gaps > 0).sum())} of {len(gaps)} comparisons differ)."
     )
 
 
-def _capped(study: Study) -> str:
-    """How many slices of the study's plans reach the cap, one rounding unit of width left."""
-    slices = [
-        study.get(study.slice_request(p)).value for p in study.points() if p.schedule == "dynamic"
-    ]
-    capped = sum(
-        share >= 1 - study.profile.round_to / max(value["widths"])
-        for value in slices
-        for share in value["final_slice"]
-    )
-    return f"{capped} layers of the {len(slices)} dynamic plans reach the cap on this model."
+def _largest_slice(study: Study) -> str:
+    dynamic = [point for point in study.points() if point.schedule == "dynamic"]
+    largest = max(share for point in dynamic for share in _size(study, point)["final_slice"])
+    return f"The largest slice of a layer in these plans is {largest:.0%} of its width."
+
+
+def _size(study: Study, point) -> dict:
+    return study.get(study.slice_request(point)).value

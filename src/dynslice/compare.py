@@ -7,6 +7,7 @@ import numpy as np
 from scipy import stats
 
 from dynslice.design import Point
+from dynslice.errors import RunError
 from dynslice.results import Measurement
 from dynslice.study import Study
 
@@ -94,6 +95,15 @@ def curve_change(study: Study, point: Point, text: str) -> Difference | None:
     return _relative(nll(study, study.perplexity_request(point, text)), constant)
 
 
+def nearest_constant(study: Study, point: Point) -> Point:
+    """The constant network of the study whose stored parameters come nearest."""
+    size = study.get(study.slice_request(point)).value["parameters"]
+    constant = [p for p in study.points() if p.schedule in ("constant", "matched")]
+    return min(
+        constant, key=lambda p: abs(study.get(study.slice_request(p)).value["parameters"] - size)
+    )
+
+
 def chosen(study: Study, basis: str, slice_percentage: float | None = None) -> Pair | None:
     """The dynamic network, with its constant, that gains most on the validation windows.
 
@@ -127,6 +137,12 @@ def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Diffe
     return Difference(*(100 * x for x in (change.estimate, change.low, change.high)))
 
 
+def accuracy(study: Study, point: Point, tasks: list[str]) -> float:
+    """Accuracy in percent, the mean over tasks."""
+    correct = [study.get(study.task_request(point, task)).value["correct"] for task in tasks]
+    return float(100 * np.mean([np.mean(items) for items in correct]))
+
+
 def margin_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
     """Mean log-likelihood margin of the right choice, a minus b in nats; likewise paired.
 
@@ -136,13 +152,11 @@ def margin_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Differe
     return _task_change(study, a, b, tasks, "margin")
 
 
-def mcnemar(study: Study, a: Point, b: Point, tasks: list[str]) -> float:
+def mcnemar(study: Study, a: Point, b: Point, task: str) -> float:
     """McNemar's exact p: are the items that only one of the two has right split evenly?"""
-    only_a = only_b = 0
-    for task in tasks:
-        first, second = _items(study, a, b, task, "correct")
-        only_a += int(((first == 1) & (second == 0)).sum())
-        only_b += int(((first == 0) & (second == 1)).sum())
+    first, second = _items(study, a, b, task, "correct")
+    only_a = int(((first == 1) & (second == 0)).sum())
+    only_b = int(((first == 0) & (second == 1)).sum())
     if only_a + only_b == 0:
         return 1.0
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
@@ -193,7 +207,10 @@ def _task_change(study: Study, a: Point, b: Point, tasks: list[str], what: str) 
 
 
 def _items(study: Study, a: Point, b: Point, task: str, what: str) -> list[np.ndarray]:
-    return [np.array(study.get(study.task_request(p, task)).value[what]) for p in (a, b)]
+    values = [study.get(study.task_request(p, task)).value for p in (a, b)]
+    if values[0].get("items") != values[1].get("items"):
+        raise RunError(f"two results of task {task!r} are of different items; measure them anew")
+    return [np.array(value[what]) for value in values]
 
 
 def _candidates(study: Study, basis: str, slice_percentage: float | None) -> list[Pair]:

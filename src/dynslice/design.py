@@ -50,7 +50,7 @@ class Ablation:
 
 
 class Design:
-    """What a profile asks for, as requests; nothing is read or measured here."""
+    """What a profile asks for, as requests; nothing is measured here."""
 
     def __init__(self, settings: Profile):
         self.profile = settings

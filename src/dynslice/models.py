@@ -79,8 +79,18 @@ def load(
                 f"the weights of model {name!r} cannot be loaded ({str(error).splitlines()[0]}); "
                 "save the model anew"
             ) from error
-        tokenizer = _tokenizer(source, name, revision)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(name, revision)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights. Raises RequestError when it has none."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
+        ) from error
 
 
 def load_config(name: str, revision: str | None = None):
@@ -170,15 +180,6 @@ def save(
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text + "\n", encoding="utf-8")
         os.replace(unfinished, folder)
-
-
-def _tokenizer(source: str, name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
-        ) from error
 
 
 def _embedded(name: str) -> Path:

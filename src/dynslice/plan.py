@@ -229,7 +229,8 @@ def matched(plan: SlicePlan) -> SlicePlan:
 def single(shape: Shape, layer: int, slice_percentage: float, round_to: int = 8) -> SlicePlan:
     """One layer cut by a share, all others whole: what that layer alone is sensitive to.
 
-    The embedding keeps its width, so that the cut of the first layer is a cut like the others.
+    The embedding, and with it the attention input of layer 0, stays whole: layer 0 is cut before
+    its MLP only, every other layer at both of its places.
     """
     _check_request(shape, slice_percentage, slice_percentage, round_to)
     cut = constant(shape, slice_percentage, round_to).widths[0]
@@ -249,8 +250,8 @@ def single(shape: Shape, layer: int, slice_percentage: float, round_to: int = 8)
 def shuffled(plan: SlicePlan, seed: int) -> SlicePlan:
     """The widths of a plan in a random order of layers; the embedding keeps its own.
 
-    The control of a schedule: equal widths, hence nearly equal stored parameters, but no layer
-    has the width that was chosen for it.
+    The control of a schedule: equal widths, hence nearly equal stored parameters, handed out
+    without regard to the layer (by chance, or because widths are alike, some layers keep theirs).
     """
     order = np.random.default_rng(seed).permutation(plan.shape.layers)
     return replace(

@@ -61,11 +61,16 @@ def scores_of(layers: list[dict], score: str = "cosine") -> list[float]:
     """
     if score not in SCORES:
         raise RequestError(f"score {score!r} is unknown; use {', '.join(SCORES)}")
-    if score == "cosine":
-        return [layer["lr"] for layer in layers]
-    if score == "angular":
-        return [1 - layer["angular_distance"] for layer in layers]
-    return [-layer["update_norm"] for layer in layers]
+    try:
+        if score == "cosine":
+            return [layer["lr"] for layer in layers]
+        if score == "angular":
+            return [1 - layer["angular_distance"] for layer in layers]
+        return [-layer["update_norm"] for layer in layers]
+    except KeyError as error:
+        raise RequestError(
+            f"the LR result holds no {error}; delete it, it will be measured anew"
+        ) from error
 
 
 def normalise(lr: tuple[float, ...]) -> tuple[float, ...]:

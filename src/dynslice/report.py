@@ -197,26 +197,26 @@ def selection_table(study: Study) -> pd.DataFrame:
                         "SB chosen on validation": picked[0].slice_base,
                         **_columns(change, "perplexity (%)"),
                         "best SB in hindsight": best[0].slice_base,
-                        "its change (%), optimistic": optimistic.estimate,
+                        "in hindsight (%)": optimistic.estimate,
+                        "low, hindsight": optimistic.low,
+                        "high, hindsight": optimistic.high,
                     }
                 )
     names = ["SP", "against constant at", "text", "SB chosen on validation"]
-    names += [*_columns(None, "perplexity (%)")]
-    return pd.DataFrame(
-        rows, columns=[*names, "best SB in hindsight", "its change (%), optimistic"]
-    )
+    names += [*_columns(None, "perplexity (%)"), "best SB in hindsight", "in hindsight (%)"]
+    return pd.DataFrame(rows, columns=[*names, "low, hindsight", "high, hindsight"])
 
 
 def selection_prose(table: pd.DataFrame) -> str:
     """What choosing on validation windows changes, as Markdown."""
     if table.empty:
-        return "This profile chooses no SB; `standard` does, on validation windows."
+        return "This profile chooses no SB: its `selection_windows` is null."
     lines = []
     for basis, rows in table.groupby("against constant at", sort=False):
         counts = rows["dynamic is"].value_counts()
         found = ", ".join(f"{word} in {count}" for word, count in counts.items())
         plural = "s" * (len(rows) > 1)
-        inflation = (rows["perplexity (%)"] - rows["its change (%), optimistic"]).max()
+        inflation = (rows["perplexity (%)"] - rows["in hindsight (%)"]).max()
         lines.append(
             f"- At **{basis}**, with SB chosen on validation windows, the perplexity of dynamic "
             f"slicing is, of {len(rows)} comparison{plural} on test windows: {found}. "
@@ -315,7 +315,11 @@ def task_comparison(study: Study) -> pd.DataFrame:
                     **_columns(
                         compare.accuracy_change(study, dynamic, other, tasks), "accuracy (points)"
                     ),
-                    "McNemar p": compare.mcnemar(study, dynamic, other, tasks),
+                    "McNemar p": (
+                        compare.mcnemar(study, dynamic, other, tasks[0])
+                        if len(tasks) == 1
+                        else None
+                    ),
                     "margin (nats)": margin.estimate,
                     "margin low": margin.low,
                     "margin high": margin.high,
@@ -423,6 +427,8 @@ def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) ->
 def interval_note(table: pd.DataFrame) -> str:
     """What `low` and `high` of a table are; nothing where it has none."""
     names = " ".join(map(str, table.columns))
+    if "measured" in table.columns:
+        return f"In brackets: {compare.INTERVAL}, windows or items resampled in pairs."
     if "low" not in names:
         return ""
     resampled = "items resampled" if "task" in table.columns else "windows resampled"

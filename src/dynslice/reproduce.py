@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from math import exp
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -187,7 +188,9 @@ def _values(result: Result) -> dict[str, float]:
     if result.kind in ("ppl", "centred"):
         return {"perplexity": value["perplexity"]}
     if result.kind == "sensitivity":
-        return {f"NLL with layer {x['index']} cut": fmean(x["nll"]) for x in value["layers"]}
+        nll = {f"layer {x['index']} cut": x["nll"] for x in value["layers"]}
+        nll["no layer cut"] = value["dense"]
+        return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
     if result.kind == "task":
         names = ("acc", "acc_norm")
         return {name: value[name] for name in names if value[name] is not None}

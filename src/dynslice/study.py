@@ -1,6 +1,7 @@
 """A study: the measurements of one profile, and their results; only what is missing is computed."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -118,10 +119,8 @@ def _from_text(name: str, value: Any) -> Any:
 
 def check(settings: Profile) -> None:
     """Refuse a study that cannot run before anything heavy starts. Raises RequestError."""
-    from dynslice import corpora, evaluation, models, plan
+    from dynslice import evaluation, models, plan
 
-    for text in {settings.lr_text, *settings.lr_compare_texts}:
-        corpora.check(text, split_for(text, settings.lr_split))
     _check_texts(settings)
     evaluation.check_tasks(list(settings.tasks))
     config = models.load_config(settings.model, settings.revision)
@@ -133,27 +132,50 @@ def check(settings: Profile) -> None:
         plan.constant(shape, share, settings.round_to)
     for round_to in settings.ablation_round_to:
         plan.constant(shape, settings.ablation_slice_percentage or 0.0, round_to)
+    _check_lengths(settings)
+
+
+def _check_lengths(settings: Profile) -> None:
+    """Every text must hold the windows that are asked of it."""
+    from dynslice import corpora, models
+
+    longest: dict[tuple, tuple] = {}
+    for request in Design(settings).requests():
+        for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
+            if "windows" in config:
+                count, window = config["windows"], config["window"]
+                asked = ((count or 1) * window, window, count)
+                text = (config["text"], config["split"])
+                longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])
+    tokenizer = models.load_tokenizer(settings.model, settings.revision)
+    for (text, split), (tokens, window, count) in longest.items():
+        corpora.blocks(corpora.tokens(text, split, tokenizer, tokens), window, count, text)
 
 
 def _check_texts(settings: Profile) -> None:
-    """Calibration, selection and evaluation must not share a document."""
+    """What is calibrated on, what chooses and what is reported must not share a document."""
     from dynslice import corpora
 
-    calibrated_on = {settings.calibration_text, *settings.ablation_calibration_texts}
-    for text in calibrated_on:
-        corpora.check(text, split_for(text, "train"))
-    for text in settings.eval_texts:
-        split = split_for(text, settings.eval_split)
-        corpora.check(text, split)
-        if text in calibrated_on and split in (None, "train"):
-            raise RequestError(
-                f"text {text!r}, split {split}, would be calibrated on and evaluated on; give "
-                "eval_texts a text of its own, or a corpus the eval_split test"
-            )
-    chooser = split_for(settings.eval_texts[0], "validation")
-    selects = settings.selection_windows is not None
-    if selects and (chooser is None or settings.eval_split == chooser):
-        raise RequestError(
-            f"selection_windows {settings.selection_windows} would choose SB on the text that is "
-            "then reported; set it to null, or report a corpus with eval_split test"
+    def source(text: str, split: str | None) -> tuple[str, str | None]:
+        corpora.check(text, split_for(text, split))
+        if text in corpora.CORPORA:
+            return text, corpora.default_split(text, split)
+        return str(Path(text).resolve()), None
+
+    read = {
+        source(text, "train"): "calibrated on"
+        for text in (settings.calibration_text, *settings.ablation_calibration_texts)
+    }
+    for text in (settings.lr_text, *settings.lr_compare_texts):
+        read.setdefault(source(text, settings.lr_split), "what LR is measured on")
+    if settings.selection_windows is not None:
+        chooser = source(settings.eval_texts[0], "validation")
+        read.setdefault(
+            chooser, f"what selection_windows {settings.selection_windows} choose SB on"
         )
+    for text in settings.eval_texts:
+        if use := read.get(source(text, settings.eval_split)):
+            raise RequestError(
+                f"text {text!r} with eval_split {settings.eval_split} would be reported, but is "
+                f"{use}; give eval_texts a text of its own, or a corpus the eval_split test"
+            )
