@@ -69,10 +69,12 @@ def test_notebooks_are_rendered_without_errors_or_warnings(first, output):
 
 def test_figures_and_tables_are_written_in_all_formats(first, output):
     folder = output / "figures" / "smoke"
-    for name in ("layer_redundancy", "perplexity", "tasks"):
+    for name in ("layer_redundancy", "perplexity", "tasks", "lr_by_corpus", "sensitivity"):
         for suffix in ("pdf", "png", "csv", "md", "tex"):
             assert (folder / f"{name}.{suffix}").stat().st_size > 100
-    for name in ("perplexity_comparison", "task_comparison", "claims"):
+    for name in ("accuracy", "slice_base_sweep", "shuffled"):
+        assert (folder / f"{name}.pdf").stat().st_size > 100
+    for name in ("perplexity_comparison", "task_comparison", "claims", "selection", "ablations"):
         assert (folder / f"{name}.csv").is_file()
 
 
@@ -115,6 +117,7 @@ def test_own_model_texts_and_profile_by_relative_paths(dynslice, tmp_path):
         (tmp_path / name).write_text(paragraphs(20), encoding="utf-8")
     settings = yaml.safe_load((paths.PROFILES / "smoke.yaml").read_text())
     settings |= {"lr_text": "train.txt", "lr_compare_texts": [], "slice_bases": []}
+    settings |= {"selection_windows": None}  # a file has no validation split
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
     request = ["--profile", "own.yaml", "--only", "01", "02", "--set", "model=DIR"]
     request += ["--set", "calibration_text=train.txt", "--set", "eval_texts=[held_out.txt]"]
