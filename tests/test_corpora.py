@@ -108,7 +108,9 @@ def test_file_that_is_no_text_is_refused(name, tmp_path, tokenizer):
 def test_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=r"neither a corpus \(sotu, wikipedia, mmlu\) nor a file"):
+    with pytest.raises(
+        RequestError, match=r"neither a corpus \(sotu, wikipedia, mmlu\) nor a file"
+    ):
         corpora.check(name, None)
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from dynslice import ablations, compare, paths, report
 from dynslice.compare import BASES, EQUAL_SIZE, EQUAL_SLICE, Difference, Pair
+from dynslice.design import Point
 from dynslice.study import Study
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
@@ -181,6 +182,7 @@ def findings(study: Study) -> str:
         "**What else a reader should know:**",
         "",
         f"- {report.size_prose(report.perplexity_table(study))}",
+        *(f"- {_levels(study, text)}" for text in study.profile.eval_texts),
         *(f"- {line}" for line in _margins(averages)),
         *(f"- {line}" for line in _ablation_findings(study)),
     ]
@@ -198,6 +200,28 @@ def _finding(outcome: Outcome) -> str:
         f"{outcome.measured} ({outcome.network}, {outcome.how}; published "
         f"{outcome.published:+.0f} %)."
     )
+
+
+def _levels(study: Study, text: str) -> str:
+    """How far from the dense model the networks of the largest SP are on a text."""
+
+    def perplexity(point: Point) -> str:
+        request = study.perplexity_request(point, text)
+        return f"{study.get(request).value['perplexity']:.1f}"
+
+    p = study.profile
+    largest = max(p.slice_percentages)
+    shown = [
+        point
+        for point in study.points()
+        if point.network is None
+        or (point.slice_percentage == largest and point.schedule in ("constant", "dynamic"))
+    ]
+    levels = ", ".join(f"{perplexity(point)} {point.label}" for point in shown)
+    where = "of the calibration's kind" if text == p.calibration_text else "not calibrated on"
+    others = [a.point for a in study.ablations() if a.question == "calibration text"]
+    moved = "".join(f"; {perplexity(point)} {point.label}" for point in others)
+    return f"Perplexity on {text} ({where}): {levels}{moved}."
 
 
 def _margins(averages: pd.DataFrame) -> list[str]:
