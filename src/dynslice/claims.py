@@ -205,9 +205,9 @@ def _finding(outcome: Outcome) -> str:
 def _levels(study: Study, text: str) -> str:
     """How far from the dense model the networks of the largest SP are on a text."""
 
-    def perplexity(point: Point) -> str:
+    def level(point: Point) -> str:
         request = study.perplexity_request(point, text)
-        return f"{study.get(request).value['perplexity']:.1f}"
+        return f"{point.label}: {study.get(request).value['perplexity']:.1f}"
 
     p = study.profile
     largest = max(p.slice_percentages)
@@ -217,11 +217,9 @@ def _levels(study: Study, text: str) -> str:
         if point.network is None
         or (point.slice_percentage == largest and point.schedule in ("constant", "dynamic"))
     ]
-    levels = ", ".join(f"{perplexity(point)} {point.label}" for point in shown)
     where = "of the calibration's kind" if text == p.calibration_text else "not calibrated on"
-    others = [a.point for a in study.ablations() if a.question == "calibration text"]
-    moved = "".join(f"; {perplexity(point)} {point.label}" for point in others)
-    return f"Perplexity on {text} ({where}): {levels}{moved}."
+    shown += [a.point for a in study.ablations() if a.question == "calibration text"]
+    return f"Perplexity on {text} ({where}): {'; '.join(map(level, shown))}."
 
 
 def _margins(averages: pd.DataFrame) -> list[str]:
