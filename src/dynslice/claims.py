@@ -183,6 +183,7 @@ def findings(study: Study) -> str:
         "",
         f"- {report.size_prose(report.perplexity_table(study))}",
         *(f"- {_levels(study, text)}" for text in study.profile.eval_texts),
+        *(f"- {line}" for line in _accuracies(study)),
         *(f"- {line}" for line in _margins(averages)),
         *(f"- {line}" for line in _ablation_findings(study)),
     ]
@@ -220,6 +221,13 @@ def _levels(study: Study, text: str) -> str:
     where = "of the calibration's kind" if text == p.calibration_text else "not calibrated on"
     shown += [a.point for a in study.ablations() if a.question == "calibration text"]
     return f"Perplexity on {text} ({where}): {'; '.join(map(level, shown))}."
+
+
+def _accuracies(study: Study) -> list[str]:
+    tasks = list(study.profile.tasks)
+    shown = [p for p in study.task_points() if tasks and p.schedule != "matched"]
+    levels = [f"{point.label}: {compare.accuracy(study, point, tasks):.1f} %" for point in shown]
+    return [f"Average accuracy: {'; '.join(levels)}."] if levels else []
 
 
 def _margins(averages: pd.DataFrame) -> list[str]:

@@ -127,8 +127,9 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
             constant_and_dynamic(axis, here, x, "perplexity", factor)
         row[0].set(xlabel="mean slice (% of the width)", ylabel=f"perplexity ({text})")
         row[1].set(xlabel="stored parameters (millions)")
-    axes[0, 0].legend(frameon=False)
-    figure.tight_layout()
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="upper center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
     return figure
 
 
@@ -159,7 +160,7 @@ def sweep_figure(comparison: pd.DataFrame) -> plt.Figure:
     texts, percentages = comparison["text"].unique(), comparison["SP"].unique()
     size = (2 * COLUMN_WIDTH, 2.2 * len(texts))
     figure, axes = plt.subplots(
-        len(texts), len(percentages), figsize=size, squeeze=False, sharex="col", sharey=True
+        len(texts), len(percentages), figsize=size, squeeze=False, sharex="col", sharey="row"
     )
     for row, text in zip(axes, texts, strict=True):
         for axis, sp in zip(row, percentages, strict=True):
@@ -220,7 +221,7 @@ def selection_prose(table: pd.DataFrame) -> str:
         lines.append(
             f"- At **{basis}**, with SB chosen on validation windows, the perplexity of dynamic "
             f"slicing is, of {len(rows)} comparison{plural} on test windows: {found}. "
-            f"The best SB in hindsight would flatter it by at most {inflation:.1f} points."
+            f"The best SB in hindsight would look better by up to {inflation:.1f} points."
         )
     return "\n".join(lines)
 
@@ -445,7 +446,7 @@ def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
         return f"{value:.{digits}f}" if isinstance(value, float) else value
 
     shares = table.columns.intersection(SHARES)
-    percent = table[shares].map(lambda v: f"{v:.1%}" if isinstance(v, float) else v)
+    percent = table[shares].map(lambda v: f"{100 * v:.3g}%" if isinstance(v, float) else v)
     return table.assign(**percent).map(text)
 
 
