@@ -171,9 +171,7 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
 
 
 def findings(study: Study) -> str:
-    """What a record says of the paper's idea: the claims, then what else was seen (Markdown)."""
-    comparison = report.task_comparison(study)
-    averages = comparison[comparison["task"] == "average"]
+    """What a record says of the paper's idea: the claims, then what the ablations say of it."""
     lines = [
         "**The claims, by rule**, each as the change from constant to dynamic slicing:",
         "",
@@ -182,12 +180,23 @@ def findings(study: Study) -> str:
         "**What else a reader should know:**",
         "",
         f"- {report.size_prose(report.perplexity_table(study))}",
-        *(f"- {_levels(study, text)}" for text in study.profile.eval_texts),
-        *(f"- {line}" for line in _accuracies(study)),
-        *(f"- {line}" for line in _margins(averages)),
+        *(f"- {_levels(study, text)}" for text in _foreign_texts(study)),
         *(f"- {line}" for line in _ablation_findings(study)),
     ]
     return "\n".join(lines)
+
+
+def _foreign_texts(study: Study) -> list[str]:
+    """Texts that nothing was calibrated on: how far a network is from dense says more there."""
+    return [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
+
+
+def levels(study: Study) -> str:
+    """Perplexities, accuracies and margins behind the findings (Markdown list)."""
+    comparison = report.task_comparison(study)
+    averages = comparison[comparison["task"] == "average"]
+    lines = [_levels(study, text) for text in study.profile.eval_texts]
+    return "\n".join(f"- {line}" for line in [*lines, *_accuracies(study), *_margins(averages)])
 
 
 def _finding(outcome: Outcome) -> str:
@@ -292,11 +301,10 @@ def deviations_block(study: Study) -> str:
         for there, here, changes in _deviations(study)
     ]
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    model, text = study.profile.model, study.profile.eval_texts[0]
     where = (
-        f"Measured on {model}, text `{text}` where no other is named. {report.device_line(study)}"
+        f"Model {study.profile.model}, text `{study.profile.eval_texts[0]}` where no other is named"
     )
-    return f"{table}\n\n{where} Intervals: {compare.INTERVAL}."
+    return f"{table}\n\n{where}. {report.device_line(study)} Intervals: {compare.INTERVAL}."
 
 
 def _deviations(study: Study) -> list[tuple[str, str, str]]:
@@ -415,8 +423,8 @@ def _shortcuts(study: Study) -> str:
     constant = study.ablated()[0]
     size = _size(study, constant)
     return (
-        f"{constant.label.capitalize()} stores {size['parameters'] / 1e6:.1f} M parameters, "
-        f"{size['shortcut_parameters'] / 1e6:.1f} M of them in shortcuts."
+        f"In {constant.label}, of {size['parameters'] / 1e6:.1f} M stored parameters "
+        f"{size['shortcut_parameters'] / 1e6:.1f} M are shortcuts."
     )
 
 
