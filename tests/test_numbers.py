@@ -40,19 +40,25 @@ def again(request, tmp_path_factory):
 
 
 def outputs(notebook):
-    """All that a rendered notebook says, figures apart: a list of texts per code cell."""
+    """All that a rendered notebook says, figures apart: per code cell what it printed and shows."""
     cells = [c for c in json.loads(notebook)["cells"] if c["cell_type"] == "code"]
-    return [[_text(output) for output in cell["outputs"]] for cell in cells]
-
-
-def _text(output):
-    assert output["output_type"] != "error"
-    assert output.get("name") != "stderr", output
-    data = output.get("data", {})
     return [
-        output.get("text"),
-        *(data.get(f"text/{form}") for form in ("markdown", "html", "plain")),
+        (_printed(cell), *(_shown(o) for o in cell["outputs"] if o["output_type"] != "stream"))
+        for cell in cells
     ]
+
+
+def _printed(cell):
+    """What a cell printed; how Jupyter cuts it into pieces depends on time."""
+    streams = [output for output in cell["outputs"] if output["output_type"] == "stream"]
+    assert {output["name"] for output in streams} <= {"stdout"}
+    return "".join("".join(output["text"]) for output in streams)
+
+
+def _shown(output):
+    assert output["output_type"] != "error"
+    data = output.get("data", {})
+    return [data.get(f"text/{form}") for form in ("markdown", "html", "plain") if data]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
