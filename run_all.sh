@@ -24,12 +24,12 @@ find_python() {
     local candidate
     for candidate in python3 python3.13 python3.12 python3.11 python; do
         if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    fail "Python 3.11 or newer was not found; install it and run this again"
+    fail "Python 3.11.5 or newer was not found; install it and run this again"
 }
 
 # pip's own output goes to .venv/install.log; here one line that counts the packages.

@@ -141,7 +141,7 @@ FACTS = {
     ("README.md", "4"): "bits of its weights",
     ("README.md", "200"): "items per task of `standard`",
     ("README.md", "180"): "megabytes of the wheels, which asset tests compare",
-    ("README.md", "3.11"): "the oldest Python",
+    ("README.md", "3.11.5"): "the oldest Python, for the lock file",
     ("README.md", "3"): "gigabytes of disk, and hours of `standard`",
     ("README.md", "15"): "minutes of `quick`",
     ("03_tasks", "25"): "chance on four choices",
@@ -164,7 +164,7 @@ def test_facts_in_prose_are_true():
     assert "Q4_1" in paths.ASSET_MANIFEST.read_text()
     assert set(profile.load("standard").tasks.values()) == {200}
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=3.11"
+    assert project["requires-python"] == ">=3.11.5"
 
 
 def test_a_number_that_is_no_fact_is_found():
