@@ -14,6 +14,7 @@ from conftest import TINY
 from prose import paragraphs
 
 from dynslice import assets, corpora, evaluation, models
+from dynslice import items as task_items
 from dynslice.errors import RequestError, RunError
 from dynslice.plan import Shape, constant
 from dynslice.slicing import slice_model
@@ -275,11 +276,10 @@ def test_mmlu_takes_the_limit_per_subject(tiny_random):
     assert [int(margin > 0) for margin in score["margin"]] == score["correct"]
 
 
-def test_scores_are_those_of_lm_eval_to_the_item(tiny_random, lm_classes, monkeypatch):
+def test_scores_are_those_of_lm_eval_to_the_item(tiny_random):
     names = ["piqa", "hellaswag", "winogrande", "arc_easy", "mmlu"]
     ours = evaluation.tasks(*tiny_random, names, limit=2)
-    monkeypatch.setattr("dynslice.choices.SharedContextLM", lm_classes[0])
-    theirs = evaluation.tasks(*tiny_random, names, limit=2)
+    theirs = evaluation.tasks(*tiny_random, names, limit=2, share_contexts=False)
     for name in names:
         margins = ours[name].pop("margin"), theirs[name].pop("margin")
         assert margins[0] == pytest.approx(margins[1], abs=1e-3)
@@ -287,6 +287,10 @@ def test_scores_are_those_of_lm_eval_to_the_item(tiny_random, lm_classes, monkey
 
 
 # Drawn items
+
+
+def draw(name, limit):
+    return task_items.draw(task_items.load(name)["tasks"], limit)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +311,7 @@ def test_a_stratified_limit_is_the_number_of_items(name, drawn):
 
 def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
     whole = evaluation.tasks(*tiny_random, ["piqa"], limit=9)["piqa"]
-    monkeypatch.setattr(evaluation, "_draw", lambda name, limit: {name: [1, 5, 8]})
+    monkeypatch.setattr(task_items, "draw", lambda tasks, limit: {"piqa": [1, 5, 8]})
     part = evaluation.tasks(*tiny_random, ["piqa"], limit=3, subset="stratified")["piqa"]
     assert "items" not in whole
     assert part["items"] == [1, 5, 8]
@@ -319,14 +323,13 @@ def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
 @pytest.mark.parametrize("name", ["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"])
 @pytest.mark.parametrize("limit", [7, 50])
 def test_answer_positions_keep_their_proportions(name, limit, tiny_random):
-    evaluation.write_task_files()
     positions = {"piqa": "label", "hellaswag": "label", "winogrande": "answer"}
-    docs = evaluation._task_manager().load([name])["tasks"][name].eval_docs
+    docs = task_items.load(name)["tasks"][name].eval_docs
     if name.startswith("arc"):
         answers = [doc["choices"]["label"].index(doc["answerKey"]) for doc in docs]
     else:
         answers = [int(doc[positions[name]]) for doc in docs]
-    [(task, items)] = evaluation._draw(name, limit).items()
+    [(task, items)] = draw(name, limit).items()
     assert task == name
     assert items == sorted(set(items))
     assert len(items) == limit
@@ -337,9 +340,10 @@ def test_answer_positions_keep_their_proportions(name, limit, tiny_random):
 
 @pytest.mark.parametrize("limit", [20, 200])
 def test_mmlu_is_drawn_in_proportion_to_its_subjects(limit, tiny_random):
-    evaluation.write_task_files()
-    sizes = {name: len(items) for name, items in evaluation._strata("mmlu")}
-    items = evaluation._draw("mmlu", limit)
+    sizes = {
+        name: len(items) for name, items in task_items.strata(task_items.load("mmlu")["tasks"])
+    }
+    items = draw("mmlu", limit)
     assert len(sizes) == 57
     assert all(items.values())
     assert sum(map(len, items.values())) == limit
@@ -349,7 +353,7 @@ def test_mmlu_is_drawn_in_proportion_to_its_subjects(limit, tiny_random):
 
 
 def test_mmlu_names_its_items_by_subject(drawn):
-    items = evaluation._draw("mmlu", 20)
+    items = draw("mmlu", 20)
     want = [f"{name.removeprefix('mmlu_')}:{i}" for name in sorted(items) for i in items[name]]
     assert drawn["mmlu"]["items"] == want
     assert drawn["mmlu"]["acc_norm"] is None
@@ -357,9 +361,8 @@ def test_mmlu_names_its_items_by_subject(drawn):
 
 @pytest.mark.parametrize("name", ["piqa", "mmlu"])
 def test_the_same_items_are_drawn_every_time(name, drawn):
-    evaluation._draw.cache_clear()
     np.random.default_rng().random()
-    again = evaluation._draw(name, 20)
+    again = draw(name, 20)
     items = [
         f"{task.removeprefix('mmlu_')}:{i}" if name == "mmlu" else i
         for task, ids in again.items()
@@ -369,8 +372,7 @@ def test_the_same_items_are_drawn_every_time(name, drawn):
 
 
 def test_a_limit_beyond_the_items_takes_them_all(tiny_random):
-    evaluation.write_task_files()
-    assert evaluation._draw("arc_challenge", 10**6) == {"arc_challenge": list(range(299))}
+    assert draw("arc_challenge", 10**6) == {"arc_challenge": list(range(299))}
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_a_limit_beyond_the_items_takes_them_all(tiny_random):
     ],
 )
 def test_largest_remainders(limit, sizes, shares):
-    assert evaluation._proportional(limit, sizes) == shares
+    assert task_items._proportional(limit, sizes) == shares
 
 
 def test_unknown_subset_is_refused(tiny_random):
@@ -418,7 +420,7 @@ def test_lm_eval_command_line_agrees_on_a_sliced_directory(tiny_random, tmp_path
 
     command = ["lm_eval", "--model", "hf", "--device", "cpu", "--output_path", str(out), *asked]
     command += ["--model_args", f"pretrained={folder},trust_remote_code=True"]
-    command += ["--include_path", str(evaluation.TASK_FILES)]
+    command += ["--include_path", str(task_items.TASK_FILES)]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
         [sys.executable, "-m", *command],

