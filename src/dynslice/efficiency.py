@@ -1,13 +1,15 @@
 """What a network costs: FLOPs and bytes counted; throughput, latency and memory measured."""
 
-import gc
 import time
+import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dynslice.models import synchronise
@@ -89,31 +91,48 @@ def seconds_of(step: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def extra_memory(step: Callable, device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak beyond what is held when it starts.
+def extra_memory(step: Callable, device: torch.device) -> int:
+    """Bytes of tensors that a call makes and holds at its peak, beside what was there before.
 
-    On a GPU by torch's allocator, elsewhere by the resident set of the process; None where the
-    system does not tell that.
+    On a GPU by torch's allocator; elsewhere counted, since the resident set of a process hides
+    what its allocator reuses.
     """
-    gc.collect()
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - held
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
-    held = _resident("VmRSS")
-    step()
-    return _resident("VmHWM") - held
+    with _TensorCount() as count:
+        step()
+    return count.peak
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status names no {field}")
+class _TensorCount(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        known_before = tree_leaves((args, kwargs))
+        result = operation(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in known_before if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known[storage] = True
+            weakref.finalize(storage, self._drop, storage.nbytes())
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+
+    def _drop(self, size: int) -> None:
+        self.alive -= size
 
 
 def speed(

@@ -10,15 +10,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynslice import corpora, evaluation, models, plan, redundancy, slicing
+from dynslice import corpora, efficiency, evaluation, models, plan, redundancy, slicing
 from dynslice.errors import RequestError, RunError
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
-from dynslice.results import Measurement, Result, Store, peak_memory_bytes, provenance
+from dynslice.results import (
+    Measurement,
+    Result,
+    Store,
+    peak_memory_bytes,
+    provenance,
+    reset_peak_memory,
+)
 from dynslice.slicing import Sliced
 
 
-class Bench:
+class Workbench:
     """The loaded model, the current slice of it, and the texts already tokenised."""
 
     def __init__(self, settings: Profile, store: Store, device: str):
@@ -40,8 +47,7 @@ class Bench:
         self.dense  # noqa: B018  loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
             self._sliced_for(network)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak_memory(self.device)
         start = time.perf_counter()
         value = measure(request.config)
         return self._result(request, value, value.pop("seconds", time.perf_counter() - start))
@@ -159,6 +165,14 @@ class Bench:
             return evaluation.perplexity(self.dense[0], self._windows_of(config))
         finally:
             handle.remove()
+
+    def _measure_speed(self, config: dict) -> dict:
+        """Prefill and decoding of the sliced network beside the dense model, in turn."""
+        dense, size = self.dense[0], (config["windows"], config["window"])
+        draw = torch.Generator().manual_seed(config["seed"])  # which tokens does not matter
+        ids = torch.randint(dense.config.vocab_size, size, generator=draw)
+        network, amounts = self._network(config), (config["new_tokens"], config["repeats"])
+        return efficiency.speed(dense, network, ids, *amounts)
 
     def _measure_task(self, config: dict) -> dict:
         name = config["task"]

@@ -56,6 +56,13 @@ class Profile(BaseModel):
     task_slice_percentages: list[float]
     task_slice_bases: list[float]
 
+    speed_slice_percentages: list[float] = Field(description="SP of notebook 05's throughput")
+    speed_slice_bases: list[float] = Field(description="SB of its dynamic networks")
+    speed_windows: int = Field(ge=1, description="windows of one prefill")
+    speed_window: int = Field(ge=32, description="tokens of each, the first 32 are the prompt")
+    speed_new_tokens: int = Field(ge=1, description="tokens decoded at batch 1")
+    speed_repeats: int = Field(ge=1, description="timed repeats, after one that is not")
+
     figure_slice_percentage: float = Field(ge=0, lt=1, description="SP of the LR -> FS figure")
     figure_slice_base: float = Field(ge=0, lt=1, description="SB of the LR -> FS figure")
 
@@ -80,6 +87,7 @@ class Profile(BaseModel):
     def _shares_fit(self) -> "Profile":
         shares = [*self.slice_percentages, *self.task_slice_percentages]
         shares += [*self.slice_bases, *self.task_slice_bases, self.ablation_slice_base]
+        shares += [*self.speed_slice_percentages, *self.speed_slice_bases]
         shares += [self.ablation_slice_percentage or 0.0, self.single_layer_slice or 0.0]
         for share in shares:
             if not 0 <= share < 1:

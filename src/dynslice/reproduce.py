@@ -24,6 +24,7 @@ NEEDS = {
     "02": Study.perplexity_requests,
     "03": Study.task_requests,
     "04": Study.ablation_requests,
+    "05": Study.efficiency_requests,
     "06": Study.requests,
 }
 
@@ -191,6 +192,9 @@ def _values(result: Result) -> dict[str, float]:
         nll = {f"layer {x['index']} cut": x["nll"] for x in value["layers"]}
         nll["no layer cut"] = value["dense"]
         return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
+    if result.kind == "speed":
+        counts = ("stored_bytes", "prefill_flops", "decode_bytes")
+        return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}
     if result.kind == "task":
         names = ("acc", "acc_norm")
         return {name: value[name] for name in names if value[name] is not None}

@@ -59,7 +59,7 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
         V = principal_basis(x) if width < d else identity
         return V[:, :width], V[:, width:]
 
-    x, layer_arguments = _residual_stream(model, windows)
+    x, layer_arguments = residual_stream(model, windows)
     Q, R = bases(widths[0])
     embedding = model.get_submodule(family.embedding)
     keep(f"{family.embedding}.weight", embedding.weight.float() @ Q.float())
@@ -145,7 +145,7 @@ class _Caught(Exception):
     """Stops a forward pass once the first layer has been reached."""
 
 
-def _residual_stream(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], dict]:
+def residual_stream(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], dict]:
     """What enters layer 0, as batches [b, T, d], and the other arguments that layers are given.
 
     Masks and position embeddings are those of a single window, and broadcast over a batch.

@@ -70,9 +70,9 @@ class Study(Design):
                 f"the record of {self.profile.name!r} lacks {len(missing)} of {len(requests)} "
                 "measurements; run without --from-record to measure them"
             )
-        from dynslice.measure import Bench  # loads torch, which a rendered report does not need
+        from dynslice.measure import Workbench  # loads torch, which a rendered report does not need
 
-        bench = Bench(self.profile, self.store, self.device)
+        bench = Workbench(self.profile, self.store, self.device)
         done = 0
         with tqdm(total=len(missing), desc="measurements", unit="measurement") as bar:
             for network, group in _by_network(missing):
@@ -127,6 +127,7 @@ def check(settings: Profile) -> None:
     models.require_dense(config, "a study")
     shape = plan.Shape.of(config)
     shares = [*settings.slice_percentages, *settings.task_slice_percentages]
+    shares += settings.speed_slice_percentages
     shares += [settings.ablation_slice_percentage or 0.0, settings.single_layer_slice or 0.0]
     for share in shares:
         plan.constant(shape, share, settings.round_to)

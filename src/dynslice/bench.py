@@ -1,0 +1,417 @@
+"""`dynslice bench`: each step beside its physical yardstick, and its result beside a slow oracle.
+
+The steps of a ratio are taken in turn within one run, and their medians compared: times of two
+runs, or of two machines, are not.
+"""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dynslice import corpora, efficiency, evaluation, models, plan, profile, slicing
+from dynslice.efficiency import alternate, seconds_of
+from dynslice.errors import RequestError
+from dynslice.plan import Shape, SlicePlan
+from dynslice.redundancy import layer_redundancy
+from dynslice.results import peak_memory_bytes, provenance, reset_peak_memory
+from dynslice.study import Store, Study
+
+# Shapes of published models for random weights, as their configurations on the hub say.
+_SEVEN_BILLION = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+SHAPES = {
+    "llama-3-8b": {"model_type": "llama", "vocab_size": 128256, **_SEVEN_BILLION},
+    "mistral-7b": {"model_type": "mistral", "vocab_size": 32000, **_SEVEN_BILLION},
+}
+SWEEP = (0.2, 0.25, 0.3)  # SP of the points of the sweep
+PREFILL = (2, 512)  # windows and tokens on a CPU; a GPU needs more to be busy
+PREFILL_GPU = (8, 2048)
+NEW_TOKENS = 32
+TASK_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step: its time, its rate, and how far it is from what it is measured by.
+
+    seconds: median over repeats. ratio: what `yardstick` says. low, high: what the ratio should
+    lie between, None where nothing is asked.
+    """
+
+    step: str
+    seconds: float | None
+    rate: str
+    ratio: float | None
+    yardstick: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio lies within its limits; None where there are none."""
+        if self.low is None and self.high is None:
+            return None
+        return (self.low or 0.0) <= self.ratio <= (self.high or float("inf"))
+
+    @property
+    def limit(self) -> str:
+        """The limits as a reader would say them."""
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"at least {self.low:g}"
+        return "" if self.high is None else f"at most {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model by name, or random weights of a published shape."""
+
+    model: str | None
+    shape: str | None
+    device: torch.device
+    dtype: torch.dtype
+    revision: str | None = None
+
+    def load(self, layers: int | None = None) -> PreTrainedModel:
+        """The model; `layers` makes one of a shape shallower."""
+        if self.model:
+            return models.load(self.model, self.device, self.dtype, self.revision)[0]
+        settings = dict(SHAPES[self.shape])
+        if layers is not None:
+            settings["num_hidden_layers"] = layers
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device(self.device):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer; None for random weights."""
+        return models.load_tokenizer(self.model, self.revision) if self.model else None
+
+
+def check_shape(name: str) -> None:
+    """Raise RequestError when `name` is no published shape."""
+    if name not in SHAPES:
+        raise RequestError(f"shape {name!r} is unknown; there are {', '.join(SHAPES)}")
+
+
+def run(
+    subject: Subject, text: str, count: int, window: int, slice_percentage: float, repeats: int
+) -> dict:
+    """Measure all rows; `count` windows of `window` tokens are what slicing and LR work on.
+
+    text: corpus or file of the windows; models of random weights take random tokens.
+    Returns what was measured on what, and `rows`, in the order in which a reader wants them.
+    """
+    device, dtype = subject.device, subject.dtype
+    rate = efficiency.matrix_rate(device, dtype)
+    copy = efficiency.copy_rate(device)
+    name = str(dtype).removeprefix("torch.")
+    rows = [
+        Row("matrix product", None, f"{rate / 1e12:.3g} TFLOP/s", None, f"{name}, best of 10"),
+        Row("memory copy", None, f"{copy / 1e9:.3g} GB/s", None, "read and written, best of 10"),
+    ]
+    dense, tokenizer = subject.load(), subject.tokenizer()
+    windows = _windows(dense, tokenizer, text, count, window)
+    shape = Shape.of(dense.config)
+    lr = layer_redundancy(dense, windows[: max(1, count // 4)], window).lr
+    plans = {
+        f"constant, SP {slice_percentage:.0%}": plan.constant(shape, slice_percentage),
+        f"dynamic, SP {slice_percentage:.0%}, SB 0%": plan.dynamic(shape, lr, slice_percentage),
+    }
+    rows += _calibration_rows(dense, windows, plans, repeats, rate)
+    rows.append(_memory_row(subject, dense, windows, next(iter(plans.values()))))
+    for label, widths in plans.items():
+        sliced = slicing.slice_model(dense, windows[: max(1, count // 4)], widths).model
+        rows += _throughput_rows(dense, sliced, label, repeats)
+        del sliced
+    del dense
+    models.free_memory()
+    if tokenizer is not None:
+        rows.append(_sweep_row(subject))
+        rows += _task_rows(subject, tokenizer, repeats)
+    rows.append(_oracle_row(subject, tokenizer, text, slice_percentage))
+    return {
+        "model": subject.model or f"random weights of the shape of {subject.shape}",
+        "dtype": name,
+        "text": text if tokenizer else "random tokens",
+        "windows": count,
+        "window": window,
+        "warm_up": efficiency.WARM_UP,
+        "repeats": repeats,
+        "rows": [{**asdict(row), "limit": row.limit, "met": row.met} for row in rows],
+        "provenance": provenance(device),
+    }
+
+
+def _windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str,
+    count: int,
+    window: int,
+) -> Tensor:
+    if tokenizer is not None:
+        split = corpora.default_split(text, None, "train")
+        return corpora.windows(text, split, tokenizer, window, count)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (count, window), generator=draw)
+
+
+@torch.inference_mode()
+def _pass(model: PreTrainedModel, windows: Tensor) -> None:
+    for batch in corpora.batches(windows, "layers", model.device):
+        model.base_model(batch, use_cache=False)
+
+
+def _calibration_rows(
+    model: PreTrainedModel, windows: Tensor, plans: dict[str, SlicePlan], repeats: int, rate: float
+) -> list[Row]:
+    """One pass through the layers; LR and slicing beside it, on the same windows [n, T]."""
+    count, window = windows.shape
+    steps: dict[str, Callable] = {
+        "one pass through the layers": lambda: _pass(model, windows),
+        "layer redundancy": lambda: layer_redundancy(model, windows, window),
+    }
+    for label, widths in plans.items():
+        steps[f"slice, {label}"] = lambda w=widths: slicing.slice_model(model, windows, w)
+    times = {name: median(t) for name, t in alternate(steps, model.device, repeats).items()}
+    base = times.pop("one pass through the layers")
+    work = efficiency.flops(model.config, 1, window, head=False) * count
+
+    def tokens(seconds: float) -> str:
+        return f"{windows.numel() / seconds:,.0f} tokens/s"
+
+    share = work / base / rate
+    first = Row("one pass through the layers", base, tokens(base), share, "of the matrix product")
+    return [first] + [
+        Row(
+            name,
+            seconds,
+            tokens(seconds),
+            seconds / base,
+            "time over one pass",
+            high=1.1 if name == "layer redundancy" else 1.5,
+        )
+        for name, seconds in times.items()
+    ]
+
+
+def _memory_row(
+    subject: Subject, dense: PreTrainedModel, windows: Tensor, widths: SlicePlan
+) -> Row:
+    """The peak while slicing, beside weights, signals of one place and one layer's workspace.
+
+    On a CPU in a process of its own, where nothing else adds to the resident set.
+    """
+    size = dense.dtype.itemsize
+    weights = efficiency.stored_bytes(dense) + widths.parameters * size
+    signals = windows.numel() * widths.shape.hidden_size * size
+    one = next(iter(corpora.batches(windows[:1], "workspace", subject.device)))
+    stream = [torch.zeros(*one.shape, widths.shape.hidden_size, device=one.device)]
+    workspace = sum(
+        efficiency.extra_memory(step, subject.device)
+        for step in (lambda: _pass(dense, one), lambda: slicing.principal_basis(stream))
+    )
+    if subject.device.type == "cuda":
+        extra = efficiency.extra_memory(
+            lambda: slicing.slice_model(dense, windows, widths), subject.device
+        )
+        peak = efficiency.stored_bytes(dense) + extra
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peak = pool.submit(_slicing_peak, subject, windows, widths).result()
+    return Row(
+        "memory while slicing",
+        None,
+        f"{peak / 2**20:,.0f} MiB",
+        peak / (weights + signals + workspace),
+        "peak over weights read and written, signals of one place, one layer's workspace",
+        high=1.3,
+    )
+
+
+def _slicing_peak(subject: Subject, windows: Tensor, widths: SlicePlan) -> int:
+    """Bytes by which loading and slicing raise the resident set of this fresh process."""
+    torch.linalg.eigh(torch.eye(8))  # the libraries' own buffers are not slicing's
+    reset_peak_memory(subject.device)
+    before = peak_memory_bytes(subject.device)
+    slicing.slice_model(subject.load(), windows, widths)
+    return peak_memory_bytes(subject.device) - before
+
+
+def _throughput_rows(
+    dense: PreTrainedModel, sliced: PreTrainedModel, label: str, repeats: int
+) -> list[Row]:
+    """Prefill and decoding of a sliced network: the gain measured, over the gain counted."""
+    size = PREFILL if dense.device.type == "cpu" else PREFILL_GPU
+    longest = dense.config.max_position_embeddings
+    ids = _windows(dense, None, "", size[0], min(size[1], longest - NEW_TOKENS))
+    value = efficiency.speed(dense, sliced, ids, NEW_TOKENS, repeats)
+    rows = []
+    for step, counted, what in (
+        ("prefill", "prefill_flops", "FLOP"),
+        ("decode", "decode_bytes", "bytes of weights"),
+    ):
+        times = {name: median(t) for name, t in value[f"{step}_seconds"].items()}
+        expected = value[counted]["dense"] / value[counted]["sliced"]
+        gain = times["dense"] / times["sliced"]
+        speed = value[f"{step}_tokens"] / times["sliced"]
+        rows.append(
+            Row(
+                f"{step}, {label}",
+                times["sliced"],
+                f"{speed:,.0f} tokens/s, {gain:.2f} x dense",
+                gain / expected,
+                f"gain over that of {what} ({expected:.2f} x)",
+                low=0.9,
+                high=1.1,
+            )
+        )
+    return rows
+
+
+def _sweep_row(subject: Subject) -> Row:
+    """A small study of constant points: what it takes beside slicing and evaluating them."""
+    small = {"calibration_windows": 4, "calibration_window": 256, "eval_windows": 4}
+    settings = profile.load(
+        "quick",
+        {
+            **small,
+            "model": subject.model,
+            "revision": subject.revision,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "slice_percentages": list(SWEEP),
+            "slice_bases": [],
+            "eval_window": 256,
+            "tasks": {"piqa": 8},
+            "task_slice_percentages": list(SWEEP),
+            "task_slice_bases": [],
+        },
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(settings, Store(Path(folder)), str(subject.device))
+        requests = [*study.perplexity_requests(), *study.task_requests()]
+        wall = seconds_of(lambda: study.ensure(requests), subject.device)
+        spent = sum(study.store.get(request).seconds for request in requests)
+    points = len(study.points())
+    return Row(
+        f"sweep of {points} points, dense one included",
+        wall,
+        f"{points / wall:.2f} points/s",
+        (wall - spent) / points,
+        "seconds per point beside slicing and evaluating it, loading the model included",
+        high=2.0,
+    )
+
+
+def _task_rows(subject: Subject, tokenizer: PreTrainedTokenizerBase, repeats: int) -> list[Row]:
+    """HellaSwag with contexts computed once, beside lm-eval's own model."""
+    dense, scores = subject.load(), {}
+
+    def score(shared: bool) -> Callable:
+        def step() -> None:
+            scores[shared] = evaluation.tasks(
+                dense, tokenizer, ["hellaswag"], TASK_ITEMS, share_contexts=shared
+            )["hellaswag"]
+
+        return step
+
+    steps = {"shared": score(True), "lm-eval": score(False)}
+    times = {name: median(t) for name, t in alternate(steps, subject.device, repeats).items()}
+    ours, theirs = scores[True], scores[False]
+    alike = sum(a == b for a, b in zip(ours["correct"], theirs["correct"], strict=True))
+    margins = zip(ours["margin"], theirs["margin"], strict=True)
+    exact = subject.dtype == torch.float32
+    return [
+        Row(
+            "HellaSwag, contexts shared",
+            times["shared"],
+            f"{TASK_ITEMS / times['shared']:.2f} items/s",
+            times["lm-eval"] / times["shared"],
+            "times the speed of lm-eval's HFLM",
+            low=1.5,
+        ),
+        Row(
+            "check: HellaSwag margins beside HFLM's",
+            None,
+            f"{alike} of {TASK_ITEMS} items judged alike",
+            max(abs(a - b) for a, b in margins),
+            "largest difference (nats)",
+            high=1e-3 if exact else None,
+        ),
+    ]
+
+
+def _oracle_row(
+    subject: Subject, tokenizer: PreTrainedTokenizerBase | None, text: str, share: float
+) -> Row:
+    """Logits of a sliced network beside those of projectors in the dense one."""
+    model = subject.load(layers=2)
+    shape = Shape.of(model.config)
+    window = min(512, model.config.max_position_embeddings)
+    count = max(8, -(-8 * shape.hidden_size // window))  # 8 tokens a dimension: bases are definite
+    calibration = _windows(model, tokenizer, text, count + 1, window)
+    calibration, unseen = calibration[:-1], calibration[-1:]
+    widths = plan.constant(shape, share)
+    sliced = slicing.slice_model(model, calibration, widths).model
+    with torch.inference_mode():
+        got = sliced(unseen.to(model.device), use_cache=False).logits.float()
+    wanted = oracle_logits(model, calibration, unseen, widths).float()
+    tolerance = 1e-3 if subject.dtype == torch.float32 else 5e-2
+    return Row(
+        f"check: logits beside the oracle, {shape.layers} layers",
+        None,
+        f"{unseen.numel()} tokens",
+        ((got - wanted).abs().max() / wanted.abs().max()).item(),
+        "largest difference over the largest logit",
+        high=tolerance,
+    )
+
+
+@torch.inference_mode()
+def oracle_logits(
+    model: PreTrainedModel, calibration: Tensor, tokens: Tensor, widths: SlicePlan
+) -> Tensor:
+    """What a sliced network should say on tokens [b, T], computed slowly and plainly.
+
+    The dense model with projectors in its stream: at each place the calibration signals and the
+    stream of `tokens` are projected on the leading right singular vectors of the former, and go
+    on through the dense block. No weight is folded, rotated or cut.
+    """
+    family = models.family_of(model.config)
+    stream, arguments = slicing.residual_stream(model, torch.cat([calibration, tokens]))
+    x, count = torch.cat(stream), len(calibration)
+    for i, layer in enumerate(model.get_submodule(family.layers)):
+        for kind, width in (
+            ("attention", widths.attention_widths[i]),
+            ("mlp", widths.mlp_widths[i]),
+        ):
+            block = getattr(family, kind)
+            signals = x[:count].flatten(0, 1).double()
+            V = torch.linalg.svd(signals, full_matrices=False).Vh[:width].T
+            x = (x.double() @ V @ V.T).to(x.dtype)
+            norm, module = layer.get_submodule(block.norm), layer.get_submodule(block.module)
+            parts = []
+            for part in x:
+                given = arguments if kind == "attention" else {}
+                output = module(norm(part[None]), **given)
+                parts.append(output[0] if isinstance(output, tuple) else output)
+            x = x + torch.cat(parts)
+    return model.get_output_embeddings()(model.get_submodule(family.final_norm)(x[count:]))
