@@ -41,6 +41,7 @@ SWEEP = (0.2, 0.25, 0.3)  # SP of the points of the sweep
 PREFILL = (2, 512)  # windows and tokens on a CPU; a GPU needs more to be busy
 PREFILL_GPU = (8, 2048)
 NEW_TOKENS = 32
+WARM_UP_WINDOWS = 2  # of slicing and LR, which take minutes where models are large
 TASK_ITEMS = 16
 
 
@@ -148,11 +149,11 @@ def run(
     rows.append(_oracle_row(subject, tokenizer, text, slice_percentage))
     return {
         "model": subject.model or f"random weights of the shape of {subject.shape}",
+        "shape": subject.shape,
         "dtype": name,
         "text": text if tokenizer else "random tokens",
         "windows": count,
         "window": window,
-        "warm_up": efficiency.WARM_UP,
         "repeats": repeats,
         "rows": [{**asdict(row), "limit": row.limit, "met": row.met} for row in rows],
         "provenance": provenance(device),
@@ -184,13 +185,22 @@ def _calibration_rows(
 ) -> list[Row]:
     """One pass through the layers; LR and slicing beside it, on the same windows [n, T]."""
     count, window = windows.shape
-    steps: dict[str, Callable] = {
-        "one pass through the layers": lambda: _pass(model, windows),
-        "layer redundancy": lambda: layer_redundancy(model, windows, window),
-    }
-    for label, widths in plans.items():
-        steps[f"slice, {label}"] = lambda w=widths: slicing.slice_model(model, windows, w)
-    times = {name: median(t) for name, t in alternate(steps, model.device, repeats).items()}
+
+    def steps(on: Tensor) -> dict[str, Callable]:
+        slices = {
+            f"slice, {label}": lambda w=widths: slicing.slice_model(model, on, w)
+            for label, widths in plans.items()
+        }
+        return {
+            "one pass through the layers": lambda: _pass(model, on),
+            "layer redundancy": lambda: layer_redundancy(model, on, window),
+            **slices,
+        }
+
+    for step in steps(windows[:WARM_UP_WINDOWS]).values():
+        step()
+    every = alternate(steps(windows), model.device, repeats, warm_up=0)
+    times = {name: median(seconds) for name, seconds in every.items()}
     base = times.pop("one pass through the layers")
     work = efficiency.flops(model.config, 1, window, head=False) * count
 

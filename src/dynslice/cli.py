@@ -272,7 +272,7 @@ def bench_command(options) -> tuple[dict, list[str]]:
     return result, [
         f"{result['model']} in {result['dtype']} on {where['device']} ({where['threads']} threads)",
         f"{result['windows']} windows of {result['window']} tokens; medians of "
-        f"{result['repeats']} repeats after {result['warm_up']} that is not timed",
+        f"{result['repeats']} repeats, after a warm-up that is not timed",
         tabulate(rows, names, disable_numparse=True),
     ]
 

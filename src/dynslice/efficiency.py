@@ -69,11 +69,11 @@ def copy_rate(device: torch.device) -> float:
 
 
 def alternate(
-    steps: dict[str, Callable], device: torch.device, repeats: int
+    steps: dict[str, Callable], device: torch.device, repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
     """Seconds of each step by repeat, the steps taken in turn so that drifts hit them alike."""
     for step in steps.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
