@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,6 +285,29 @@ def test_scores_are_those_of_lm_eval_to_the_item(tiny_random):
         margins = ours[name].pop("margin"), theirs[name].pop("margin")
         assert margins[0] == pytest.approx(margins[1], abs=1e-3)
         assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize("subset", ["first", "stratified"])
+def test_requests_are_built_and_tokenised_once_for_all_networks(subset, tiny_random, monkeypatch):
+    model, tokenizer = tiny_random
+    built, encoded = [], []
+    task_items.items_of.cache_clear()
+    task = task_items.items_of("piqa", 5, subset).loaded["tasks"]["piqa"]
+    construct, encode = task.construct_requests, type(tokenizer).__call__
+    monkeypatch.setattr(task, "construct_requests", lambda **k: built.append(k) or construct(**k))
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda *a, **k: encoded.append(a) or encode(*a, **k)
+    )
+    first = evaluation.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
+    assert len(built) == 5
+    count = len(encoded)
+    other = deepcopy(model)
+    other.model.layers[0].mlp.down_proj.weight.data *= -1
+    second = evaluation.tasks(other, tokenizer, ["piqa"], 5, subset=subset)
+    assert (len(built), len(encoded)) == (5, count)
+    assert first["piqa"]["margin"] != second["piqa"]["margin"]
+    again = evaluation.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
+    assert again == first
 
 
 # Drawn items

@@ -115,7 +115,7 @@ def prose():
     for path in reproduce.PAGES:
         yield (
             path.name,
-            re.sub(r"<!-- record:.*?<!-- /record:\w+ -->", "", path.read_text(), flags=re.S),
+            re.sub(r"<!-- ([\w:]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S),
         )
     for path in SOURCES:
         for cell in json.loads(path.read_text())["cells"]:
@@ -146,6 +146,7 @@ FACTS = {
     ("README.md", "15"): "minutes of `quick`",
     ("03_tasks", "25"): "chance on four choices",
     ("03_tasks", "50"): "chance on two",
+    ("05_efficiency", "10"): "per cent to either side, the band of the figure",
 }
 
 

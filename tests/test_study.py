@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynslice import assets, claims, models, paths, report, slicing, study
+from dynslice import assets, claims, corpora, models, paths, report, slicing, study
 from dynslice.errors import RequestError, RunError
 from dynslice.study import Study
 
@@ -48,6 +48,13 @@ def test_the_model_is_loaded_once_and_each_slice_made_once(small, monkeypatch):
     small.ensure(small.requests())
     assert len(loads) == 1
     assert len(slices) == len([p for p in small.points() if p.network])
+
+
+def test_each_text_is_tokenised_once(small, monkeypatch):
+    asked, tokens = [], corpora.tokens
+    monkeypatch.setattr(corpora, "tokens", lambda *a: asked.append(a[:2]) or tokens(*a))
+    small.ensure(small.requests())
+    assert len(asked) == len(set(asked)) >= 3  # LR, calibration, evaluation
 
 
 def test_every_point_has_its_constants_of_equal_slice_and_of_equal_size(small):

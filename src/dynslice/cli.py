@@ -236,8 +236,12 @@ def bench_command(options) -> tuple[dict, list[str]]:
 
     _check_output(options.out)
     if options.shape:
-        _refuse_beside(options, "--shape", "model", "revision", "calibration")
         bench.check_shape(options.shape)
+        for name in ("model", "revision", "calibration"):
+            if getattr(options, name) is not None:
+                raise RequestError(
+                    f"--shape means random weights and random tokens; leave --{name} out"
+                )
     model = None if options.shape else options.model or "embedded:smollm2-135m"
     text = options.calibration or "sotu"
     device = models.pick_device(options.device)

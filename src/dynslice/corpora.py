@@ -173,19 +173,25 @@ def windows(
     count: int | None,
     seed: int | None = None,
 ) -> torch.Tensor:
-    """`count` (None: all) token windows [count, window] of a text.
+    """`count` (None: all) token windows [count, window] of a text, as `drawn` takes them."""
+    limit = None if seed is not None or count is None else count * window
+    return drawn(tokens(text, split, tokenizer, limit), window, count, seed, text)
+
+
+def drawn(
+    stream: torch.Tensor, window: int, count: int | None, seed: int | None, name: str
+) -> torch.Tensor:
+    """`count` (None: all) token windows [count, window] of a stream [n].
 
     Without a seed: the first consecutive blocks. With one: blocks drawn without replacement
-    from all blocks of the text.
+    from all blocks of the stream.
     """
+    chosen = blocks(stream, window, count, name)  # refuses a text that is too short
     if seed is None or count is None:
-        limit = None if count is None else count * window
-        return blocks(tokens(text, split, tokenizer, limit), window, count, text)
-    stream = tokens(text, split, tokenizer)
-    blocks(stream, window, count, text)  # refuses a text that is too short
-    every = blocks(stream, window, None, text)
-    drawn = np.random.default_rng(seed).permutation(len(every))[:count]
-    return every[torch.from_numpy(np.sort(drawn))]
+        return chosen
+    every = blocks(stream, window, None, name)
+    order = np.random.default_rng(seed).permutation(len(every))[:count]
+    return every[torch.from_numpy(np.sort(order))]
 
 
 def sliding(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:

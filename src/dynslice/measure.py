@@ -33,7 +33,7 @@ class Workbench:
         self.store = store
         self.device = models.pick_device(device)
         self.sliced: tuple[str, Sliced] | None = None
-        self._windows: dict[tuple, Tensor] = {}
+        self._streams: dict[tuple, Tensor] = {}
 
     @cached_property
     def dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -103,21 +103,23 @@ class Workbench:
             self.store.put(result)
         return result
 
+    def _stream(self, text: str, split: str | None) -> Tensor:
+        """The tokens [n] of a whole text, made once."""
+        if (text, split) not in self._streams:
+            self._streams[text, split] = corpora.tokens(text, split, self.dense[1])
+        return self._streams[text, split]
+
     def _windows_of(self, config: dict) -> Tensor:
-        names = ("text", "split", "window", "windows", "seed")
-        asked = tuple(config[name] for name in names)
-        if asked not in self._windows:
-            text, split, window, windows, seed = asked
-            tokenizer = self.dense[1]
-            self._windows[asked] = corpora.windows(text, split, tokenizer, window, windows, seed)
-        return self._windows[asked]
+        stream = self._stream(config["text"], config["split"])
+        asked = (config[name] for name in ("window", "windows", "seed", "text"))
+        return corpora.drawn(stream, *asked)
 
     def _measure_lr(self, config: dict) -> dict:
-        model, tokenizer = self.dense
-        stream = corpora.tokens(config["text"], config["split"], tokenizer, config["max_tokens"])
+        stream = self._stream(config["text"], config["split"])[: config["max_tokens"]]
         windows = corpora.sliding(stream, config["window"], config["stride"])
+        amounts = (windows, config["stride"], config["last_layer"])
         start = time.perf_counter()
-        lr = redundancy.layer_redundancy(model, windows, config["stride"], config["last_layer"])
+        lr = redundancy.layer_redundancy(self.dense[0], *amounts)
         return {**lr.to_dict(), "seconds": time.perf_counter() - start}
 
     def _measure_plan(self, config: dict) -> dict:

@@ -15,6 +15,7 @@ OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT", ROOT)).resolve()
 
 ASSET_MANIFEST = ROOT / "data" / "assets.json"
 PUBLISHED = ROOT / "data" / "published"
+BENCH = ROOT / "data" / "bench"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = Path(__file__).parent / "profiles"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynslice import claims, paths
+from dynslice import claims, costs, paths
 from dynslice.design import unique
 from dynslice.errors import RequestError, RunError
 from dynslice.results import Measurement, Result, Store
@@ -132,17 +132,18 @@ def record(profile: str) -> tuple[dict, list[str]]:
 
 
 def update_pages(study: Study) -> None:
-    """Rewrite the parts of the README and of docs/ that a record speaks for."""
+    """Rewrite the parts of the README and of docs/ that a record or a benchmark speaks for."""
     for path, block in PAGES.items():
-        before, start, rest = path.read_text(encoding="utf-8").partition(_marker(study, ""))
-        if start:
-            _, end, after = rest.partition(_marker(study, "/"))
-            text = f"{before}{start}\n{block(study)}\n{end}{after}"
-            path.write_text(text, encoding="utf-8")
+        _fill(path, f"record:{study.profile.name}", block(study))
+    _fill(paths.ROOT / "README.md", "bench", costs.readme_block())
 
 
-def _marker(study: Study, slash: str) -> str:
-    return f"<!-- {slash}record:{study.profile.name} -->"
+def _fill(page: Path, name: str, text: str) -> None:
+    """Write `text` between the markers of that name, where a page has them."""
+    before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    if start:
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        page.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def agree(study: Study, requests: list[Measurement]) -> dict | None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
-from dynslice.models import check_finite, family_of, quiet, require_dense, synchronise
+from dynslice.models import check_finite, family_of, require_dense, synchronise
 from dynslice.plan import Shape, SlicePlan
 from dynslice.sliced import SLICED_CLASSES
 
@@ -35,8 +36,8 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     residual connection between places with bases Q and Q' becomes the shortcut Q^T Q'. The
     signals of each place are those of the part that is already sliced, and each block runs over
     the calibration tokens once; those after the last place that is cut do not run. A place that
-    keeps the full width keeps its basis. The dense model is left as it was. Covariances, bases
-    and shortcuts are float64, the products that rotate weights float32.
+    keeps the full width keeps its basis. The dense model is left as it was. Covariances,
+    bases and shortcuts are float64, the products that rotate weights float32.
 
     Raises RequestError when plan and model do not fit, RunError for non-finite activations.
     """
@@ -95,18 +96,19 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
 def principal_basis(x: list[Tensor]) -> Tensor:
     """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
 
-    x: batches of signals [.., d]. Products, sum and decomposition in float64. SliceGPT's code
-    adds 1 % of the mean diagonal to the diagonal, which moves all eigenvalues alike and leaves
-    the eigenvectors as they are, so it is left out here.
+    x: batches of signals [.., d]. Products, sum and decomposition in float64: products in float32
+    turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean diagonal
+    to the diagonal, which moves all eigenvalues alike and leaves the eigenvectors as they are,
+    so it is left out here.
     """
     d = x[0].shape[-1]
     covariance = torch.zeros(d, d, dtype=torch.float64, device=x[0].device)
     starts = range(0, d, math.ceil(d / 4))
     for part in x:
         rows = part.double().view(-1, d)
-        for start in starts:  # X^T X is symmetric: blocks on and above the diagonal are enough
-            block = slice(start, start + starts.step)
-            covariance[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+        for start in starts:  # X^T X is symmetric: on and above the diagonal is enough
+            columns = slice(start, start + starts.step)
+            covariance[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
     check_finite(covariance, "the residual stream")
     _, vectors = torch.linalg.eigh(covariance, UPLO="U")  # eigenvalues ascending
     return vectors.flip(-1)
@@ -181,9 +183,8 @@ def _assemble(model: PreTrainedModel, plan: SlicePlan, weights: dict[str, Tensor
         attention_widths=list(plan.attention_widths),
         mlp_widths=list(plan.mlp_widths),
     )
-    with quiet():
-        sliced = model_class.from_pretrained(
-            None, config=config, state_dict=weights, dtype=model.dtype
-        )
+    with init_empty_weights(include_buffers=False):  # the weights that it takes are all there are
+        sliced = model_class(config)
+    sliced.load_state_dict(weights, assign=True)
     sliced.generation_config = model.generation_config
     return sliced.to(model.device).eval()

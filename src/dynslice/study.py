@@ -143,7 +143,7 @@ def _check_lengths(settings: Profile) -> None:
     longest: dict[tuple, tuple] = {}
     for request in Design(settings).requests():
         for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
-            if "windows" in config:
+            if "text" in config and "windows" in config:
                 count, window = config["windows"], config["window"]
                 asked = ((count or 1) * window, window, count)
                 text = (config["text"], config["split"])
