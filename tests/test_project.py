@@ -1,8 +1,11 @@
 """The face of the project: pins, README, notebooks, the record."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -10,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dynslice import paths, profile, reproduce
+from dynslice import costs, paths, profile, reproduce
 from dynslice.study import Study
 
 LOCK = paths.ROOT / "requirements.lock"
@@ -103,3 +106,48 @@ def test_python_in_the_readme_runs():
     namespace = {}
     exec(code.replace("embedded:smollm2-135m", "embedded:tiny-random"), namespace)
     assert namespace["sliced"].num_parameters() == namespace["dynamic"].parameters
+
+
+@pytest.fixture
+def on_a_gpu(tmp_path):
+    """Run tools/measure_gpu.sh with a `python` that notes what it is asked: (status, asked)."""
+
+    def run(failing):
+        (tmp_path / "python").write_text(
+            "#!/usr/bin/env bash\n"
+            f'[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+            f'echo "$*" >> {tmp_path / "asked"}\n'
+            f'case "$*" in {failing}) exit 3 ;; esac\n'
+        )
+        (tmp_path / "python").chmod(0o755)
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        finished = subprocess.run(
+            [paths.ROOT / "tools" / "measure_gpu.sh"],
+            env={**os.environ, "PATH": path, "VIRTUAL_ENV": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        return finished, (tmp_path / "asked").read_text().splitlines()
+
+    return run
+
+
+def test_one_command_measures_all_that_needs_a_gpu(on_a_gpu):
+    finished, asked = on_a_gpu("nothing")
+    assert finished.returncode == 0, finished.stderr
+    benches = [line for line in asked if "dynslice bench" in line]
+    missing = [c for n, c in costs.BENCHES.values() if n.endswith("-cuda")]
+    assert benches == [
+        f"-m {command} --out data/bench/{name}.json"
+        for name, command in costs.BENCHES.values()
+        if command in missing and not (paths.BENCH / f"{name}.json").is_file()
+    ]
+    assert "-m pytest tests/test_device.py" in asked
+    assert asked[-1] == "-m dynslice reproduce --profile full --device cuda"
+
+
+def test_a_step_that_fails_on_a_gpu_is_named_and_keeps_no_other_from_running(on_a_gpu):
+    finished, asked = on_a_gpu("*pytest*")
+    assert finished.returncode == 1
+    assert finished.stderr.strip().splitlines()[-1] == "failed: pytest tests/test_device.py"
+    assert asked[-1].endswith("--profile full --device cuda")

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -160,6 +161,30 @@ def run(
         "rows": [{**asdict(row), "limit": row.limit, "met": row.met} for row in rows],
         "provenance": provenance(device),
     }
+
+
+def lines(result: dict) -> list[str]:
+    """What `run` returned, as a reader wants it."""
+    where = result["provenance"]
+    cells = [
+        (
+            row["step"],
+            "" if row["seconds"] is None else f"{row['seconds']:.3g}",
+            row["rate"],
+            "" if row["ratio"] is None else f"{row['ratio']:.3g}",
+            row["limit"],
+            {None: "", True: "yes", False: "NO"}[row["met"]],
+            row["yardstick"],
+        )
+        for row in result["rows"]
+    ]
+    names = ("step", "seconds", "rate", "ratio", "limit", "met", "ratio is")
+    return [
+        f"{result['model']} in {result['dtype']} on {where['device']} ({where['threads']} threads)",
+        f"{result['windows']} windows of {result['window']} tokens; medians of "
+        f"{result['repeats']} repeats, after a warm-up that is not timed",
+        tabulate(cells, names, disable_numparse=True),
+    ]
 
 
 def _windows(

@@ -229,8 +229,6 @@ def tasks_command(options) -> tuple[dict, list[str]]:
 
 def bench_command(options) -> tuple[dict, list[str]]:
     """Time every step beside its physical yardstick, and check its result by an oracle."""
-    from tabulate import tabulate
-
     from dynslice import bench, corpora, models
     from dynslice.plan import Shape, constant
 
@@ -255,30 +253,7 @@ def bench_command(options) -> tuple[dict, list[str]]:
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
     result = bench.run(subject, text, *amounts)
     _write_json(options.out, result)
-    rows = [
-        [
-            row["step"],
-            "" if row["seconds"] is None else f"{row['seconds']:.3g}",
-            row["rate"],
-            ""
-            if row["ratio"] is None
-            else f"{row['ratio']:.2g}"
-            if row["ratio"] < 0.1
-            else f"{row['ratio']:.2f}",
-            row["limit"],
-            {None: "", True: "yes", False: "NO"}[row["met"]],
-            row["yardstick"],
-        ]
-        for row in result["rows"]
-    ]
-    names = ["step", "seconds", "rate", "ratio", "limit", "met", "ratio is"]
-    where = result["provenance"]
-    return result, [
-        f"{result['model']} in {result['dtype']} on {where['device']} ({where['threads']} threads)",
-        f"{result['windows']} windows of {result['window']} tokens; medians of "
-        f"{result['repeats']} repeats, after a warm-up that is not timed",
-        tabulate(rows, names, disable_numparse=True),
-    ]
+    return result, bench.lines(result)
 
 
 def reproduce_command(options) -> tuple[dict, list[str]]:

@@ -91,10 +91,16 @@ def _speed_row(point: Point, value: dict, step: str) -> dict:
     counted = value[_STEPS[step]]["dense"] / value[_STEPS[step]]["sliced"]
     gain = median(dense) / median(sliced)
     peak = value["stored_bytes"]["sliced"] + value["prefill_extra_bytes"]["sliced"]
+    flops = value["prefill_flops"]["sliced"] / value["prefill_tokens"]
+    needs = {
+        "prefill": f"{flops / 1e9:.3f} GFLOP",
+        "decode": f"{value['decode_bytes']['sliced'] / 1e6:.0f} MB",
+    }
     return {
         "network": point.label,
         "schedule": point.schedule,
         "step": step,
+        "needs per token": needs[step],
         "dense (ms/token)": 1e3 * median(dense) / value[f"{step}_tokens"],
         "sliced (ms/token)": 1e3 * median(sliced) / value[f"{step}_tokens"],
         "gain (x)": gain,
