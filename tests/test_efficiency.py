@@ -2,11 +2,13 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CPU, TINY, projector_oracle
 
 from dynslice import bench, costs, efficiency, paths
+from dynslice.design import Point
 from dynslice.plan import Shape, constant
 from dynslice.slicing import slice_model
 
@@ -196,6 +198,44 @@ def test_bad_requests_are_refused(options, message, dynslice):
 
 
 # Notebook 05
+
+
+def speeds():
+    """Two networks that need the same for a token; the dynamic one stores a tenth more."""
+    value = {
+        "stored_bytes": {"dense": 100, "sliced": 90},
+        "prefill_extra_bytes": {"dense": 10, "sliced": 8},
+        "prefill_flops": {"dense": 3000, "sliced": 2000},
+        "decode_bytes": {"dense": 80, "sliced": 64},
+        "prefill_tokens": 10,
+        "prefill_seconds": {"dense": [3.0, 3.2, 9.0], "sliced": [2.0, 2.0, 2.0]},
+        "decode_tokens": 4,
+        "decode_seconds": {"dense": [1.0, 1.0, 1.0], "sliced": [1.0, 2.0, 0.5]},
+    }
+    points = [Point(schedule, 0.3, 0.0, {}) for schedule in ("constant", "dynamic")]
+    rows = [costs._speed_row(p, value, step) for p in points for step in ("prefill", "decode")]
+    sizes = {"network": [p.label for p in points], "SP": 0.3, "parameters (M)": [50.0, 55.0]}
+    return pd.DataFrame(rows), pd.DataFrame(sizes)
+
+
+def test_a_gain_is_the_ratio_of_medians_and_stands_beside_what_was_counted():
+    prefill, decode = speeds()[0].to_dict("records")[:2]
+    assert prefill["gain (x)"] == pytest.approx(1.6)
+    assert prefill["counted (x)"] == pytest.approx(1.5)
+    assert (prefill["least (x)"], prefill["most (x)"]) == (1.5, 4.5)
+    assert prefill["peak memory (MB)"] == pytest.approx(98e-6)
+    assert (decode["gain (x)"], decode["counted (x)"]) == (1.0, 1.25)
+    assert (decode["least (x)"], decode["most (x)"]) == (0.5, 2.0)
+    text = costs.speed_prose(speeds()[0])
+    assert "In **2 of 4** rows" in text
+    assert "decode of constant, SP 30%: 1.00 x where 1.25 x was counted" in text
+
+
+def test_equal_work_is_told_from_equal_size():
+    text = costs.work_prose(*speeds())
+    assert "by +0.0 to +0.0 % in what it needs" in text
+    assert "by +10.0 to +10.0 % in what it stores" in text
+    assert costs.work_prose(pd.DataFrame(), speeds()[1]) == ""
 
 
 def test_benchmarks_that_nobody_ran_are_listed_with_their_command(tmp_path, monkeypatch):

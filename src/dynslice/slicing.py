@@ -26,7 +26,7 @@ class Sliced:
     seconds: float
 
 
-@torch.no_grad()  # not inference_mode: its tensors could never be fine-tuned
+@torch.no_grad()  # what becomes a weight is no tensor of inference_mode: those can't be fine-tuned
 def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sliced:
     """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
 
@@ -93,6 +93,7 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     return Sliced(sliced, time.perf_counter() - start)
 
 
+@torch.inference_mode()
 def principal_basis(x: list[Tensor]) -> Tensor:
     """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
 
@@ -104,8 +105,10 @@ def principal_basis(x: list[Tensor]) -> Tensor:
     d = x[0].shape[-1]
     covariance = torch.zeros(d, d, dtype=torch.float64, device=x[0].device)
     starts = range(0, d, math.ceil(d / 4))
+    # One buffer for all batches: mapping memory anew takes time.
+    doubles = torch.empty_like(max(x, key=len), dtype=torch.float64)
     for part in x:
-        rows = part.double().view(-1, d)
+        rows = doubles[: len(part)].copy_(part).view(-1, d)
         for start in starts:  # X^T X is symmetric: on and above the diagonal is enough
             columns = slice(start, start + starts.step)
             covariance[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
@@ -114,6 +117,7 @@ def principal_basis(x: list[Tensor]) -> Tensor:
     return vectors.flip(-1)
 
 
+@torch.inference_mode()
 def run_block(
     x: list[Tensor], R: Tensor, norm: nn.Module, module: nn.Module, arguments: dict
 ) -> None:
@@ -147,6 +151,7 @@ class _Caught(Exception):
     """Stops a forward pass once the first layer has been reached."""
 
 
+@torch.inference_mode()
 def residual_stream(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], dict]:
     """What enters layer 0, as batches [b, T, d], and the other arguments that layers are given.
 
