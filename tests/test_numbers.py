@@ -90,6 +90,20 @@ def test_pages_say_what_the_record_says(name):
     assert found
 
 
+@pytest.mark.parametrize("name", RECORDED)
+def test_pages_are_what_a_record_would_write(name, tmp_path, monkeypatch):
+    copies = {tmp_path / path.name: block for path, block in reproduce.PAGES.items()}
+    for path in reproduce.PAGES:
+        (tmp_path / path.name).write_text(path.read_text().replace("Measured on", "Dreamt on"))
+    before = {path.name: path.read_text() for path in reproduce.PAGES}
+    monkeypatch.setattr(reproduce, "PAGES", copies)
+    reproduce.update_pages(Study.open(name, from_record=True))
+    pages = {path.name: path.read_text() for path in copies}
+    for page in pages:
+        block = re.search(rf"<!-- record:{name} -->.*?<!-- /record:{name} -->", before[page], re.S)
+        assert block is None or block[0] in pages[page]
+
+
 def test_a_changed_result_changes_what_the_readme_would_say():
     study = Study.open("quick", from_record=True)
     before = claims.readme_block(study)

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -134,16 +135,16 @@ def record(profile: str) -> tuple[dict, list[str]]:
 def update_pages(study: Study) -> None:
     """Rewrite the parts of the README and of docs/ that a record or a benchmark speaks for."""
     for path, block in PAGES.items():
-        _fill(path, f"record:{study.profile.name}", block(study))
-    _fill(paths.ROOT / "README.md", "bench", costs.readme_block())
+        _fill(path, f"record:{study.profile.name}", lambda block=block: block(study))
+        _fill(path, "bench", costs.readme_block)
 
 
-def _fill(page: Path, name: str, text: str) -> None:
+def _fill(page: Path, name: str, text: Callable[[], str]) -> None:
     """Write `text` between the markers of that name, where a page has them."""
     before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
     if start:
         _, end, after = rest.partition(f"<!-- /{name} -->")
-        page.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+        page.write_text(f"{before}{start}\n{text()}\n{end}{after}", encoding="utf-8")
 
 
 def agree(study: Study, requests: list[Measurement]) -> dict | None:
