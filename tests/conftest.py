@@ -2,51 +2,77 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+import transformers
 
 from dynslice import assets, models
-from dynslice.models import family_of
 
 CPU = torch.device("cpu")
 
 
-def _tiny(config_class, model_class, **extra):
+_WITH_KEY_VALUE_HEADS = {"num_key_value_heads": 2, "intermediate_size": 80}
+
+
+def _tiny(base, **extra):
+    """A random model of a real class with 3 layers, 48 dimensions and scales that matter."""
     torch.manual_seed(1)
-    config = config_class(
+    config = getattr(transformers, f"{base}Config")(
         vocab_size=97,
         hidden_size=48,
-        intermediate_size=80,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
         **extra,
     )
-    model = model_class(config).eval()
-    for name, parameter in model.named_parameters():  # scales and biases that matter
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith("bias"):
+    model = getattr(transformers, f"{base}ForCausalLM")(config).eval()
+    offset = 1.0 if base == "Gemma" else 0.0
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+        elif "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
+        else:
+            torch.nn.init.normal_(parameter, std=0.2 if base != "Gemma" else 0.1)
     return model
 
 
 TINY = {
-    "llama": lambda: _tiny(LlamaConfig, LlamaForCausalLM, tie_word_embeddings=True),
-    "llama-biases": lambda: _tiny(
-        LlamaConfig, LlamaForCausalLM, attention_bias=True, mlp_bias=True
+    "llama": partial(_tiny, "Llama", **_WITH_KEY_VALUE_HEADS, tie_word_embeddings=True),
+    "llama-biases": partial(
+        _tiny, "Llama", **_WITH_KEY_VALUE_HEADS, attention_bias=True, mlp_bias=True
     ),
-    "mistral": lambda: _tiny(MistralConfig, MistralForCausalLM, sliding_window=None),
-    "mistral-sliding": lambda: _tiny(
-        MistralConfig, MistralForCausalLM, sliding_window=8, head_dim=16
+    "mistral": partial(_tiny, "Mistral", **_WITH_KEY_VALUE_HEADS, sliding_window=None),
+    "mistral-sliding": partial(
+        _tiny, "Mistral", **_WITH_KEY_VALUE_HEADS, sliding_window=8, head_dim=16
     ),
+    "qwen2": partial(_tiny, "Qwen2", **_WITH_KEY_VALUE_HEADS, tie_word_embeddings=True),
+    "qwen2-sliding": partial(  # the first layer sees everything, the others a window
+        _tiny,
+        "Qwen2",
+        **_WITH_KEY_VALUE_HEADS,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    ),
+    "qwen3": partial(_tiny, "Qwen3", **_WITH_KEY_VALUE_HEADS, head_dim=16),
+    "gemma": partial(_tiny, "Gemma", **_WITH_KEY_VALUE_HEADS, head_dim=16),
+    "phi3": partial(_tiny, "Phi3", **_WITH_KEY_VALUE_HEADS),
+    "opt": partial(_tiny, "OPT", ffn_dim=80, word_embed_proj_dim=48),
+    "opt-plain": partial(
+        _tiny,
+        "OPT",
+        ffn_dim=80,
+        word_embed_proj_dim=48,
+        enable_bias=False,
+        layer_norm_elementwise_affine=False,
+    ),
+    "phi": partial(_tiny, "Phi", intermediate_size=80),
 }
 
 
@@ -85,69 +111,86 @@ def dynslice():
     return run
 
 
+def decoder(model):
+    """The part of a tiny model that holds embedding, layers and final norm."""
+    return model.model.decoder if model.config.model_type == "opt" else model.model
+
+
+def write_of_the_last_block(layer):
+    """The map by which the last block of a layer writes the stream."""
+    return (
+        layer.fc2
+        if hasattr(layer, "fc2")
+        else getattr(layer.mlp, "down_proj", None) or layer.mlp.fc2
+    )
+
+
+def _blocks(model):
+    """What each block of the library's layers adds to the stream: by layer, functions of x."""
+
+    def attention(layer, norm):
+        return lambda x, given: layer.self_attn(hidden_states=norm(x), **given)[0]
+
+    def blocks(layer):
+        if model.config.model_type == "opt":
+            mlp = torch.nn.Sequential(
+                layer.final_layer_norm, layer.fc1, layer.activation_fn, layer.fc2
+            )
+            return [attention(layer, layer.self_attn_layer_norm), lambda x, _given: mlp(x)]
+        attend = attention(layer, layer.input_layernorm)
+        if model.config.model_type == "phi":
+            return [lambda x, given: attend(x, given) + layer.mlp(layer.input_layernorm(x))]
+        return [attend, lambda x, _given: layer.mlp(layer.post_attention_layernorm(x))]
+
+    return [(layer, blocks(layer)) for layer in decoder(model).layers]
+
+
 @torch.inference_mode()
-def projector_oracle(model, calibration, evaluation, attention_widths, mlp_widths):
+def projector_oracle(model, calibration, evaluation, place_widths):
     """Logits of the dense model with projectors in its residual stream, by its definition.
 
     Follows METHOD section 1 with none of the package's code: whole forward passes of the dense
-    decoder layers with hooks that replace x by x Q Q^T before attention and, through the MLP's
-    norm, before the MLP; each Q from the calibration signals that reach its place.
+    decoder in which x is replaced by x Q Q^T before each block; each Q from the calibration signals
+    that reach its place. Before a LayerNorm x is centred first, which the norm does anyway.
     """
-    family = family_of(model.config)
-    layers = model.get_submodule(family.layers)
-    places = [(i, kind) for i in range(len(layers)) for kind in ("attention", "mlp")]
+    layers = _blocks(model)
+    centred = model.config.model_type in ("opt", "phi")
     projectors = {}
-
-    def widths(i, kind):
-        return (attention_widths if kind == "attention" else mlp_widths)[i]
 
     def run(tokens, watch=None):
         seen = {}
 
-        def enter_layer(i):
-            def hook(_module, args):
-                x = args[0].double()
-                if watch == (i, "attention"):
-                    seen["x"] = x
-                if (i, "attention") in projectors:
-                    x = x @ projectors[i, "attention"]
-                return (x.to(args[0].dtype), *args[1:])
-
-            return hook
-
-        def enter_mlp(i, layer):
-            # The MLP's residual is what enters its norm, so the layer is taken apart here.
-            def forward(hidden_states, **kwargs):
-                residual = hidden_states
-                h, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-                x = (residual + h).double()
-                if watch == (i, "mlp"):
-                    seen["x"] = x
-                if (i, "mlp") in projectors:
-                    x = x @ projectors[i, "mlp"]
-                x = x.to(hidden_states.dtype)
-                return x + layer.mlp(layer.post_attention_layernorm(x))
+        def forward_of(first, blocks):
+            def forward(hidden_states, **given):
+                for place, block in enumerate(blocks, start=first):
+                    x = hidden_states.double()
+                    if centred:
+                        x = x - x.mean(-1, keepdim=True)
+                    if watch == place:
+                        seen["x"] = x
+                    if place in projectors:
+                        x = x @ projectors[place]
+                    x = x.to(hidden_states.dtype)
+                    hidden_states = x + block(x, given)
+                return hidden_states
 
             return forward
 
-        handles, originals = [], []
-        for i, layer in enumerate(layers):
-            handles.append(layer.register_forward_pre_hook(enter_layer(i)))
-            originals.append(layer.forward)
-            layer.forward = enter_mlp(i, layer)
         try:
+            for i, (layer, blocks) in enumerate(layers):
+                layer.forward = forward_of(i * len(blocks), blocks)
             logits = model(tokens, use_cache=False).logits
         finally:
-            for handle in handles:
-                handle.remove()
-            for layer, original in zip(layers, originals, strict=True):
-                layer.forward = original
+            for layer, _ in layers:
+                del layer.forward
         return seen.get("x"), logits
 
-    for place in places:
+    # The layers taken apart are the library's layers.
+    torch.testing.assert_close(run(evaluation)[1], model(evaluation, use_cache=False).logits)
+    for place, width in enumerate(place_widths[:-1]):
         x, _ = run(calibration, watch=place)
         rows = x.reshape(-1, x.shape[-1])
         _, vectors = torch.linalg.eigh(rows.T @ rows)
-        Q = vectors[:, vectors.shape[1] - widths(*place) :]
+        Q = vectors[:, vectors.shape[1] - width :]
         projectors[place] = Q @ Q.T
     return run(evaluation)[1]

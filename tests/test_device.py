@@ -45,7 +45,7 @@ def test_sliced_networks_equal_the_oracle(name, device, tokens):
     plan = constant(Shape.of(model.config), 0.4, 1)
     unseen = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9)).to(device)
     calibration = tokens.to(device)
-    wanted = projector_oracle(model, calibration, unseen, plan.attention_widths, plan.mlp_widths)
+    wanted = projector_oracle(model, calibration, unseen, plan.place_widths)
     with torch.inference_mode():
         got = slice_model(model, tokens, plan).model(unseen, use_cache=False).logits
     assert got.device.type == device.type

@@ -93,7 +93,7 @@ def test_the_benchmarks_oracle_is_the_definition(tokens):
     model = TINY["llama-biases"]()
     plan = constant(Shape.of(model.config), 0.4, 1)
     unseen = torch.randint(2, 97, (1, 24), generator=torch.Generator().manual_seed(9))
-    wanted = projector_oracle(model, tokens, unseen, plan.attention_widths, plan.mlp_widths)
+    wanted = projector_oracle(model, tokens, unseen, plan.place_widths)
     got = bench.oracle_logits(model, tokens, unseen, plan)
     torch.testing.assert_close(got, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 

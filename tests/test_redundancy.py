@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, decoder, write_of_the_last_block
 
 from dynslice import corpora
 from dynslice.errors import RequestError, RunError
@@ -17,7 +17,7 @@ LAYERS = 3
 def kept_states(model, tokens):
     """x_0 to x_L [n, T, d] in float64: what enters each layer, and what leaves the last."""
     states = []
-    layers = model.model.layers
+    layers = decoder(model).layers
     handles = [
         layer.register_forward_pre_hook(lambda _, x: states.append(x[0])) for layer in layers
     ]
@@ -33,7 +33,7 @@ def cosines(x, y):
 
 
 def hooks_of(model):
-    return [len(layer._forward_hooks) for layer in model.model.layers]
+    return [len(layer._forward_hooks) for layer in decoder(model).layers]
 
 
 def test_lr_is_the_mean_cosine_of_input_and_output(tiny, tokens):
@@ -46,7 +46,10 @@ def test_lr_is_the_mean_cosine_of_input_and_output(tiny, tokens):
 def test_normed_compares_the_last_layer_with_the_normed_state(tiny, tokens):
     x = kept_states(tiny, tokens)
     raw, normed = (layer_redundancy(tiny, tokens, 24, kind).lr for kind in ("raw", "normed"))
-    expected = cosines(x[-2], tiny.model.norm(x[-1].float()).double()).mean().item()
+    parts = decoder(tiny)
+    names = ("norm", "final_layer_norm", "final_layernorm")
+    final_norm = next(getattr(parts, name) for name in names if hasattr(parts, name))
+    expected = cosines(x[-2], final_norm(x[-1].float()).double()).mean().item()
     assert normed[-1] == pytest.approx(expected, abs=1e-6)
     assert normed[:-1] == raw[:-1]
     assert abs(normed[-1] - raw[-1]) > 1e-3  # the definitions differ here
@@ -92,13 +95,15 @@ def test_stream_without_a_pair_of_tokens_is_refused(length):
 
 
 def test_non_finite_activations_are_an_error_that_names_the_layer(tiny, tokens):
-    tiny.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    write_of_the_last_block(decoder(tiny).layers[1]).weight.data[0, 0] = float("nan")
     with pytest.raises(RunError, match="layer 1 is not finite"):
         layer_redundancy(tiny, tokens, 24)
 
 
 def test_zero_vector_has_cosine_zero(tiny, tokens):
-    tiny.model.embed_tokens.weight.data.zero_()
+    for table in ("embed_tokens", "embed_positions"):
+        if hasattr(decoder(tiny), table):
+            getattr(decoder(tiny), table).weight.data.zero_()
     lr = layer_redundancy(tiny, tokens, 24).lr
     assert lr[0] == 0
     assert all(-1 <= score <= 1 for score in lr)  # false for NaN

@@ -45,7 +45,7 @@ def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths, e
     plan = replace(uneven(Shape.of(tiny.config), widths), embedding_width=embedding)
     evaluation = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9))
     sliced = slice_model(tiny, tokens, plan).model
-    expected = projector_oracle(tiny, tokens, evaluation, plan.attention_widths, plan.mlp_widths)
+    expected = projector_oracle(tiny, tokens, evaluation, plan.place_widths)
     got = logits_of(sliced, evaluation)
     scale = expected.abs().max()
     torch.testing.assert_close(got, expected, atol=1e-3 * float(scale), rtol=0)

@@ -25,6 +25,8 @@ from dynslice.errors import RequestError
 from dynslice.plan import Shape, SlicePlan
 from dynslice.redundancy import layer_redundancy
 from dynslice.results import peak_memory_bytes, provenance, reset_peak_memory
+from dynslice.signals import Signals
+from dynslice.sliced import block_output
 from dynslice.study import Store, Study
 
 # Shapes of published models for random weights, as their configurations on the hub say.
@@ -439,22 +441,13 @@ def oracle_logits(
     on through the dense block. No weight is folded, rotated or cut.
     """
     family = models.family_of(model.config)
-    stream, arguments = slicing.residual_stream(model, torch.cat([calibration, tokens]))
-    x, count = torch.cat(stream), len(calibration)
+    stream = Signals(model.device)
+    arguments = slicing.residual_stream(model, torch.cat([calibration, tokens]), stream)
+    x, count, place_widths = torch.cat(list(stream)), len(calibration), iter(widths.place_widths)
     for i, layer in enumerate(model.get_submodule(family.layers)):
-        for kind, width in (
-            ("attention", widths.attention_widths[i]),
-            ("mlp", widths.mlp_widths[i]),
-        ):
-            block = getattr(family, kind)
+        for block in family.blocks:
             signals = x[:count].flatten(0, 1).double()
-            V = torch.linalg.svd(signals, full_matrices=False).Vh[:width].T
+            V = torch.linalg.svd(signals, full_matrices=False).Vh[: next(place_widths)].T
             x = (x.double() @ V @ V.T).to(x.dtype)
-            norm, module = layer.get_submodule(block.norm), layer.get_submodule(block.module)
-            parts = []
-            for part in x:
-                given = arguments if kind == "attention" else {}
-                output = module(norm(part[None]), **given)
-                parts.append(output[0] if isinstance(output, tuple) else output)
-            x = x + torch.cat(parts)
+            x = x + torch.cat([block_output(layer, block, part[None], arguments[i]) for part in x])
     return model.get_output_embeddings()(model.get_submodule(family.final_norm)(x[count:]))

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from dynslice import assets, paths
 from dynslice.errors import RequestError, RunError
+from dynslice.obstacles import obstacle
 from dynslice.sliced import FAMILIES, SLICED_CLASSES, Family
 
 EMBEDDED = ("smollm2-135m", "tiny-random")
@@ -141,11 +142,11 @@ def is_sliced(config) -> bool:
 
 
 def check_family(config) -> None:
-    """Raise RequestError when the family of `config` cannot be sliced."""
-    if config.model_type.removeprefix("sliced_") not in FAMILIES:
+    """Raise RequestError naming what stands in the way when a config can't be sliced exactly."""
+    if reason := obstacle(config):
         raise RequestError(
-            f"model type {config.model_type!r} is not supported; the families are "
-            f"{', '.join(FAMILIES)}"
+            f"a model of type {config.model_type!r} can't be sliced exactly: {reason}; the "
+            f"families are {', '.join(FAMILIES)}"
         )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dynslice.errors import RequestError
 from dynslice.models import family_of, require_dense
 from dynslice.redundancy import normalise
+from dynslice.sliced import has_bias, subtracts_mean
 
 SCHEDULES = ("constant", "dynamic")
 
@@ -21,18 +23,20 @@ SCHEDULES = ("constant", "dynamic")
 class Shape:
     """What a plan must know of a model to count the parameters of its slice.
 
-    `reads` and `writes` are for (attention, MLP): parameters per dimension of the stream that a
-    block reads and writes (the summed output features of its reading maps; the input features
-    of its writing map, plus one where it has a bias). `fixed` is what slicing leaves alone.
+    `reads` and `writes` are for the blocks of a layer (attention and MLP, or the two in parallel):
+    parameters per dimension of the stream that a block reads and writes (the summed output
+    features of its reading maps; the summed input features of its writing maps, plus one for each
+    bias). `fixed` is what slicing leaves alone, `position_rows` the rows of learned positions.
     """
 
     hidden_size: int
     layers: int
     vocab_size: int
-    reads: tuple[int, int]
-    writes: tuple[int, int]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
     fixed: int
     dense_parameters: int
+    position_rows: int = 0
 
     @classmethod
     def of(cls, config) -> "Shape":
@@ -42,43 +46,56 @@ class Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         layers = model.get_submodule(family.layers)
+        head = model.get_submodule(family.head)
         get = layers[0].get_submodule
-        reads = [sum(get(name).out_features for name in block.reads) for block in family.blocks]
-        writers = [get(block.write) for block in family.blocks]
-        writes = [w.in_features + (w.bias is not None) for w in writers]
         d = config.hidden_size
-        vocab = model.get_submodule(family.embedding).num_embeddings
-        # What remains of a layer without its norms' scales: biases of reading maps, q/k norms.
+        reads, writes, fixed = [], [], 0
+        for block in family.blocks:
+            norm, readers = get(block.norm), [get(name) for name in block.reads]
+            writers = [get(name) for name in block.writes]
+            reads.append(sum(map_.out_features for map_ in readers))
+            writes.append(sum(map_.in_features + (map_.bias is not None) for map_ in writers))
+            # A norm's scale goes into the maps that read, and its bias into a bias of theirs.
+            fixed -= sum(p.numel() for p in norm.parameters())
+            fixed += sum(m.out_features for m in readers if has_bias(norm) and m.bias is None)
         in_layer = sum(p.numel() for p in layers[0].parameters())
-        norms = sum(get(block.norm).weight.numel() for block in family.blocks)
-        fixed = len(layers) * (in_layer - norms - d * (sum(reads) + sum(writes)))
+        fixed = len(layers) * (fixed + in_layer - d * (sum(reads) + sum(writes)))
+        fixed += sum(p.numel() for p in head.parameters())  # it reads the full stream
+        final_norm = model.get_submodule(family.final_norm)
+        if subtracts_mean(final_norm):
+            fixed += sum(p.numel() for p in final_norm.parameters())
+        positions = family.positions and model.get_submodule(family.positions).num_embeddings
         return cls(
             hidden_size=d,
             layers=len(layers),
-            vocab_size=vocab,
+            vocab_size=model.get_submodule(family.embedding).num_embeddings,
             reads=tuple(reads),
             writes=tuple(writes),
-            fixed=fixed + d * vocab,  # the head reads the full stream
+            fixed=fixed,
             dense_parameters=sum(p.numel() for p in model.parameters()),
+            position_rows=positions or 0,
         )
 
     @classmethod
     def from_dict(cls, values: dict) -> "Shape":
         """From the JSON form. Raises RequestError naming what is missing."""
-        missing = [name for name in cls.__dataclass_fields__ if name not in (values or {})]
+        needed = [name for name in cls.__dataclass_fields__ if name != "position_rows"]
+        missing = [name for name in needed if name not in (values or {})]
         if missing:
             raise RequestError(
                 f"the shape of the model is incomplete (no {missing[0]}); make the file anew with "
                 "`dynslice lr` or `dynslice plan`"
             )
-        return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__})
+        given = {name: _tuples(values[name]) for name in needed}
+        return cls(**given, position_rows=values.get("position_rows", 0))
 
 
 @dataclass(frozen=True)
 class SlicePlan:
     """Width w_i of the stream at each layer, with the target that it came from.
 
-    At layer i the attention input, the attention output and the MLP input have width w_i; the
+    At layer i the attention input, the attention output and the MLP input have width w_i (where
+    the two run in parallel there is one input, of width w_i, and both write in w_{i+1}); the
     embedding has w_0, and the output of the last layer keeps the hidden size (METHOD 1.6).
     `final_slice` is FS_i, the share to be removed at layer i, before rounding. `embedding_width`
     gives the embedding, and with it the attention input of layer 0, a width of its own.
@@ -123,6 +140,14 @@ class SlicePlan:
         return self.widths
 
     @property
+    def place_widths(self) -> tuple[int, ...]:
+        """Widths of the stream before each block in turn, and the full one that the head reads."""
+        shape = self.shape
+        rows = zip(self.attention_widths, self.mlp_widths, strict=True)
+        widths = [width for row in rows for width in row[: len(shape.reads)]]
+        return (*widths, shape.hidden_size)
+
+    @property
     def mean_slice(self) -> float:
         """The share of the width that is removed, averaged over layers, after rounding."""
         return 1 - sum(self.widths) / (self.shape.hidden_size * self.shape.layers)
@@ -130,19 +155,17 @@ class SlicePlan:
     @property
     def parameters(self) -> int:
         """Stored parameters of the sliced network: maps, shortcuts, embedding and untied head."""
-        shape = self.shape
-        a, m = [*self.attention_widths, shape.hidden_size], self.mlp_widths
-        total = shape.fixed + shape.vocab_size * a[0] + self.shortcut_parameters
-        for i in range(shape.layers):
-            total += a[i] * shape.reads[0] + m[i] * shape.writes[0]
-            total += m[i] * shape.reads[1] + a[i + 1] * shape.writes[1]
-        return total
+        shape, widths = self.shape, self.place_widths
+        total = shape.fixed + (shape.vocab_size + shape.position_rows) * widths[0]
+        for place in range(len(widths) - 1):
+            block = place % len(shape.reads)
+            total += widths[place] * shape.reads[block] + widths[place + 1] * shape.writes[block]
+        return total + self.shortcut_parameters
 
     @property
     def shortcut_parameters(self) -> int:
         """How many of the stored parameters are shortcut matrices."""
-        a, m = [*self.attention_widths, self.shape.hidden_size], self.mlp_widths
-        return sum(m[i] * (a[i] + a[i + 1]) for i in range(self.shape.layers))
+        return sum(before * after for before, after in pairwise(self.place_widths))
 
     def to_dict(self) -> dict:
         """The JSON form (DESIGN: CLI, `plan`)."""

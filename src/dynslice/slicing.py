@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from accelerate import init_empty_weights
@@ -15,7 +16,14 @@ from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.models import check_finite, family_of, require_dense, synchronise
 from dynslice.plan import Shape, SlicePlan
-from dynslice.sliced import SLICED_CLASSES
+from dynslice.signals import Signals
+from dynslice.sliced import SLICED_CLASSES, Block, Family, block_output, subtracts_mean
+
+# A module of a model by its name, with its weights on the device as long as the context lasts.
+Use = Callable[[str], AbstractContextManager[nn.Module]]
+
+# Rows of an embedding or a head that are rotated at once: in float32 a whole one takes gigabytes.
+ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,27 @@ class Sliced:
     seconds: float
 
 
-@torch.no_grad()  # what becomes a weight is no tensor of inference_mode: those can't be fine-tuned
 def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sliced:
     """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
+
+    The dense model is left as it was. Raises RequestError when plan and model do not fit, RunError
+    for non-finite activations.
+    """
+    start = time.perf_counter()
+    weights = dict(sliced_weights(model, windows, plan, Signals(model.device)))
+    with torch.no_grad():
+        sliced = empty_sliced(model, plan)
+        sliced.load_state_dict(weights, assign=True)
+        sliced = sliced.to(model.device).eval()
+    synchronise(model.device)
+    return Sliced(sliced, time.perf_counter() - start)
+
+
+@torch.no_grad()  # what becomes a weight is no tensor of inference_mode: those can't be fine-tuned
+def sliced_weights(
+    model: PreTrainedModel, windows: Tensor, plan: SlicePlan, x: Signals, use: Use | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a slice by name, in the order in which the network keeps its layers.
 
     At each place where a block reads the residual stream x [tokens, d], Q [d, w] holds the first
     w eigenvectors of X^T X, and x goes on as its projection Q Q^T x. Maps that read there become
@@ -36,102 +62,170 @@ def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sli
     residual connection between places with bases Q and Q' becomes the shortcut Q^T Q'. The
     signals of each place are those of the part that is already sliced, and each block runs over
     the calibration tokens once; those after the last place that is cut do not run. A place that
-    keeps the full width keeps its basis. The dense model is left as it was. Covariances,
-    bases and shortcuts are float64, the products that rotate weights float32.
+    keeps the full width keeps its basis. A LayerNorm is a norm of the centred stream, so what
+    writes the stream is centred with it (`centred`), and its bias goes into the maps that read.
+    Covariances, bases and shortcuts are float64, the products that rotate weights float32.
 
-    Raises RequestError when plan and model do not fit, RunError for non-finite activations.
+    x: an empty store for the signals. use: where the weights of a module come from, those of
+    `model` itself by default. Raises RequestError when plan and model do not fit, RunError for
+    non-finite activations.
     """
     check_plan(model.config, plan)
-    start = time.perf_counter()
-    family = family_of(model.config)
-    layers = model.get_submodule(family.layers)
-    d = plan.shape.hidden_size
-    widths = [w for pair in zip(plan.attention_widths, plan.mlp_widths, strict=True) for w in pair]
-    widths.append(d)  # the head reads the full stream, in its own basis
+    use = use or (lambda name: nullcontext(model.get_submodule(name)))
+    family, device, d = family_of(model.config), x.device, plan.shape.hidden_size
+    widths = plan.place_widths  # before each block, and d for the head
     last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
-    identity = torch.eye(d, dtype=torch.float64, device=model.device)
+    centred = _centring(model, family)
+    mean_free = subtracts_mean(model.get_submodule(family.final_norm))
+    identity = torch.eye(d, dtype=torch.float64, device=device)
 
-    weights: dict[str, Tensor] = {}
-
-    def keep(name: str, weight: Tensor) -> None:
-        weights[name] = weight.to(model.dtype).contiguous()
+    def stored(weight: Tensor) -> Tensor:
+        return weight.to(model.dtype).contiguous()
 
     def bases(width: int) -> tuple[Tensor, Tensor]:
-        V = principal_basis(x) if width < d else identity
+        V = principal_basis(x, centred=mean_free) if width < d else identity
         return V[:, :width], V[:, width:]
 
-    x, layer_arguments = residual_stream(model, windows)
-    Q, R = bases(widths[0])
-    embedding = model.get_submodule(family.embedding)
-    keep(f"{family.embedding}.weight", embedding.weight.float() @ Q.float())
+    with _use_all(use, family.embeddings):
+        layer_arguments = residual_stream(model, windows, x)
+        Q, R = bases(widths[0])
+        for name in family.embeddings:
+            rows = model.get_submodule(name).weight.split(ROWS)
+            yield (
+                f"{name}.weight",
+                torch.cat([stored(centred(E.float()) @ Q.float()) for E in rows]),
+            )
 
-    places = [(i, kind) for i in range(len(layers)) for kind in ("attention", "mlp")]
-    for place, (i, kind) in enumerate(tqdm(places, desc="slicing", unit="block", leave=False)):
-        block, layer, prefix = getattr(family, kind), layers[i], f"{family.layers}.{i}"
-        norm, module = layer.get_submodule(block.norm), layer.get_submodule(block.module)
+    place = 0
+    for i in tqdm(range(plan.shape.layers), desc="slicing", unit="layer", leave=False):
+        with use(f"{family.layers}.{i}") as layer:
+            for block in family.blocks:
+                if place < last_cut:
+                    run_block(x, R, layer, block, layer_arguments[i], centred)
+                Q_next, R_next = bases(widths[place + 1])
 
-        if place < last_cut:
-            run_block(x, R, norm, module, layer_arguments if kind == "attention" else {})
-        Q_next, R_next = bases(widths[place + 1])
+                for name, tensor in _fold(layer, block, family, Q, Q_next, centred):
+                    yield f"{family.layers}.{i}.{name}", stored(tensor)
+                yield f"{family.layers}.{i}.{block.name}_shortcut", stored(Q.T @ Q_next)
+                Q, R, place = Q_next, R_next, place + 1
+            for name, parameter in _left_alone(layer, family):
+                yield f"{family.layers}.{i}.{name}", stored(parameter.clone())
 
-        for name in block.reads:
-            read = layer.get_submodule(name)
-            keep(f"{prefix}.{name}.weight", (read.weight.float() * norm.weight.float()) @ Q.float())
-            if read.bias is not None:
-                keep(f"{prefix}.{name}.bias", read.bias.clone())
-        write = layer.get_submodule(block.write)
-        keep(f"{prefix}.{block.write}.weight", Q_next.T.float() @ write.weight.float())
+    with use(family.final_norm) as final_norm, use(family.head) as head:
+        scale = torch.ones(d, device=device)
+        if subtracts_mean(final_norm):  # stays as it is
+            for name, parameter in final_norm.named_parameters():
+                yield f"{family.final_norm}.{name}", stored(parameter.clone())
+        else:
+            scale = _scale(final_norm, family)
+        yield (
+            f"{family.head}.weight",
+            torch.cat([stored(W.float() * scale) for W in head.weight.split(ROWS)]),
+        )
+        if head.bias is not None:
+            yield f"{family.head}.bias", stored(head.bias.clone())
+
+
+def _fold(
+    layer: nn.Module, block: Block, family: Family, Q: Tensor, Q_next: Tensor, centred: Callable
+) -> Iterator[tuple[str, Tensor]]:
+    """The maps of a block in the bases before and after it, by their names in the layer."""
+    norm = layer.get_submodule(block.norm)
+    g, b = _scale(norm, family), getattr(norm, "bias", None)
+    for name in block.reads:
+        read = layer.get_submodule(name)
+        W = read.weight.float()
+        yield f"{name}.weight", (W * g) @ Q.float()
+        if b is not None:
+            yield f"{name}.bias", W @ b.float() + (0.0 if read.bias is None else read.bias.float())
+        elif read.bias is not None:
+            yield f"{name}.bias", read.bias.clone()
+    for name in block.writes:
+        write = layer.get_submodule(name)
+        yield f"{name}.weight", Q_next.T.float() @ centred(write.weight.float().T).T
         if write.bias is not None:
-            keep(f"{prefix}.{block.write}.bias", write.bias.float() @ Q_next.float())
-        keep(f"{prefix}.{kind}_shortcut", Q.T @ Q_next)
-        Q, R = Q_next, R_next
+            yield f"{name}.bias", centred(write.bias.float()) @ Q_next.float()
 
-    head, final_norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
-    keep(f"{family.head}.weight", head.weight.float() * final_norm.weight.float())
-    sliced = _assemble(model, plan, weights)
-    synchronise(model.device)
-    return Sliced(sliced, time.perf_counter() - start)
+
+def _left_alone(layer: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a layer that no map to or from the stream holds, such as norms of q."""
+    taken = {name for block in family.blocks for name in (block.norm, *block.reads, *block.writes)}
+    for name, parameter in layer.named_parameters():
+        if name.rpartition(".")[0] not in taken:
+            yield name, parameter
+
+
+def _scale(norm: nn.Module, family: Family) -> Tensor:
+    """The scale g [d] of a norm, which multiplies the normed stream."""
+    if norm.weight is None:  # a LayerNorm without
+        return torch.tensor(1.0)
+    return norm.weight.float() + family.norm_offset
+
+
+def _centring(model: PreTrainedModel, family: Family) -> Callable[[Tensor], Tensor]:
+    """x [.., d] less its mean over d where the family's norms take it away, else x itself."""
+    if not subtracts_mean(model.get_submodule(family.final_norm)):
+        return lambda x: x
+    return lambda x: x - x.mean(dim=-1, keepdim=True)
+
+
+@contextmanager
+def _use_all(use: Use, names: tuple[str, ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(use(name))
+        yield
 
 
 @torch.inference_mode()
-def principal_basis(x: list[Tensor]) -> Tensor:
+def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
     """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
 
     x: batches of signals [.., d]. Products, sum and decomposition in float64: products in float32
     turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean diagonal
     to the diagonal, which moves all eigenvalues alike and leaves the eigenvectors as they are,
-    so it is left out here.
+    so it is left out here. centred: the signals have no mean over d, and the direction of the
+    mean comes last, also where other directions are empty too.
     """
-    d = x[0].shape[-1]
-    covariance = torch.zeros(d, d, dtype=torch.float64, device=x[0].device)
-    starts = range(0, d, math.ceil(d / 4))
-    # One buffer for all batches: mapping memory anew takes time.
-    doubles = torch.empty_like(max(x, key=len), dtype=torch.float64)
+    covariance = doubles = None
     for part in x:
+        d = part.shape[-1]
+        if covariance is None:
+            covariance = torch.zeros(d, d, dtype=torch.float64, device=part.device)
+            step = math.ceil(d / 4)
+        if doubles is None or len(doubles) < len(part):
+            # One buffer for all batches: mapping memory anew takes time.
+            doubles = torch.empty_like(part, dtype=torch.float64)
         rows = doubles[: len(part)].copy_(part).view(-1, d)
-        for start in starts:  # X^T X is symmetric: on and above the diagonal is enough
-            columns = slice(start, start + starts.step)
+        for start in range(0, d, step):  # X^T X is symmetric: on and above the diagonal is enough
+            columns = slice(start, start + step)
             covariance[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
+    del doubles
     check_finite(covariance, "the residual stream")
+    if centred:
+        covariance -= covariance.trace() / len(covariance)  # d t 1 1^T / d: below all others
     _, vectors = torch.linalg.eigh(covariance, UPLO="U")  # eigenvalues ascending
     return vectors.flip(-1)
 
 
 @torch.inference_mode()
 def run_block(
-    x: list[Tensor], R: Tensor, norm: nn.Module, module: nn.Module, arguments: dict
+    x: Signals, R: Tensor, layer: nn.Module, block: Block, arguments: dict, centred: Callable
 ) -> None:
-    """In place, batch by batch: x <- x P + block(norm(x P)) with P = Q Q^T = 1 - R R^T.
+    """In place, batch by batch: x <- x P + block(x P) with P = Q Q^T = 1 - R R^T.
 
     R [d, d - w] holds the directions that are cut, which are the fewer. x stays in the original
     coordinates. The projected stream has the same RMS (divisor d) as its w coordinates in the
     sliced network, so the dense block computes here what the sliced block will compute there.
     """
-    R = R.to(x[0].dtype)
-    for stream in x:
-        stream -= stream @ R @ R.T
-        output = module(norm(stream), **arguments)
-        stream += output[0] if isinstance(output, tuple) else output
+
+    def step(stream: Tensor) -> Tensor:
+        cut = R.to(stream.dtype)
+        stream -= stream @ cut @ cut.T
+        stream += centred(block_output(layer, block, stream, arguments))
+        return stream
+
+    x.update(step)
 
 
 def check_plan(config, plan: SlicePlan) -> None:
@@ -148,48 +242,60 @@ def check_plan(config, plan: SlicePlan) -> None:
 
 
 class _Caught(Exception):
-    """Stops a forward pass once the first layer has been reached."""
+    """Stops a forward pass once the last layer has been reached."""
 
 
 @torch.inference_mode()
-def residual_stream(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], dict]:
-    """What enters layer 0, as batches [b, T, d], and the other arguments that layers are given.
+def residual_stream(model: PreTrainedModel, windows: Tensor, x: Signals) -> list[dict]:
+    """Fill x with what enters layer 0, [b, T, d]; the other arguments that each layer is given.
 
-    Masks and position embeddings are those of a single window, and broadcast over a batch.
+    No layer runs. Masks and position embeddings are those of a single window, and broadcast over
+    a batch.
     """
-    caught: list[tuple[Tensor, dict]] = []
+    family = family_of(model.config)
+    layers = model.get_submodule(family.layers)
+    centred = _centring(model, family)
+    arguments: list[dict] = []
 
-    def catch(_layer, args, kwargs):
-        caught.append((args[0], kwargs))
+    def pass_on(hidden_states: Tensor, **kwargs) -> Tensor:
+        arguments.append(kwargs)
+        if len(arguments) == len(layers):
+            raise _Caught
+        return hidden_states
+
+    def catch(hidden_states: Tensor, **kwargs) -> None:
+        x.append(centred(hidden_states))
         raise _Caught
 
-    first = model.get_submodule(family_of(model.config).layers)[0]
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    def forward(ids: Tensor) -> None:
+        with suppress(_Caught):
+            model.base_model(ids, use_cache=False)
+
     try:
-        one = windows[:1].to(model.device)
-        for batch in chain([one], batches(windows, "embedding", model.device)):
-            try:
-                model.base_model(batch, use_cache=False)
-            except _Caught:
-                continue
+        for layer in layers:
+            layer.forward = pass_on
+        forward(windows[:1].to(x.device))
+        layers[0].forward = catch
+        for batch in batches(windows, "embedding", x.device):
+            forward(batch)
     finally:
-        handle.remove()
-    (_, arguments), *streams = caught
-    return [stream for stream, _ in streams], arguments
+        for layer in layers:
+            del layer.forward
+    return arguments
 
 
-def _assemble(model: PreTrainedModel, plan: SlicePlan, weights: dict[str, Tensor]):
+def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
+    """The sliced network of a dense model, with parameters that have no storage yet."""
     config_class, model_class = SLICED_CLASSES[model.config.model_type]
     settings = model.config.to_dict()
     for name in ("model_type", "architectures", "quantization_config"):
         settings.pop(name, None)
     config = config_class(
-        **{**settings, "tie_word_embeddings": False},
+        **{**settings, "tie_word_embeddings": False, "dtype": model.dtype},
         attention_widths=list(plan.attention_widths),
         mlp_widths=list(plan.mlp_widths),
     )
     with init_empty_weights(include_buffers=False):  # the weights that it takes are all there are
         sliced = model_class(config)
-    sliced.load_state_dict(weights, assign=True)
     sliced.generation_config = model.generation_config
-    return sliced.to(model.device).eval()
+    return sliced

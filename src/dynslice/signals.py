@@ -1,0 +1,84 @@
+"""The residual stream of the calibration tokens, kept where there is room for it."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Signals:
+    """Batches of signals [b, T, d]: on the device, then in host memory, then on disk.
+
+    Budgets are in bytes, None is no limit; a batch that fits into neither goes to a file in
+    `folder`. Where the device is the CPU, its budget is that of the device, and there is no
+    host memory beside it. Iterating gives every batch on the device, one at a time.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        device_budget: int | None = None,
+        host_budget: int | None = None,
+        folder: Path | None = None,
+    ):
+        self.device = device
+        self._room = {"device": device_budget, "host": host_budget}
+        if device.type == "cpu":
+            self._room["host"] = 0
+        self._scratch = None
+        self._folder = folder
+        self._batches: list[Tensor | Path] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._batches:
+            yield self._fetch(batch)
+
+    def append(self, batch: Tensor) -> None:
+        """Keep one more batch, in the nearest place that has room."""
+        where = next((place for place in self._room if self._fits(place, batch.nbytes)), "disk")
+        if where != "disk" and self._room[where] is not None:
+            self._room[where] -= batch.nbytes
+        if where == "device":
+            self._batches.append(batch)
+        elif where == "host":
+            self._batches.append(batch.to("cpu").pin_memory())
+        else:
+            path = self._files() / f"{len(self._batches)}.safetensors"
+            self._write(path, batch)
+            self._batches.append(path)
+
+    def update(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each batch by what `change` makes of it; it may work in place."""
+        for i, kept in enumerate(self._batches):
+            batch = change(self._fetch(kept))
+            if isinstance(kept, Path):
+                self._write(kept, batch)
+            elif kept.device != batch.device:
+                kept.copy_(batch)
+            else:
+                self._batches[i] = batch
+
+    def _fits(self, place: str, size: int) -> bool:
+        return self._room[place] is None or size <= self._room[place]
+
+    def _fetch(self, kept: Tensor | Path) -> Tensor:
+        if isinstance(kept, Path):
+            return load_file(kept)["x"].to(self.device)
+        return kept.to(self.device, non_blocking=True)
+
+    def _files(self) -> Path:
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(dir=self._folder, prefix=".signals-")
+        return Path(self._scratch.name)
+
+    @staticmethod
+    def _write(path: Path, batch: Tensor) -> None:
+        unfinished = path.with_suffix(".new")  # the old file may be mapped by what was read of it
+        save_file({"x": batch.to("cpu").contiguous()}, unfinished)
+        unfinished.replace(path)
