@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_compare import Invented, points
+from test_compare import TEXT_LEVEL, Invented, points
 
 from dynslice import paths, published, report
 from dynslice.errors import RequestError
@@ -15,6 +15,7 @@ SETTINGS = {
     "slice_percentages": [0.2, 0.3],
     "eval_texts": ["sotu", "wikipedia"],
     "tasks": {"piqa": 40, "arc_easy": None},
+    "task_subset": "first",
     "task_slice_percentages": [0.3],
 }
 HEADER = (
@@ -50,6 +51,7 @@ SLICES = (0.0, 0.2, 0.25, 0.3)
 def invented(tmp_path, monkeypatch):
     """A study of MODEL with results made for the purpose, and no published number yet."""
     monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     paths.PUBLISHED.mkdir()
     return Invented(load("smoke", SETTINGS), Store(tmp_path), "cpu", from_record=True).fill()
 
@@ -120,6 +122,10 @@ def test_a_readers_number_stands_beside_ours_of_equal_settings(invented):
     ]
     assert "**3 of 3** rows" in published.page(table, invented)
     assert "3 of them with equal settings" in published.page(table, invented)
+    report.save_table(table, invented, "published")
+    saved = {path.suffix: path.read_text() for path in paths.figures("smoke").iterdir()}
+    assert set(saved) == {".csv", ".md", ".tex"}
+    assert all("17.5" in text and "A paper" in text for text in saved.values())
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,19 @@ def test_what_differs_is_named(invented, line, settings):
 def test_a_dynamic_number_without_its_sb_joins_every_dynamic_network(invented):
     publish(f"dynamic,{MODEL},perplexity,sotu test,0.3,,{ALIKE},5,A")
     assert published.table(invented)["settings"].tolist() == ["SB not stated"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("wikitext2-test.txt", "equal"), ("wikitext2.txt", "split test, here not known")],
+)
+def test_a_text_that_is_a_file_goes_by_its_name(invented, tmp_path, monkeypatch, name, settings):
+    (tmp_path / name).write_text("words")
+    monkeypatch.setitem(TEXT_LEVEL, str(tmp_path / name), 3.0)
+    asked = {**SETTINGS, "eval_texts": [str(tmp_path / name)], "eval_split": None}
+    of_a_file = Invented(load("smoke", asked), invented.store, "cpu", from_record=True).fill()
+    publish(f"dense,{MODEL},perplexity,WikiText2 test,0,,,,,8,128,5,A")
+    assert published.table(of_a_file)["settings"].tolist() == [settings]
 
 
 def test_what_was_not_measured_is_no_number(invented):
@@ -202,6 +221,10 @@ def test_accuracies_join_by_task_and_metric(invented):
     correct = invented.get(asked).value["correct"]
     assert table["ours"][0] == pytest.approx(100 * np.mean(correct))
     assert len(published.table(invented)) == 1
+    drawn = load("smoke", {**SETTINGS, "task_subset": "stratified"})
+    drawn = Invented(drawn, invented.store, "cpu", from_record=True).fill()
+    settings = published.task_table(drawn)["settings"].tolist()
+    assert [settings[0], settings[2]] == ["items 40, here 40 drawn", "items 1000, here all"]
 
 
 GOOD = f"dense,{MODEL},perplexity,sotu test,0,,,,,8,128,5,A"
@@ -218,12 +241,12 @@ GOOD = f"dense,{MODEL},perplexity,sotu test,0,,,,,8,128,5,A"
         (HEADER, GOOD.replace(",5,A", ",5,"), "line 3, column source = ''"),
         (HEADER, GOOD.replace(",8,128", ",some,128"), "line 3, column eval_windows = 'some'"),
         (HEADER, GOOD.replace("0,,", "0.2,0.3,", 1), "line 3, column slice_base = '0.3'"),
-        (HEADER, GOOD + ", Table 2", "line 3, has more fields"),
-        (HEADER, "dense," + MODEL, "line 3, has fewer fields"),
-        (HEADER.replace("value", "perplexity"), GOOD, "line 1, lacks column 'value'"),
-        (HEADER.replace("window,", "windows,", 1), GOOD, "line 1, has an unknown or repeated"),
-        (HEADER.replace(",", ";"), GOOD, "line 1, lacks column 'method'"),
-        ("", GOOD, "line 1, lacks column 'method'"),
+        (HEADER, GOOD + ", Table 2", "line 3 has more fields"),
+        (HEADER, "dense," + MODEL, "line 3 has fewer fields"),
+        (HEADER.replace("value", "perplexity"), GOOD, "line 1 lacks column 'value'"),
+        (HEADER.replace("window,", "windows,", 1), GOOD, "line 1 has an unknown or repeated"),
+        (HEADER.replace(",", ";"), GOOD, "line 1 lacks column 'method'"),
+        ("", GOOD, "line 1 lacks column 'method'"),
     ],
 )
 def test_a_malformed_file_is_refused_in_a_sentence(invented, header, line, said):

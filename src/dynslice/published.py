@@ -1,6 +1,7 @@
 """Numbers that others published, beside those of a study; `data/published/README.md` says how."""
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from itertools import product
 from math import isclose
@@ -102,7 +103,7 @@ def table(study: Study) -> pd.DataFrame:
         for point, text in product(_networks(cell, study.points()), texts):
             result = study.store.get(study.perplexity_request(point, text))
             compared = {
-                "split": (_text(cell.dataset)[1], split_for(text, p.eval_split)),
+                "split": (_text(cell.dataset)[1], split_for(text, p.eval_split) or _text(text)[1]),
                 "windows": (cell.eval_windows, p.eval_windows or "all"),
                 "window": (cell.window, p.eval_window),
             }
@@ -118,7 +119,7 @@ def task_table(study: Study) -> pd.DataFrame:
         tasks = [task for task in study.profile.tasks if task == cell.dataset.lower()]
         for point, task in product(_networks(cell, study.task_points()), tasks):
             result = study.store.get(study.task_request(point, task))
-            compared = {"items": (cell.eval_windows, study.profile.tasks[task] or "all")}
+            compared = {"items": (cell.eval_windows, _items(study, task))}
             yield point, compared, result and _accuracy(result.value, cell.metric)
 
     return _beside(study, ACCURACY, ours)
@@ -176,7 +177,7 @@ def _check_header(path: Path, header: list[str]) -> None:
     for problem, names in (("lacks", missing), ("has an unknown or repeated", unknown)):
         if names:
             raise RequestError(
-                f"published file {path.name}, line 1, {problem} column {names[0]!r}; the columns "
+                f"published file {path.name}, line 1 {problem} column {names[0]!r}; the columns "
                 f"are {', '.join(fields)} (see {GUIDE})"
             )
 
@@ -186,7 +187,7 @@ def _cell(path: Path, line: int, row: dict[str | None, Any]) -> Cell:
     where = f"published file {path.name}, line {line}"
     if None in row or None in row.values():
         raise RequestError(
-            f"{where}, has {'more' if None in row else 'fewer'} fields than line 1 has columns; "
+            f"{where} has {'more' if None in row else 'fewer'} fields than line 1 has columns; "
             "put text with commas in quotes, and leave a field empty rather than out"
         )
     stated = {name: text.strip() for name, text in row.items() if text.strip()}
@@ -264,9 +265,9 @@ def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]
 
 
 def _differs(name: str, there: Any, here: Any) -> str:
-    if there == here:
-        return ""
-    return f"{name} not stated" if there is None else f"{name} {there}, here {here}"
+    if there is None:
+        return f"{name} not stated"
+    return "" if there == here else f"{name} {there}, here {here or 'not known'}"
 
 
 def _absent(cell: Cell, study: Study) -> str:
@@ -296,14 +297,21 @@ def _networks(cell: Cell, points: list[Point]) -> list[Point]:
 
 
 def _text(name: str) -> tuple[str, str | None]:
-    """`wikitext2 test` -> text and split, in lower case; a file goes by its name alone."""
+    """`wikitext2 test` -> (wikitext2, test), in lower case; so is a file wikitext2-test.txt."""
     name = Path(name).stem if Path(name).is_file() else name
-    text, _, split = name.lower().rpartition(" ")
-    return (text, split) if split in SPLITS and text else (name.lower(), None)
+    found = re.fullmatch(rf"(.+)[ _-]({'|'.join(SPLITS)})", name.lower())
+    return (found[1], found[2]) if found else (name.lower(), None)
 
 
 def _is_any(model: str, others: list[str]) -> bool:
     return model.lower() in [other.lower() for other in others]
+
+
+def _items(study: Study, task: str) -> int | str:
+    """How many items, as lm-eval's `limit` counts them: the first of a task."""
+    limit = study.profile.tasks[task]
+    drawn = limit is not None and study.profile.task_subset != "first"
+    return f"{limit} drawn" if drawn else limit or "all"
 
 
 def _accuracy(value: dict, metric: str) -> float | None:
