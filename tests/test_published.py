@@ -133,11 +133,16 @@ def test_a_readers_number_stands_beside_ours_of_equal_settings(invented):
     [
         (
             "SliceGPT,{},perplexity,sotu test,0.3,,wikipedia,1024,128,8,,5,A",
-            "window not stated; calibration windows 1024, here 8",
+            "calibration windows 1024, here 8; window not stated",
         ),
         (
             "SliceGPT,{},perplexity,sotu validation,0.3,,ptb,8,128,all,128,5,A",
             "split validation, here test; windows all, here 8; calibration ptb, here wikipedia",
+        ),
+        (
+            "SliceGPT,{},perplexity,sotu test,0.3,,,,2048,8,2048,5,A",
+            "window 2048, here 128; calibration window 2048, here 128; "
+            "calibration, calibration windows not stated",
         ),
         ("dense,{},perplexity,sotu,0,,,,,8,128,5,A", "split not stated"),
         ("dense,{},perplexity,wikitext2 test,0,,,,,8,128,5,A", "wikitext2 test is not read here"),

@@ -261,13 +261,13 @@ def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]
             "calibration windows": (cell.calibration_windows, p.calibration_windows),
             "calibration window": (cell.calibration_window, p.calibration_window),
         }
-    return "; ".join(filter(None, (_differs(k, *both) for k, both in compared.items()))) or "equal"
-
-
-def _differs(name: str, there: Any, here: Any) -> str:
-    if there is None:
-        return f"{name} not stated"
-    return "" if there == here else f"{name} {there}, here {here or 'not known'}"
+    differing = [
+        f"{name} {there}, here {here or 'not known'}"
+        for name, (there, here) in compared.items()
+        if there is not None and there != here
+    ]
+    unstated = ", ".join(name for name, (there, _) in compared.items() if there is None)
+    return "; ".join(differing + [f"{unstated} not stated"] * bool(unstated)) or "equal"
 
 
 def _absent(cell: Cell, study: Study) -> str:
