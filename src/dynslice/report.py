@@ -446,7 +446,9 @@ def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
         return f"{value:.{digits}f}" if isinstance(value, float) else value
 
     shares = table.columns.intersection(SHARES)
-    percent = table[shares].map(lambda v: f"{100 * v:.3g}%" if isinstance(v, float) else v)
+    percent = table[shares].map(
+        lambda v: f"{100 * v:.3g}%" if isinstance(v, float) and v == v else v  # NaN != NaN
+    )
     return table.assign(**percent).map(text)
 
 
