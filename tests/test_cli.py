@@ -208,7 +208,7 @@ BAD_REQUESTS = {
     "ppl --model embedded:gpt --text text.txt": "embedded model 'gpt' is unknown",
     "ppl --model no/such/directory --text text.txt": "model 'no/such/directory' is no embedded",
     "ppl --model empty --text text.txt": "'empty' is a directory without config.json",
-    "ppl --model unsupported --text text.txt": "model type 'gpt2' is not supported",
+    "ppl --model unsupported --text text.txt": "'gpt2' can't be sliced exactly: it keeps its maps",
     "ppl --model no-type --text text.txt": "model 'no-type'",
     "ppl --model broken --text text.txt": "model 'broken'",
     "ppl --model config-only --text text.txt": "model 'config-only'",

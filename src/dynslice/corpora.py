@@ -204,16 +204,19 @@ def sliding(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:
     return stream.unfold(0, min(window, len(stream)), stride)
 
 
+def tokens_per_batch(device: torch.device, logits: bool = False) -> int:
+    """1,024 tokens on a CPU, where larger batches only cost memory; on a GPU 16,384.
+
+    There 2,048 where `logits` over the whole vocabulary are computed, which take gigabytes.
+    """
+    return 1024 if device.type == "cpu" else 2048 if logits else 16384
+
+
 def batches(
     token_windows: torch.Tensor, desc: str, device: torch.device, logits: bool = False
 ) -> Iterator[torch.Tensor]:
-    """Windows [n, T] in batches [b, T] on `device`, with a progress bar.
-
-    About 1,024 tokens a batch on a CPU, where larger ones only cost memory; on a GPU 16,384, or
-    2,048 where `logits` over the whole vocabulary are computed, which take gigabytes.
-    """
-    tokens_per_batch = 1024 if device.type == "cpu" else 2048 if logits else 16384
-    size = max(1, tokens_per_batch // token_windows.shape[1])
+    """Windows [n, T] in batches [b, T] of about `tokens_per_batch`, with a progress bar."""
+    size = max(1, tokens_per_batch(device, logits) // token_windows.shape[1])
     with tqdm(total=len(token_windows), desc=desc, unit="window", leave=False) as bar:
         for part in token_windows.split(size):
             yield part.to(device)

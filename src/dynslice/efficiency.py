@@ -1,5 +1,6 @@
 """What a network costs: FLOPs and bytes counted; throughput, latency and memory measured."""
 
+import math
 import time
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dynslice.models import synchronise
 
+META = torch.device("meta")
 WARM_UP = 1  # calls of each step before any is timed
 
 
@@ -24,16 +26,42 @@ def flops(config: PretrainedConfig, batch: int, length: int, head: bool = True) 
     positions, a multiplication and an addition each one. head: with the logits of the last
     position of each row.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        mask = torch.zeros(batch, 1, length, length)  # given, because making one reads values
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        if head:
-            model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        else:
-            model.base_model(ids, attention_mask=mask, use_cache=False)
+    step = _imagined(config, torch.float32, batch, length, head)
+    with FlopCounterMode(display=False) as counter:
+        step()
     return counter.get_total_flops()
+
+
+def layers_workspace(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that one pass of that many tokens through the layers takes at its peak.
+
+    Beside the weights and the stream that goes in; counted on a model without storage, in rows of
+    16 tokens, as attention that never holds its scores takes them.
+    """
+    rows = math.ceil(tokens / 16)
+    stream = rows * 16 * config.hidden_size * dtype.itemsize
+    return extra_memory(_imagined(config, dtype, rows, 16, head=False), META) - stream
+
+
+def _imagined(
+    config: PretrainedConfig, dtype: torch.dtype, batch: int, length: int, head: bool
+) -> Callable[[], None]:
+    """A pass over token ids [batch, length] through a model without storage."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        # Given, because making one reads values; OPT reads its positions off the mask.
+        mask = torch.zeros(batch, 1, length, length, dtype=dtype)
+        given = {"attention_mask": mask, "position_ids": ids, "use_cache": False}
+
+    @torch.no_grad()
+    def step() -> None:
+        if head:
+            model(ids, logits_to_keep=1, **given)
+        else:
+            model.base_model(ids, **given)
+
+    return step
 
 
 def stored_bytes(model: PreTrainedModel) -> int:
@@ -95,14 +123,14 @@ def extra_memory(step: Callable, device: torch.device) -> int:
     """Bytes of tensors that a call makes and holds at its peak, beside what was there before.
 
     On a GPU by torch's allocator; elsewhere counted, since the resident set of a process hides
-    what its allocator reuses.
+    what its allocator reuses. On the meta device it is what a call would take.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - held
-    with _TensorCount() as count:
+    with _TensorCount(device.type) as count:
         step()
     return count.peak
 
@@ -110,22 +138,23 @@ def extra_memory(step: Callable, device: torch.device) -> int:
 class _TensorCount(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, as long as they live."""
 
-    def __init__(self):
+    def __init__(self, device_type: str):
         super().__init__()
+        self.device_type = device_type
         self.alive = self.peak = 0
         self.known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         known_before = tree_leaves((args, kwargs))
         result = operation(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in known_before if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in known_before if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._add(tensor.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.known:
+        if storage.device.type == self.device_type and storage not in self.known:
             self.known[storage] = True
             weakref.finalize(storage, self._drop, storage.nbytes())
             self.alive += storage.nbytes()

@@ -1,10 +1,11 @@
 """Loading causal language models: embedded, from a directory, or from the hub."""
 
+import ctypes
 import gc
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -157,10 +158,12 @@ def require_dense(config, what: str) -> None:
 
 
 def free_memory() -> None:
-    """Give the memory of dropped models back, so that the next one fits beside the dense one."""
+    """Give the memory of dropped weights back, so that the next ones find room."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed until it is told
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def synchronise(device: torch.device) -> None:
@@ -179,13 +182,21 @@ def save(
 
     `folder` appears complete or not at all.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch, quiet():
-        unfinished = Path(scratch) / "model"
+    with appearing(folder) as unfinished, quiet():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name `folder` when the context ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+        unfinished = Path(scratch) / "model"
+        unfinished.mkdir()
+        yield unfinished
         os.replace(unfinished, folder)
 
 

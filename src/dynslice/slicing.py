@@ -22,8 +22,7 @@ from dynslice.sliced import SLICED_CLASSES, Block, Family, block_output, subtrac
 # A module of a model by its name, with its weights on the device as long as the context lasts.
 Use = Callable[[str], AbstractContextManager[nn.Module]]
 
-# Rows of an embedding or a head that are rotated at once: in float32 a whole one takes gigabytes.
-ROWS = 16384
+ROWS = 16384  # of an embedding or a head that are changed at once
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,27 @@ def sliced_weights(
     last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
     centred = _centring(model, family)
     mean_free = subtracts_mean(model.get_submodule(family.final_norm))
-    identity = torch.eye(d, dtype=torch.float64, device=device)
 
     def stored(weight: Tensor) -> Tensor:
         return weight.to(model.dtype).contiguous()
 
     def bases(width: int) -> tuple[Tensor, Tensor]:
-        V = principal_basis(x, centred=mean_free) if width < d else identity
+        if width < d:
+            V = principal_basis(x, centred=mean_free)
+        else:
+            V = torch.eye(d, dtype=torch.float64, device=device)
         return V[:, :width], V[:, width:]
 
     with _use_all(use, family.embeddings):
         layer_arguments = residual_stream(model, windows, x)
         Q, R = bases(widths[0])
         for name in family.embeddings:
-            rows = model.get_submodule(name).weight.split(ROWS)
+            table = f"{name}.weight"
             yield (
-                f"{name}.weight",
-                torch.cat([stored(centred(E.float()) @ Q.float()) for E in rows]),
+                table,
+                _by_rows(
+                    model.get_parameter(table), lambda E: stored(centred(E.float()) @ Q.float())
+                ),
             )
 
     place = 0
@@ -118,12 +121,20 @@ def sliced_weights(
                 yield f"{family.final_norm}.{name}", stored(parameter.clone())
         else:
             scale = _scale(final_norm, family)
-        yield (
-            f"{family.head}.weight",
-            torch.cat([stored(W.float() * scale) for W in head.weight.split(ROWS)]),
-        )
+        yield f"{family.head}.weight", _by_rows(head.weight, lambda W: stored(W.float() * scale))
         if head.bias is not None:
             yield f"{family.head}.bias", stored(head.bias.clone())
+
+
+def _by_rows(table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A table [n, ..] changed part by part: in float32 a whole one can take gigabytes."""
+    changed = None
+    for start in range(0, len(table), ROWS):
+        part = change(table[start : start + ROWS])
+        if changed is None:
+            changed = part.new_empty(len(table), part.shape[1])
+        changed[start : start + ROWS] = part
+    return changed
 
 
 def _fold(

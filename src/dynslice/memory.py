@@ -1,0 +1,60 @@
+"""How much memory slicing takes, predicted from the shape of a model."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dynslice.corpora import tokens_per_batch
+from dynslice.efficiency import META, layers_workspace
+from dynslice.models import family_of
+from dynslice.plan import SlicePlan
+from dynslice.slicing import ROWS
+
+FLOAT32, FLOAT64 = 4, 8
+
+
+def slicing_workspace(
+    config: PretrainedConfig,
+    plan: SlicePlan,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes on the device at the peak of streamed slicing, signals and finished shards apart.
+
+    The largest of its steps counts: rotating the embedding, running a block on a batch of windows,
+    the covariance and its eigenvectors, folding a map.
+    """
+    with META:
+        model = AutoModelForCausalLM.from_config(config)
+    layer = model.get_submodule(family_of(config).layers)[0]
+    d, size = plan.shape.hidden_size, dtype.itemsize
+    count = max(1, tokens_per_batch(device) // window)
+    weights = sum(p.numel() for p in layer.parameters()) * size
+    basis = d * d * FLOAT64  # one is held all the time, a second one while a block is folded
+    rows = min(ROWS, plan.shape.vocab_size) * d
+    maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    largest = max(linear.in_features * linear.out_features for linear in maps)
+    steps = {
+        # A stored table and the changed one; a part of them in float32.
+        "tables": basis + 2 * plan.shape.vocab_size * d * size + rows * (FLOAT32 + size),
+        "block": weights + basis + d * d * size + layers_workspace(config, dtype, count * window),
+        # The covariance, beside a batch in float64.
+        "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
+        # The covariance, its eigenvectors in two orders, and what LAPACK needs beside them.
+        "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
+        "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
+    }
+    return max(steps.values())
+
+
+def largest_weight(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the largest single weight of a model."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config)
+    return max(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def signal_bytes(plan: SlicePlan, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the residual stream of all calibration tokens."""
+    return tokens * plan.shape.hidden_size * dtype.itemsize

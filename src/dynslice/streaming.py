@@ -1,0 +1,213 @@
+"""Slicing a model that is never in memory as a whole: read layer by layer, written shard by shard.
+
+Only the current layer's weights, its workspace and the signals that fit are on the device; other
+signals are in host memory or on disk (`signals`). Weights come lazily from safetensors.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from dynslice import memory, models
+from dynslice.errors import RequestError
+from dynslice.plan import SlicePlan
+from dynslice.signals import Signals
+from dynslice.slicing import check_plan, empty_sliced, sliced_weights
+
+INDEX = "model.safetensors.index.json"
+GIB = 2**30
+LARGEST_SHARD = 5 * GIB
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that slicing may take, None for no limit; the Python process itself comes on top.
+
+    On a CPU only `host` counts: the device is the host.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+
+def slice_to(
+    folder: Path,
+    model: str,
+    windows: Tensor,
+    plan: SlicePlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    budget: Budget = Budget(),
+    extra: dict[str, str] | None = None,
+) -> float:
+    """Slice a saved model into `folder`, which appears complete or not at all; the seconds it took.
+
+    The same tensors as `slicing.slice_model` makes. extra: further text files by name.
+    Raises RequestError as `slice_model` does, for a budget that one layer and its workspace
+    exceed, and for a model without safetensors.
+    """
+    start = time.perf_counter()
+    source = Source(model, device, dtype, revision)
+    check_plan(source.model.config, plan)
+    room = _rooms(source.model, plan, windows, device, budget)
+    with models.appearing(folder) as unfinished:
+        x = Signals(device, room["device"], room["host"], unfinished.parent)
+        empty = empty_sliced(source.model, plan).to(dtype)
+        shards = ShardWriter(unfinished, empty, room["shard"])
+        for name, tensor in sliced_weights(source.model, windows, plan, x, source.use):
+            shards.add(name, tensor)
+        shards.finish()
+        empty.config.architectures = [type(empty).__name__]
+        custom_object_save(empty, unfinished, config=empty.config)
+        empty.config.save_pretrained(unfinished)
+        empty.generation_config.save_pretrained(unfinished)
+        models.load_tokenizer(model, revision).save_pretrained(unfinished)
+        for name, text in (extra or {}).items():
+            (unfinished / name).write_text(text + "\n", encoding="utf-8")
+    models.synchronise(device)
+    return time.perf_counter() - start
+
+
+class Source:
+    """A model without weights, and its checkpoint from which they come when they are used."""
+
+    def __init__(
+        self, name: str, device: torch.device, dtype: torch.dtype, revision: str | None = None
+    ):
+        config = models.load_config(name, revision)
+        models.require_dense(config, "slicing")
+        self.device, self.dtype = device, dtype
+        self._files = _weight_files(name, revision)
+        with init_empty_weights(include_buffers=False), models.quiet():
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for module in self.model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, buffer.to(device))
+        self.model.generation_config = _generation_config(name, revision, self.model)
+
+    @contextmanager
+    def use(self, path: str) -> Iterator[nn.Module]:
+        """A module by its name, with its weights on the device until the context ends."""
+        module = self.model.get_submodule(path)
+        names = [name for name, _ in module.named_parameters()]
+        try:
+            for name, weight in zip(names, self._read([f"{path}.{n}" for n in names]), strict=True):
+                set_module_tensor_to_device(module, name, self.device, weight, self.dtype)
+            yield module
+        finally:
+            for name in names:
+                set_module_tensor_to_device(module, name, "meta")
+
+    def _read(self, names: list[str]) -> Iterator[Tensor]:
+        for name in names:
+            stored = self._stored_name(name)
+            with safe_open(self._files[stored], framework="pt") as file:
+                yield file.get_tensor(stored)
+
+    def _stored_name(self, name: str) -> str:
+        """The name of a weight in the checkpoint: a tied head is the embedding."""
+        prefix = f"{self.model.base_model_prefix}."
+        tied = (self.model.config.tie_word_embeddings and name == "lm_head.weight") or None
+        family = models.family_of(self.model.config)
+        every = [name, tied and f"{family.embedding}.weight"]
+        for candidate in filter(None, every):
+            for spelling in (candidate, candidate.removeprefix(prefix)):
+                if spelling in self._files:
+                    return spelling
+        raise RequestError(
+            f"the checkpoint holds no weight {name!r}; load the model with transformers and save "
+            "it anew, or slice it without streaming"
+        )
+
+
+class ShardWriter:
+    """Writes the weights of a network as they come, each shard when it is complete."""
+
+    def __init__(self, folder: Path, empty: PreTrainedModel, shard_bytes: int):
+        self.folder = folder
+        split = split_torch_state_dict_into_shards(
+            empty.state_dict(),
+            max_shard_size=shard_bytes,
+            filename_pattern="model{suffix}.safetensors",
+        )
+        self._files = dict(split.filename_to_tensors)
+        self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        self._pending: dict[str, dict[str, Tensor]] = {file: {} for file in self._files}
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Take a weight; it is on disk when the last one of its shard has come."""
+        file = self._index["weight_map"][name]
+        self._pending[file][name] = weight.to("cpu")
+        if len(self._pending[file]) == len(self._files[file]):
+            save_file(self._pending.pop(file), self.folder / file, metadata={"format": "pt"})
+            models.free_memory()
+
+    def finish(self) -> None:
+        """Write the index of the shards, where there are several."""
+        assert not self._pending, "a weight of the network was not made"
+        if len(self._files) > 1:
+            (self.folder / INDEX).write_text(json.dumps(self._index, indent=1), encoding="utf-8")
+
+
+def _rooms(
+    model: PreTrainedModel, plan: SlicePlan, windows: Tensor, device: torch.device, budget: Budget
+) -> dict[str, int | None]:
+    """Bytes for signals on the device and in host memory, and of a shard, within a budget."""
+    window, dtype = windows.shape[1], model.dtype
+    workspace = memory.slicing_workspace(model.config, plan, window, device, dtype)
+    on_cpu = device.type == "cpu"
+    limit = budget.host if on_cpu else budget.device
+    shard = LARGEST_SHARD
+    if budget.host is not None:  # a shard is held twice while it is written
+        shard = max(budget.host // 10, memory.largest_weight(model.config, dtype))
+    needed = workspace + (2 * shard if on_cpu and budget.host is not None else 0)
+    if limit is not None and limit < needed:
+        raise RequestError(
+            f"a {'host' if on_cpu else 'device'} memory of {limit / GIB:.2f} GiB is less than the "
+            f"{needed / GIB:.2f} GiB that one layer and its workspace take; give at least that, or "
+            "a smaller --window"
+        )
+    rooms = {"device": limit and limit - needed, "host": budget.host, "shard": shard}
+    if budget.host is not None and not on_cpu:
+        rooms["host"] = max(0, budget.host - 2 * shard)
+    return rooms
+
+
+def _weight_files(name: str, revision: str | None) -> dict[str, Path]:
+    """The safetensors file of each stored weight."""
+    folder = Path(models.resolve(name, revision))
+    if not folder.is_dir():
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return {weight: folder / file for weight, file in index["weight_map"].items()}
+    whole = folder / "model.safetensors"
+    if not whole.is_file():
+        raise RequestError(
+            f"model {name!r} has no safetensors, from which weights can be read one by one; save "
+            "it anew with transformers, or slice it without streaming"
+        )
+    with safe_open(whole, framework="pt") as file:
+        return dict.fromkeys(file.keys(), whole)
+
+
+def _generation_config(name: str, revision: str | None, model: PreTrainedModel) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(models.resolve(name, revision), revision=revision)
+    except OSError:  # it is optional
+        return model.generation_config
