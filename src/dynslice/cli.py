@@ -202,13 +202,14 @@ def ppl_command(options) -> tuple[dict, list[str]]:
 
 
 def tasks_command(options) -> tuple[dict, list[str]]:
-    """Zero-shot accuracy of a dense or sliced model on tasks."""
+    """Zero-shot scores of a dense or sliced model on tasks."""
     from dynslice import evaluation
 
     names = [name for name in options.tasks.split(",") if name]
     evaluation.check_tasks(names)
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
+    evaluation.check_data(names)
     model, tokenizer = _load(options)
     amounts = (options.limit, options.batch_size, options.subset)
     scores = evaluation.tasks(model, tokenizer, names, *amounts)
@@ -224,6 +225,7 @@ def tasks_command(options) -> tuple[dict, list[str]]:
         values = (s["acc"], s["acc_stderr"], s["acc_norm"], s["acc_norm_stderr"])
         acc, err, norm, norm_err = map(_number, values)
         lines.append(f"{name:14} {acc:>6} {err:>7} {norm:>9} {norm_err:>7} {s['n']:>6}")
+        lines += [f"  {metric} {_number(x)}" for metric, x in s.get("metrics", {}).items()]
     return result, lines
 
 
