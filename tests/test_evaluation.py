@@ -393,7 +393,7 @@ STAND_INS = {
 def stand_ins(tmp_path, monkeypatch):
     """Small files with the columns of the hub's, in place of a download."""
 
-    def fetch(what, _repository, files, _revision):
+    def fetch(what, _repository, files, *_):
         name = what.split("'")[1]
         path = tmp_path / name / files.replace("*", "0000")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -470,7 +470,7 @@ def test_generated_answers_are_scored_by_the_definition(name, stand_ins, monkeyp
     assert (score["metric"], score["score"]) == (RIGHT[name][0], pytest.approx(RIGHT[name][1]))
     # Zero-shot: what is asked is the item and nothing before it.
     first = {
-        "gsm8k_cot": "Q: What is 0 and 1?\n\nA:",
+        "gsm8k_cot": "Q: What is 0 and 1?\nA:",
         "xlsum_en": "Article: Long news 0 from here.\n\nSummary:",
         "mlqa_en": "Context: House 0 is red.\n\nQuestion: Which house 0 is red?\n\nAnswer:",
     }
@@ -481,7 +481,9 @@ def test_generated_answers_are_scored_by_the_definition(name, stand_ins, monkeyp
 def test_a_task_of_the_hub_is_refused_without_it(name, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RequestError, match=f"^task '{name}' is dataset .*could not be reached"):
+    with pytest.raises(
+        RequestError, match=f"^task '{name}' is dataset .*could not be reached.*leave it out"
+    ):
         evaluation.tasks(None, None, ["piqa", name], limit=1)  # before a model is looked at
     settings = profile.load("smoke", {"tasks": {name: 2}})
     with pytest.raises(RequestError, match=f"^task '{name}' is dataset .*could not be reached"):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -25,11 +26,18 @@ def nothing_remembered():
     hub_texts.documents.cache_clear()
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
+@pytest.fixture(params=["told to be offline", "no such host"])
+def offline(request, tmp_path, monkeypatch):
     """No network, and an empty cache of the hub."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    if request.param == "told to be offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return
+
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
 
 
 @pytest.fixture
@@ -136,6 +144,8 @@ def test_unreachable_hub_is_one_sentence(name, offline):
 def test_split_and_revision_reach_the_hub(name, tmp_path, monkeypatch):
     asked = []
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+
     def refuse(repository, files=None, allow_patterns=None, **where):
         asked.append((repository, files or allow_patterns[0], where["revision"]))
         raise ConnectionError
@@ -184,6 +194,7 @@ def test_refusal_of_the_hub_is_one_sentence_without_secrets(name, case, monkeypa
     def refuse(*_, **__):
         raise error
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(RequestError, match=message) as refusal:
@@ -230,7 +241,7 @@ def test_commit_is_that_of_the_hub(monkeypatch):
     class Info:
         sha = "d" * 40
 
-    def info(_api, repository, revision):
+    def info(_api, repository, revision, **_):
         asked.append((repository, revision))
         return Info
 

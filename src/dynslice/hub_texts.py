@@ -124,7 +124,7 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
     repository, revision = HUB[name].repository, revision or HUB[name].revision or "main"
     try:
-        return HfApi().dataset_info(repository, revision=revision).sha
+        return HfApi().dataset_info(repository, revision=revision, expand=["sha"]).sha
     except Exception:  # a dozen types, from no network to no such revision
         folder = repo_folder_name(repo_id=repository, repo_type="dataset")
         cached = Path(constants.HF_HUB_CACHE) / folder
@@ -134,53 +134,65 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
         return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
-def fetch(what: str, repository: str, files: str, revision: str | None) -> list[Path]:
+def fetch(
+    what: str,
+    repository: str,
+    files: str,
+    revision: str | None,
+    instead: str = "give a local file or directory in its place",
+) -> list[Path]:
     """The data files of a hub repository that match a pattern, in name order, downloaded once.
 
-    what: for whom, in the words of an error. Raises RequestError in one sentence when the hub
+    what, instead: for whom, and what else one can do, in the words of an error. Raises RequestError in one sentence when the hub
     cannot be reached, refuses, or has no such revision or file. Nothing that the hub's client
     says is quoted there: it may hold addresses with credentials.
     """
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
     where = {"repo_type": "dataset", "revision": revision}
-    mend = "or give a local file or directory in its place"
     try:
         if "*" in files:
             folder = Path(snapshot_download(repository, allow_patterns=[files], **where))
             found = sorted(folder.glob(files))
         else:  # without listing the repository: C4 has very many files
-            found = [Path(hf_hub_download(repository, files, **where))]
+            try:  # asked first because the download tries an unreachable hub for half a minute
+                HfApi().dataset_info(repository, revision=revision, expand=["sha"])
+                away = False
+            except errors.HfHubHTTPError:
+                raise
+            except Exception:  # the network's, as far down as the socket
+                away = True
+            found = [Path(hf_hub_download(repository, files, local_files_only=away, **where))]
     except errors.RevisionNotFoundError as error:
         raise RequestError(
             f"{what}: dataset {repository} has no revision {revision!r} on the hub; name a branch, "
             "tag or commit of it, or leave the revision out"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise RequestError(_unreachable(what, repository, mend)) from error
+        raise RequestError(_unreachable(what, repository, instead)) from error
     except errors.EntryNotFoundError:
         found = []
     except (errors.RepositoryNotFoundError, errors.HfHubHTTPError) as error:
         if error.response.status_code not in (401, 403, 404):
-            raise RequestError(_unreachable(what, repository, mend)) from error
+            raise RequestError(_unreachable(what, repository, instead)) from error
         raise RequestError(
             f"{what}: the hub gives no access to dataset {repository}; accept its terms there and "
-            f"run `hf auth login`, {mend}"
+            f"run `hf auth login`, or {instead}"
         ) from error
     except Exception as error:  # what the network raises in the middle of a download
-        raise RequestError(_unreachable(what, repository, mend)) from error
+        raise RequestError(_unreachable(what, repository, instead)) from error
     if not found:
         raise RequestError(
             f"{what}: dataset {repository} has no files {files} at revision "
-            f"{revision or 'main'!r}; name another revision, {mend}"
+            f"{revision or 'main'!r}; name another revision, or {instead}"
         )
     return found
 
 
-def _unreachable(what: str, repository: str, mend: str) -> str:
+def _unreachable(what: str, repository: str, instead: str) -> str:
     return (
         f"{what} is dataset {repository} of the Hugging Face hub, which could not be reached; "
-        f"connect to the network, {mend}"
+        f"connect to the network, or {instead}"
     )
 
 
