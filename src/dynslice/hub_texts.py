@@ -143,11 +143,12 @@ def fetch(
 ) -> list[Path]:
     """The data files of a hub repository that match a pattern, in name order, downloaded once.
 
-    what, instead: for whom, and what else one can do, in the words of an error. Raises RequestError in one sentence when the hub
-    cannot be reached, refuses, or has no such revision or file. Nothing that the hub's client
-    says is quoted there: it may hold addresses with credentials.
+    what, instead: for whom, and what else one can do, in the words of an error. Raises
+    RequestError in one sentence when the hub cannot be reached, refuses, or has no such revision
+    or file. Nothing that the hub's client says is quoted there: it may hold addresses with
+    credentials.
     """
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     where = {"repo_type": "dataset", "revision": revision}
     try:
@@ -155,13 +156,7 @@ def fetch(
             folder = Path(snapshot_download(repository, allow_patterns=[files], **where))
             found = sorted(folder.glob(files))
         else:  # without listing the repository: C4 has very many files
-            try:  # asked first because the download tries an unreachable hub for half a minute
-                HfApi().dataset_info(repository, revision=revision, expand=["sha"])
-                away = False
-            except errors.HfHubHTTPError:
-                raise
-            except Exception:  # the network's, as far down as the socket
-                away = True
+            away = _is_away(repository, revision)
             found = [Path(hf_hub_download(repository, files, local_files_only=away, **where))]
     except errors.RevisionNotFoundError as error:
         raise RequestError(
@@ -187,6 +182,19 @@ def fetch(
             f"{revision or 'main'!r}; name another revision, or {instead}"
         )
     return found
+
+
+def _is_away(repository: str, revision: str | None) -> bool:
+    """Whether the hub does not answer; asked because a download would try for half a minute."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().dataset_info(repository, revision=revision, expand=["sha"])
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise
+    except Exception:  # of the network, as far down as the socket, or of a hub out of order
+        return True
+    return False
 
 
 def _unreachable(what: str, repository: str, instead: str) -> str:
