@@ -214,7 +214,7 @@ BAD_REQUESTS = {
     "ppl --model config-only --text text.txt": "model 'config-only'",
     # texts
     f"{LR} --text nowhere.txt": "text 'nowhere.txt' is neither a corpus",
-    f"{LR} --text empty": "text 'empty' is neither a corpus",
+    f"{LR} --text empty": "text 'empty' is a directory without split 'validation' (it has none)",
     f"{PPL} --text wikipedia --split dev": "split 'dev' is unknown; use train, validation",
     f"{PPL} --split test": "is a file and has no splits",
     f"{PPL} --text short.txt --window 64": "holds 26 tokens, fewer than 1 windows of 64",
