@@ -91,6 +91,18 @@ def test_second_fetch_downloads_nothing(pin):
     assert index.downloads == 1
 
 
+def test_a_manifest_that_wants_more_fetches_again(pin):
+    pin(files=["words/data/one.txt"])
+    assets.fetch()
+    index = pin()
+    assert assets.fetch() == ["words"]
+    assert (assets.locate("words") / "words/data/two.txt").read_bytes() == b"two"
+    assert assets.verify() == {"words": []}
+    assert left_behind() == ["word-list-1.0"]
+    assert assets.fetch() == []
+    assert index.downloads == 2
+
+
 def test_wheel_of_another_hash_is_refused_and_leaves_nothing(pin):
     expected = "0" * 64
     found = hashlib.sha256(pin(wheel_sha256=expected).wheel.read_bytes()).hexdigest()

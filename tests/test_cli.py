@@ -214,7 +214,7 @@ BAD_REQUESTS = {
     "ppl --model config-only --text text.txt": "model 'config-only'",
     # texts
     f"{LR} --text nowhere.txt": "text 'nowhere.txt' is neither a corpus",
-    f"{LR} --text empty": "text 'empty' is neither a corpus",
+    f"{LR} --text empty": "text 'empty' is a directory without split 'validation' (it has none)",
     f"{PPL} --text wikipedia --split dev": "split 'dev' is unknown; use train, validation",
     f"{PPL} --split test": "is a file and has no splits",
     f"{PPL} --text short.txt --window 64": "holds 26 tokens, fewer than 1 windows of 64",
@@ -332,7 +332,9 @@ def test_plan_of_another_model_is_refused(ask, made, places, tmp_path):
 
 def test_long_text_in_place_of_a_name_is_refused(ask):
     refused = ask("ppl", *MODEL, "--text", paragraphs(2))
-    check_refusal(*refused, f"neither a corpus ({', '.join(corpora.CORPORA)}) nor a file")
+    check_refusal(
+        *refused, f"neither a corpus ({', '.join([*corpora.CORPORA, *corpora.HUB])}) nor a file"
+    )
 
 
 @pytest.mark.parametrize(

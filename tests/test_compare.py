@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -350,6 +351,35 @@ def test_every_page_and_figure_comes_from_these_results(invented):
     request = invented.perplexity_request(points(invented, "dynamic")[0], "sotu")
     alter(invented, request, shift_nll(-0.3))
     assert claims.readme_block(invented) != before
+
+
+@pytest.mark.parametrize("others", [TASKS, {}])
+def test_generation_tasks_have_a_row_and_no_part_in_averages(others, tmp_path):
+    tasks = {**others, "gsm8k_cot": 4}
+    study = Invented(load("smoke", {**SETTINGS, "tasks": tasks}), Store(tmp_path), "cpu", True)
+    generated = {"metric": "exact_match,flexible-extract", "score": [1.0, 0.0, 0.0, 1.0]}
+    nothing = {"correct": None, "margin": None, "acc": None, "acc_norm": None}
+    value = study.value
+    study.value = lambda request: {
+        **value(request),
+        **({**generated, **nothing} if request.config.get("task") == "gsm8k_cot" else {}),
+    }
+    study.fill()
+    rows = report.task_table(study)
+    shown = rows[rows["task"] == "gsm8k_cot (exact_match,flexible-extract)"]
+    assert set(shown["accuracy"]) == {50.0}
+    assert shown["margin"].isna().all()
+    assert ("average" in set(rows["task"])) == bool(others)
+    assert report.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
+    assert set(report.task_comparison(study)["task"]) == ({*others, "average"} if others else set())
+    report.accuracy_figure(rows)
+    assert "nan" not in claims.claims_prose(study) + claims.levels(study)
+    if others:
+        without = Invented(load("smoke", SETTINGS), Store(tmp_path / "without"), "cpu", True).fill()
+        assert claims.levels(study) == claims.levels(without)
+        old = report.task_table(without)
+        new = rows[~rows["task"].str.startswith("gsm8k")].reset_index(drop=True)
+        pd.testing.assert_frame_equal(new, old, check_dtype=False)
 
 
 def test_requests_of_the_ablations_differ_in_what_they_vary(invented):

@@ -104,12 +104,10 @@ def test_file_that_is_no_text_is_refused(name, tmp_path, tokenizer):
         corpora.tokens(str(path), None, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["no-such-text", "folder", "very long " * 500])
-def test_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", ["no-such-text", "very long " * 500])
+def test_name_of_nothing_is_refused(name):
     with pytest.raises(
-        RequestError, match=r"neither a corpus \(sotu, wikipedia, mmlu\) nor a file"
+        RequestError, match=r"neither a corpus \(sotu, .*, pg19\) nor a file or directory"
     ):
         corpora.check(name, None)
 

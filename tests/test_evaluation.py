@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from datasets import Dataset
+from huggingface_hub import constants
 from prose import paragraphs
 
-from dynslice import assets, corpora, evaluation, models
+from dynslice import assets, corpora, evaluation, hub_texts, models, profile, study
 from dynslice import items as task_items
 from dynslice.errors import RequestError, RunError
 from dynslice.plan import Shape, constant
 from dynslice.slicing import slice_model
+from dynslice.task_table import CHOICE_TASKS, PAPER_TASKS
 
 CPU = torch.device("cpu")
 
@@ -278,7 +281,7 @@ def test_mmlu_takes_the_limit_per_subject(tiny_random):
 
 
 def test_scores_are_those_of_lm_eval_to_the_item(tiny_random):
-    names = ["piqa", "hellaswag", "winogrande", "arc_easy", "mmlu"]
+    names = ["piqa", "hellaswag", "winogrande", "arc_easy", "mmlu", "boolq", "social_iqa"]
     ours = evaluation.tasks(*tiny_random, names, limit=2)
     theirs = evaluation.tasks(*tiny_random, names, limit=2, share_contexts=False)
     for name in names:
@@ -308,6 +311,183 @@ def test_requests_are_built_and_tokenised_once_for_all_networks(subset, tiny_ran
     assert first["piqa"]["margin"] != second["piqa"]["margin"]
     again = evaluation.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
     assert again == first
+
+
+# The other tasks
+
+ALL_TASKS = [
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "piqa",
+    "mmlu",
+    "boolq",
+    "social_iqa",
+]
+ALL_TASKS += ["gsm8k_cot", "xlsum_en", "mlqa_en"]
+
+
+def test_the_tasks_are_those_that_the_authors_offer():
+    assert list(evaluation.TASKS) == ALL_TASKS
+    assert list(PAPER_TASKS) == ALL_TASKS[:6]
+    assert list(CHOICE_TASKS) == ALL_TASKS[:8]
+    evaluation.check_tasks(ALL_TASKS)
+    for row in evaluation.TASKS.values():
+        assert (task_items.OFFICIAL / row.definition).exists()
+        assert (row.folder is None) != (row.hub is None)
+        assert (row.tokens is None) == (row.hub is not None)
+
+
+def test_tokens_of_an_item_are_those_of_its_layouts(tiny_random):
+    from dynslice import choices
+
+    tokenizer = models.load_tokenizer("embedded:smollm2-135m")
+    lm = choices.SharedContextLM(pretrained=tiny_random[0], tokenizer=tokenizer, max_length=2048)
+    task = task_items.load("arc_challenge")["tasks"]["arc_challenge"]
+    task.build_all_requests()
+    pairs = [tuple(map(tuple, lm._encode_pair(*request.args))) for request in task.instances]
+    layouts = choices._layouts(pairs)
+    mean = sum(len(layout.ids) for layout in layouts) / len(task.eval_docs)
+    assert mean == pytest.approx(evaluation.TASKS["arc_challenge"].tokens, abs=0.06)
+
+
+def test_boolq_reads_its_answers_as_the_official_task_does():
+    task = task_items.load("boolq")["tasks"]["boolq"]
+    for doc in list(task.eval_docs)[:9]:
+        assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == (
+            "yes" if doc["answer"] else "no"
+        )
+        assert task.doc_to_text(doc) == f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:"
+
+
+def test_social_iqa_has_three_answers_each():
+    task = task_items.load("social_iqa")["tasks"]["social_iqa"]
+    for doc in list(task.eval_docs)[:9]:
+        right = "ABC"[int(doc["label"]) - 1]
+        assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == doc[f"answer{right}"]
+
+
+STAND_INS = {
+    "gsm8k_cot": [
+        {"question": f"What is {i} and 1?", "answer": f"It is more.\n#### {i + 1}"}
+        for i in range(6)
+    ],
+    "xlsum_en": [
+        {"text": f"Long news {i} from here.", "summary": f"News {i}.", "title": "News"}
+        for i in range(6)
+    ],
+    "mlqa_en": [
+        {
+            "context": f"House {i} is red.",
+            "question": f"Which house {i} is red?",
+            "answers": {"answer_start": [0], "text": [f"House {i}"]},
+            "id": str(i),
+        }
+        for i in range(6)
+    ],
+}
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Small files with the columns of the hub's, in place of a download."""
+
+    def fetch(what, _repository, files, *_):
+        name = what.split("'")[1]
+        path = tmp_path / name / files.replace("*", "0000")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(STAND_INS[name]).to_parquet(path)
+        return [path]
+
+    monkeypatch.setattr(hub_texts, "fetch", fetch)
+    monkeypatch.setattr(task_items, "TASK_FILES", tmp_path / "task files")
+    forget = (task_items.items_of.cache_clear, task_items._task_manager.cache_clear)
+    [clear() for clear in forget]
+    yield
+    [clear() for clear in forget]
+
+
+METRICS = {
+    "gsm8k_cot": {"exact_match,strict-match", "exact_match,flexible-extract"},
+    "xlsum_en": {"rougeL"},
+    "mlqa_en": {"exact_match", "f1"},
+}
+
+
+@pytest.mark.parametrize("subset", evaluation.SUBSETS)
+@pytest.mark.parametrize("name", STAND_INS)
+def test_generation_tasks_have_metrics(name, subset, tiny_random, stand_ins):
+    score = evaluation.tasks(*tiny_random, [name], limit=4, subset=subset)[name]
+    assert score["n"] == len(score["score"]) == 4
+    assert set(score["metrics"]) == set(score["metrics_stderr"]) == METRICS[name]
+    assert score["metrics"][score["metric"]] == pytest.approx(np.mean(score["score"]))
+    assert all(0 <= value <= 1 for value in score["metrics"].values())
+    for key in ("acc", "acc_norm", "acc_stderr", "correct", "correct_norm", "margin"):
+        assert score[key] is None
+    assert ("items" in score) == (subset == "stratified")
+    json.dumps(score)
+
+
+def test_sliced_networks_generate(tiny_random, stand_ins):
+    model, tokenizer = tiny_random
+    calibration = torch.randint(2, 97, (8, 24), generator=torch.Generator().manual_seed(3))
+    sliced = slice_model(model, calibration, constant(Shape.of(model.config), 0.25)).model
+    score = evaluation.tasks(sliced, tokenizer, ["xlsum_en"], limit=2)["xlsum_en"]
+    assert score["n"] == 2
+
+
+# The tail of each is cut where the task says that an answer ends.
+ANSWERS = {
+    "gsm8k_cot": [" It is 1.", " The answer is 2.\nQ: 9", " so $3", " 12", "", " 6, the answer"],
+    "xlsum_en": [" News 0.\nMore", " News", "", " news 3!", " Else", " news five"],
+    "mlqa_en": [" House 0", " the house 1.\n\n", " House", " red", "", " house 5"],
+}
+RIGHT = {
+    "gsm8k_cot": ("exact_match,flexible-extract", [1, 1, 1, 0, 0, 1]),
+    "xlsum_en": ("rougeL", [1, 2 / 3, 0, 1, 0, 0.5]),
+    "mlqa_en": ("f1", [1, 1, 2 / 3, 0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_generated_answers_are_scored_by_the_definition(name, stand_ins, monkeypatch, tiny_random):
+    from dynslice.choices import SharedContextLM
+
+    asked = []
+
+    def generate(_lm, requests, **_):
+        answers = []
+        for request, answer in zip(requests, ANSWERS[name], strict=True):
+            asked.append(request.args)
+            for stop in request.args[1]["until"]:
+                answer = answer.split(stop)[0]
+            answers.append(answer)
+        return answers
+
+    monkeypatch.setattr(SharedContextLM, "generate_until", generate)
+    score = evaluation.tasks(*tiny_random, [name])[name]
+    assert (score["metric"], score["score"]) == (RIGHT[name][0], pytest.approx(RIGHT[name][1]))
+    # Zero-shot: what is asked is the item and nothing before it.
+    first = {
+        "gsm8k_cot": "Q: What is 0 and 1?\nA:",
+        "xlsum_en": "Article: Long news 0 from here.\n\nSummary:",
+        "mlqa_en": "Context: House 0 is red.\n\nQuestion: Which house 0 is red?\n\nAnswer:",
+    }
+    assert asked[0][0] == first[name]
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_task_of_the_hub_is_refused_without_it(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        RequestError, match=f"^task '{name}' is dataset .*could not be reached.*leave it out"
+    ):
+        evaluation.tasks(None, None, ["piqa", name], limit=1)  # before a model is looked at
+    settings = profile.load("smoke", {"tasks": {name: 2}})
+    with pytest.raises(RequestError, match=f"^task '{name}' is dataset .*could not be reached"):
+        study.check(settings)
 
 
 # Drawn items
@@ -344,10 +524,14 @@ def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
     assert part["margin"] == pytest.approx([whole["margin"][i] for i in part["items"]], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"])
+@pytest.mark.parametrize(
+    "name",
+    ["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "social_iqa"],
+)
 @pytest.mark.parametrize("limit", [7, 50])
 def test_answer_positions_keep_their_proportions(name, limit, tiny_random):
     positions = {"piqa": "label", "hellaswag": "label", "winogrande": "answer"}
+    positions |= {"boolq": "answer", "social_iqa": "label"}
     docs = task_items.load(name)["tasks"][name].eval_docs
     if name.startswith("arc"):
         answers = [doc["choices"]["label"].index(doc["answerKey"]) for doc in docs]
@@ -436,7 +620,7 @@ def test_lm_eval_command_line_agrees_on_a_sliced_directory(tiny_random, tmp_path
     sliced = slice_model(model, calibration, constant(Shape.of(model.config), 0.25)).model
     models.save(sliced, tokenizer, folder)
 
-    names = ["piqa", "winogrande", "arc_easy", "mmlu"]
+    names = ["piqa", "winogrande", "arc_easy", "mmlu", "boolq", "social_iqa"]
     asked = ["--tasks", ",".join(names), "--limit", "5"]
     status, stdout, stderr = dynslice("tasks", "--model", folder, *asked, "--json")
     assert status == 0, stderr

@@ -6,7 +6,6 @@ import torch
 from dynslice import assets, corpora
 from dynslice import items as task_items
 from dynslice.errors import RequestError
-from dynslice.evaluation import TASKS
 from dynslice.study import Study, check
 
 RUN = 64  # tokens; a shared document, or window, shares runs of that length
@@ -97,7 +96,6 @@ def test_a_document_belongs_to_one_split(name, monkeypatch):
 
 
 def test_texts_made_of_task_data_hold_no_item_that_is_scored():
-    assert "boolq" not in TASKS  # its passages are the corpus `wikipedia`
     subjects = task_items.load("mmlu")["tasks"].values()
     scored = {doc["question"].strip() for subject in subjects for doc in subject.eval_docs}
     texts = [text for split in corpora.SPLITS for text in corpora.documents("mmlu", split)]
@@ -116,6 +114,10 @@ def test_texts_made_of_task_data_hold_no_item_that_is_scored():
         ({"eval_texts": ["sotu"], "eval_split": "train"}, "'sotu' .* is calibrated on"),
         ({"eval_split": None}, "is what LR is measured on"),
         ({"lr_split": "test"}, "is what LR is measured on"),
+        (
+            {"eval_texts": ["sotu"], "eval_split": "test", "tasks": {"boolq": 2}},
+            "calibration_text 'wikipedia' holds the passages of task boolq",
+        ),
     ],
 )
 def test_a_study_that_leaks_is_refused(settings, message):

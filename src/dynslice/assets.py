@@ -71,11 +71,12 @@ def locate(name: str) -> Path:
 def fetch() -> list[str]:
     """Fetch what is missing and say of each asset what was done.
 
-    Each asset appears under its final name only when complete and verified, so an interrupted
-    fetch goes on with the assets that are missing.
+    An asset of which an earlier manifest wanted less is fetched again. Each asset appears under its
+    final name only when complete and verified, so an interrupted fetch goes on with the assets
+    that are missing.
     """
     done = []
-    todo = [asset for asset in manifest().values() if not asset.folder.is_dir()]
+    todo = [asset for asset in manifest().values() if _lacks_files(asset)]
     for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
         _fetch_one(asset)
         done.append(asset.name)
@@ -110,7 +111,18 @@ def _fetch_one(asset: Asset) -> None:
             archive.extractall(unpacked, members)
         if problems := _problems(asset, unpacked):
             raise RunError(f"asset {asset.name!r} does not verify after unpacking: {problems[0]}")
+        if asset.folder.is_dir():
+            os.replace(asset.folder, Path(scratch) / "old")
         os.replace(unpacked, asset.folder)
+
+
+def _lacks_files(asset: Asset) -> bool:
+    record = asset.folder / asset.record_name
+    if not record.is_file():
+        return not asset.folder.is_dir()  # a folder without its list is for `verify` to judge
+    with record.open(newline="", encoding="utf-8") as file:
+        members = [member for member, *_ in csv.reader(file)]
+    return not all((asset.folder / member).is_file() for member in filter(asset.wants, members))
 
 
 def _download(asset: Asset, folder: Path) -> Path:

@@ -148,7 +148,7 @@ def _perplexities(study: Study, basis: str) -> list[Measured]:
 
 
 def _accuracy(study: Study, basis: str) -> list[Measured]:
-    tasks, on = list(study.profile.tasks), "the average of the tasks"
+    tasks, on = compare.choice_tasks(study), "the average of the tasks"
     pairs = [pair for pair in compare.pairs(study.task_points()) if pair[2] == basis and tasks]
     if not pairs:
         return [(on, "-", "-", None, None)]
@@ -233,7 +233,7 @@ def _levels(study: Study, text: str) -> str:
 
 
 def _accuracies(study: Study) -> list[str]:
-    tasks = list(study.profile.tasks)
+    tasks = compare.choice_tasks(study)
     shown = [p for p in study.task_points() if tasks and p.schedule != "matched"]
     levels = [f"{point.label}: {compare.accuracy(study, point, tasks):.1f} %" for point in shown]
     return [f"Average accuracy: {'; '.join(levels)}."] if levels else []

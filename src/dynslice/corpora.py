@@ -1,7 +1,10 @@
-"""Texts by name or file -> token windows.
+"""Texts by name, file or directory -> token windows.
 
-Embedded corpora are lists of documents, and a document belongs to exactly one split. A text
-argument is a corpus name or the path of a UTF-8 file (one document, no splits).
+Corpora are lists of documents, and a document belongs to exactly one split. A text argument is
+the name of a corpus, embedded or of the hub (see `hub_texts`), the path of a UTF-8 file (one
+document, no splits), or that of a directory with a file for each split: `<split>.txt` (one
+document), or `<split>.jsonl`, `.json`, `.json.gz` or `.parquet` (a document a row), which may be
+in shards and in a folder `data`, as in a snapshot of a hub repository.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +18,9 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dynslice import assets
+from dynslice import assets, hub_texts
 from dynslice.errors import RequestError
-
-SPLITS = ("train", "validation", "test")
+from dynslice.hub_texts import HUB, SPLITS
 
 
 def _sotu() -> dict[str, list[str]]:
@@ -97,28 +99,72 @@ def _corpus(name: str) -> dict[str, list[str]]:
     return CORPORA[name]()
 
 
-def check(text: str, split: str | None) -> None:
-    """Raise RequestError unless `text` is a corpus with that split, or a readable text file."""
-    if text in CORPORA:
+def has_splits(text: str) -> bool:
+    """Whether a text is a corpus or a directory; a file has no splits."""
+    return text in CORPORA or text in HUB or _is(text, Path.is_dir)
+
+
+def check(text: str, split: str | None, revision: str | None = None) -> None:
+    """Raise RequestError unless `text` is a corpus or directory with that split, or a file.
+
+    Of hub corpora names and splits only are checked: the network is asked when they are read.
+    """
+    if revision is not None and text not in HUB:
+        raise RequestError(
+            f"text {text!r} has no revisions, only corpora of the hub do ({', '.join(HUB)}); "
+            f"leave revision {revision!r} out"
+        )
+    if has_splits(text):
         if split is not None and split not in SPLITS:
             raise RequestError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
-    elif split is not None and _is_file(Path(text)):
+        files_of(text, split)
+    elif split is not None and _is(text, Path.is_file):
         raise RequestError(f"text {text!r} is a file and has no splits; leave --split out")
     else:
         _read(text)
 
 
 def default_split(text: str, split: str | None, default: str = "validation") -> str | None:
-    """`split`, or for a corpus the default one; files have none."""
-    return split or (default if text in CORPORA else None)
+    """`split`, or for a corpus or directory the default one; files have none."""
+    return split or (default if has_splits(text) else None)
 
 
-def documents(text: str, split: str | None) -> list[str]:
-    """The documents of a corpus split, or the one document that a file is."""
-    check(text, split)
+def documents(text: str, split: str | None, revision: str | None = None) -> list[str]:
+    """The documents of a split of a corpus or directory, or the one document that a file is.
+
+    revision: branch, tag or commit of a hub corpus; None takes its default one. Raises
+    RequestError as `check`, and when a hub corpus cannot be had.
+    """
+    check(text, split, revision)
+    split = default_split(text, split)
     if text in CORPORA:
-        return _corpus(text)[default_split(text, split)]
-    return [_read(text)]
+        return _corpus(text)[split]
+    if text in HUB:
+        return hub_texts.documents(text, split, revision)
+    files = files_of(text, split)
+    if split is None or files[0].suffix == ".txt":
+        return [_read(str(path)) for path in files]
+    return hub_texts.folder_documents(text, split)
+
+
+def files_of(text: str, split: str | None) -> list[Path]:
+    """The files that a text is read from: none for a corpus, whose name says what it holds.
+
+    Raises RequestError when a directory has none for the split.
+    """
+    if text in CORPORA or text in HUB:
+        return []
+    if has_splits(text):
+        return hub_texts.split_files(text, default_split(text, split))
+    return [Path(text)] if _is(text, Path.is_file) else []
+
+
+def commit_of(text: str, revision: str | None = None) -> str | None:
+    """The commit of the data set repository that a hub corpus is read at.
+
+    None for other texts, and when neither the hub nor its local cache can tell.
+    """
+    return hub_texts.commit_of(text, revision) if text in HUB else None
 
 
 def tokens(
@@ -127,14 +173,15 @@ def tokens(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
     seed: int | None = None,
+    revision: str | None = None,
 ) -> torch.Tensor:
     """The token ids [n] of a text: its documents in order, a blank line after each.
 
     limit: stop after that many tokens (fewer documents are tokenised then).
     seed: shuffle the documents first, so that a limited stream draws from the whole split.
-    Raises RequestError when nothing is left to tokenise.
+    Raises RequestError as `documents`, and when nothing is left to tokenise.
     """
-    texts = documents(text, split)
+    texts = documents(text, split, revision)
     if seed is not None:
         texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
     pieces, count = [], 0
@@ -172,10 +219,12 @@ def windows(
     window: int,
     count: int | None,
     seed: int | None = None,
+    revision: str | None = None,
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a text, as `drawn` takes them."""
     limit = None if seed is not None or count is None else count * window
-    return drawn(tokens(text, split, tokenizer, limit), window, count, seed, text)
+    stream = tokens(text, split, tokenizer, limit, revision=revision)
+    return drawn(stream, window, count, seed, text)
 
 
 def drawn(
@@ -231,18 +280,21 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[t
             yield torch.tensor(ids, dtype=torch.long)
 
 
-def _is_file(path: Path) -> bool:
+def _is(name: str, kind: Callable[[Path], bool]) -> bool:
     try:
-        return path.is_file()
+        return kind(Path(name))
     except OSError:  # a name too long to be one, such as a text given in place of its name
         return False
 
 
 def _read(name: str) -> str:
     path = Path(name)
-    if not _is_file(path):
+    if not _is(name, Path.is_file):
         name = name if len(name) <= 80 else f"{name[:80]}..."
-        raise RequestError(f"text {name!r} is neither a corpus ({', '.join(CORPORA)}) nor a file")
+        corpora = ", ".join([*CORPORA, *HUB])
+        raise RequestError(
+            f"text {name!r} is neither a corpus ({corpora}) nor a file or directory; check the name"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -386,20 +386,29 @@ def unique(requests: list[Measurement]) -> list[Measurement]:
 
 
 def _text(text: str, split: str | None) -> dict:
-    """A text as part of a request: a corpus split by name, a file by its content."""
+    """A text as part of a request: a corpus split by name, files by what they hold."""
+    from dynslice.corpora import files_of
+
     config = {"text": text, "split": split_for(text, split)}
-    if Path(text).is_file():
-        config["text_sha256"] = _sha256_of([Path(text)])
+    if files := files_of(text, config["split"]):
+        config["text_sha256"] = _sha256_of(files)
     return config
 
 
 def _sha256_of(files: list[Path]) -> str:
-    digests = [sha256(path) for path in files if path.is_file()]
+    stats = [(path, path.stat()) for path in files if path.is_file()]
+    digests = [_digest(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def split_for(text: str, split: str | None) -> str | None:
-    """The split of a corpus; files have none."""
-    from dynslice.corpora import CORPORA
+@lru_cache(maxsize=256)
+def _digest(path: Path, _mtime_ns: int, _size: int) -> str:
+    """Every request names its texts, whose files may be large: each is read once."""
+    return sha256(path)
 
-    return split if text in CORPORA else None
+
+def split_for(text: str, split: str | None) -> str | None:
+    """The split of a corpus or directory; files have none."""
+    from dynslice.corpora import has_splits
+
+    return split if has_splits(text) else None

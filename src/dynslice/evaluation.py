@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.models import check_finite
+from dynslice.task_table import TASKS, data_files
 
-TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "mmlu")
 SUBSETS = ("first", "stratified")
 
 # Positions at which the head runs at once. The logits of a whole batch are hundreds of megabytes,
@@ -88,9 +88,10 @@ def tasks(
     subset: str = "first",
     share_contexts: bool = True,
 ) -> dict[str, dict]:
-    """Zero-shot accuracies by lm-eval's official task definitions on the local data.
+    """Zero-shot scores by lm-eval's official task definitions on the data of `task_table`.
 
-    Nothing is drawn while scoring: zero-shot multiple choice has no random part.
+    Nothing is drawn while scoring: zero-shot multiple choice has no random part, and generation
+    is greedy. Zero-shot holds for gsm8k_cot too, whose official definition shows eight examples.
 
     limit: items of each task; None takes all of them.
     batch_size: requests at once where choices cannot share their context (see `choices`).
@@ -103,10 +104,14 @@ def tasks(
     and per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of
     the best wrong one, nats) and, for drawn items only, items (indices in the task's data, for
     MMLU "subject:index"). MMLU's items are in the order of its subjects' names.
-    Raises RequestError for an unknown task or subset and a limit below 1.
+    Of a generation task these are None but for n and items; it has metrics and metrics_stderr
+    (by name, with lm-eval's filter where there are several), metric (the name of the main one),
+    and score, the main one of each item.
+    Raises RequestError for an unknown task or subset, a limit below 1, and data that cannot be had.
     """
     check_tasks(names)
     check_subset(subset, limit)
+    check_data(names)
     # Imported here: lm-eval's modules take a second or two that only tasks need.
     from lm_eval.models.huggingface import HFLM
 
@@ -124,6 +129,12 @@ def check_tasks(names: list[str]) -> None:
     for name in names:
         if name not in TASKS:
             raise RequestError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}")
+
+
+def check_data(names: list[str]) -> None:
+    """Raise RequestError unless the data of each task are there, or come from the hub now."""
+    for name in names:
+        data_files(name)
 
 
 def check_subset(subset: str, limit: int | None) -> None:

