@@ -58,3 +58,11 @@ def largest_weight(config: PretrainedConfig, dtype: torch.dtype) -> int:
 def signal_bytes(plan: SlicePlan, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the residual stream of all calibration tokens."""
     return tokens * plan.shape.hidden_size * dtype.itemsize
+
+
+def shown(size: int) -> str:
+    """Bytes as a reader would say them."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}" if size < 10 * unit else f"{size / unit:.0f} {name}"
+    return f"{size} B"

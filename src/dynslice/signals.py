@@ -69,7 +69,7 @@ class Signals:
 
     def _fetch(self, kept: Tensor | Path) -> Tensor:
         if isinstance(kept, Path):
-            return load_file(kept)["x"].to(self.device)
+            return load_file(kept)["x"].to(self.device, copy=True)  # the file will be replaced
         return kept.to(self.device, non_blocking=True)
 
     def _files(self) -> Path:
@@ -79,6 +79,6 @@ class Signals:
 
     @staticmethod
     def _write(path: Path, batch: Tensor) -> None:
-        unfinished = path.with_suffix(".new")  # the old file may be mapped by what was read of it
+        unfinished = path.with_suffix(".new")
         save_file({"x": batch.to("cpu").contiguous()}, unfinished)
         unfinished.replace(path)

@@ -23,13 +23,13 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from dynslice import memory, models
 from dynslice.errors import RequestError
+from dynslice.memory import shown
 from dynslice.plan import SlicePlan
 from dynslice.signals import Signals
 from dynslice.slicing import check_plan, empty_sliced, sliced_weights
 
 INDEX = "model.safetensors.index.json"
-GIB = 2**30
-LARGEST_SHARD = 5 * GIB
+LARGEST_SHARD = 5 * 2**30
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Source:
         names = [name for name, _ in module.named_parameters()]
         try:
             for name, weight in zip(names, self._read([f"{path}.{n}" for n in names]), strict=True):
-                set_module_tensor_to_device(module, name, self.device, weight, self.dtype)
+                set_module_tensor_to_device(module, name, self.device, weight)
             yield module
         finally:
             for name in names:
@@ -116,7 +116,8 @@ class Source:
         for name in names:
             stored = self._stored_name(name)
             with safe_open(self._files[stored], framework="pt") as file:
-                yield file.get_tensor(stored)
+                # A copy: products of memory that a file is mapped to round differently.
+                yield file.get_tensor(stored).to(self.device, self.dtype, copy=True)
 
     def _stored_name(self, name: str) -> str:
         """The name of a weight in the checkpoint: a tied head is the embedding."""
@@ -177,8 +178,8 @@ def _rooms(
     needed = workspace + (2 * shard if on_cpu and budget.host is not None else 0)
     if limit is not None and limit < needed:
         raise RequestError(
-            f"a {'host' if on_cpu else 'device'} memory of {limit / GIB:.2f} GiB is less than the "
-            f"{needed / GIB:.2f} GiB that one layer and its workspace take; give at least that, or "
+            f"a {'host' if on_cpu else 'device'} memory of {shown(limit)} is less than the "
+            f"{shown(needed)} that one layer and its workspace take; give at least that, or "
             "a smaller --window"
         )
     rooms = {"device": limit and limit - needed, "host": budget.host, "shard": shard}

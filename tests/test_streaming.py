@@ -1,0 +1,195 @@
+"""Slicing a model that is never in memory as a whole."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from conftest import CPU, TINY
+
+from dynslice import efficiency, memory, models, streaming
+from dynslice.errors import RequestError
+from dynslice.plan import Shape, SlicePlan, constant
+from dynslice.signals import Signals
+from dynslice.slicing import slice_model, sliced_weights
+
+MIB = 2**20
+
+
+def saved(model, folder):
+    """A model directory with the byte tokenizer and shards of 50 kB."""
+    model.save_pretrained(folder, max_shard_size="50KB")
+    models.load_tokenizer("embedded:tiny-random").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_streamed_slice_equals_the_one_in_memory(name, tokens, tmp_path):
+    model = TINY[name]()
+    shape = Shape.of(model.config)
+    plan = SlicePlan("test", 0.0, 0.0, 1, (0.0,) * 3, (40, 17, 31), shape)
+    source, out = saved(model, tmp_path / "dense"), tmp_path / "sliced"
+    budget = streaming.Budget(host=memory_needed(model.config, plan, tokens) + 1000)
+    streaming.slice_to(out, source, tokens, plan, CPU, torch.float32, budget=budget)
+
+    wanted = slice_model(model, tokens, plan).model
+    got, tokenizer = models.load(str(out), CPU, torch.float32)
+    assert type(got) is type(wanted)
+    assert got.config.attention_widths == wanted.config.attention_widths
+    assert got.generation_config.eos_token_id == wanted.generation_config.eos_token_id
+    assert tokenizer("abc")["input_ids"]
+    weights, expected = got.state_dict(), wanted.state_dict()
+    assert weights.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert torch.equal(weights[key], weight), key
+    assert list(tmp_path.glob(".s*")) == []  # neither signals nor unfinished models
+
+
+def memory_needed(config, plan, windows):
+    """The least budget, in which all signals go to disk."""
+    workspace = memory.slicing_workspace(config, plan, windows.shape[1], CPU, torch.float32)
+    largest = memory.largest_weight(config, torch.float32)
+    return max(int(workspace / 0.8), workspace + 2 * largest)
+
+
+def test_budget_below_one_layer_is_refused_with_what_it_takes(tokens, tmp_path):
+    model = TINY["llama"]()
+    plan = constant(Shape.of(model.config), 0.25)
+    slice_to = partial(
+        streaming.slice_to, tmp_path / "out", saved(model, tmp_path / "dense"), tokens, plan
+    )
+    with pytest.raises(RequestError, match=r"host memory of 1000 B is less than the 2\.1 MiB"):
+        slice_to(CPU, torch.float32, budget=streaming.Budget(host=1000))
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_without_safetensors_is_refused(tokens, tmp_path):
+    model = TINY["llama"]()
+    plan = constant(Shape.of(model.config), 0.25)
+    source = saved(model, tmp_path / "dense")
+    for file in (tmp_path / "dense").glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(RequestError, match="has no safetensors"):
+        streaming.slice_to(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("room", [None, 0, 2 * 24 * 48 * 4])
+def test_signals_are_the_same_wherever_they_are_kept(room, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 24, 48, generator=draw) for _ in range(3)]
+    x = Signals(CPU, room, folder=tmp_path)
+    for batch in batches:
+        x.append(batch.clone())
+    on_disk = {None: 0, 0: 3}.get(room, 2)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == on_disk
+    x.update(lambda batch: batch.mul_(2))
+    x.update(lambda batch: batch + 1)
+    for kept, batch in zip(x, batches, strict=True):
+        assert torch.equal(kept, batch * 2 + 1)
+    del x
+    assert list(tmp_path.iterdir()) == []
+
+
+GROUPED = {"head_dim": 32, "num_key_value_heads": 2}
+SHAPES = [
+    ("Llama", {"hidden_size": 256, "intermediate_size": 1024}, 1000, 128),  # a block peaks
+    ("Llama", {"hidden_size": 512, "intermediate_size": 512}, 40000, 128),  # the embedding
+    ("Llama", {"hidden_size": 1024, "intermediate_size": 512}, 1000, 64),  # eigenvectors
+    ("Qwen3", {"hidden_size": 256, "intermediate_size": 1024, **GROUPED}, 1000, 128),
+    ("Phi", {"hidden_size": 256, "intermediate_size": 1024}, 1000, 128),
+    ("OPT", {"hidden_size": 256, "ffn_dim": 1024, "word_embed_proj_dim": 256}, 1000, 128),
+]
+
+
+@pytest.mark.parametrize(("base", "sizes", "vocabulary", "window"), SHAPES)
+def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(base, sizes, vocabulary, window):
+    sizes = {**sizes, "vocab_size": vocabulary, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = getattr(transformers, f"{base}Config")(**sizes)
+    weights = getattr(transformers, f"{base}ForCausalLM")(config).state_dict()
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    @contextmanager
+    def use(path):
+        module = model.get_submodule(path)
+        names = [name for name, _ in module.named_parameters()]
+        for name in names:
+            weight = weights[f"{path}.{name}"].clone()
+            set_module_tensor_to_device(module, name, CPU, weight)
+        yield module
+        for name in names:
+            set_module_tensor_to_device(module, name, "meta")
+
+    plan = constant(Shape.of(config), 0.25)
+    windows = torch.randint(5, vocabulary, (8, window))
+
+    def slice_all():
+        for _ in sliced_weights(model, windows, plan, Signals(CPU), use):
+            pass
+
+    predicted = memory.slicing_workspace(config, plan, window, CPU, torch.float32)
+    predicted += memory.signal_bytes(plan, windows.numel(), torch.float32)
+    assert predicted == pytest.approx(efficiency.extra_memory(slice_all, CPU), rel=0.2)
+
+
+# In a process of its own, whose resident set nothing else adds to.
+SLICE_WITHIN = """
+import json, sys
+from pathlib import Path
+import torch
+from dynslice import models, streaming
+from dynslice.plan import Shape, constant
+from dynslice.results import peak_memory_bytes, reset_peak_memory
+
+source, out, budget = sys.argv[1:]
+device = torch.device("cpu")
+
+def run(model, folder, window, **options):
+    plan = constant(Shape.of(models.load_config(model)), 0.25)
+    windows = torch.randint(257, (4, window), generator=torch.Generator().manual_seed(0))
+    streaming.slice_to(Path(folder), model, windows, plan, device, torch.float32, **options)
+
+run("embedded:tiny-random", out + "-warm-up", 32)  # loads the libraries
+reset_peak_memory(device)
+before = peak_memory_bytes(device)
+run(source, out, 128, budget=streaming.Budget(host=int(budget)))
+print(json.dumps(peak_memory_bytes(device) - before))
+"""
+
+
+def test_model_of_four_times_the_budget_is_sliced_within_it(tmp_path):
+    budget = 112 * MIB
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=38,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    assert efficiency.stored_bytes(model) >= 4 * budget
+    model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
+    models.load_tokenizer("embedded:tiny-random").save_pretrained(tmp_path / "dense")
+
+    arguments = [str(tmp_path / "dense"), str(tmp_path / "sliced"), str(budget)]
+    finished = subprocess.run(
+        [sys.executable, "-c", SLICE_WITHIN, *arguments], capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout) <= budget
+
+    plan = constant(Shape.of(config), 0.25)
+    windows = torch.randint(257, (4, 128), generator=torch.Generator().manual_seed(0))
+    wanted = slice_model(model, windows, plan).model.state_dict()
+    got = models.load(str(tmp_path / "sliced"), CPU, torch.float32)[0].state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
