@@ -159,6 +159,11 @@ def files_of(text: str, split: str | None) -> list[Path]:
     return [Path(text)] if _is(text, Path.is_file) else []
 
 
+def source_of(config: dict) -> tuple[str, str | None, str | None]:
+    """The text that a request reads, its split and its revision."""
+    return config.get("stand_in", config["text"]), config["split"], config.get("text_revision")
+
+
 def commit_of(text: str, revision: str | None = None) -> str | None:
     """The commit of the data set repository that a hub corpus is read at.
 

@@ -65,7 +65,7 @@ class Design:
         p = self.profile
         config = {
             **self._model,
-            **_text(text or p.lr_text, p.lr_split),
+            **self._text(text or p.lr_text, p.lr_split),
             "max_tokens": max_tokens or p.lr_max_tokens,
             "window": p.lr_window,
             "stride": p.lr_stride,
@@ -218,7 +218,7 @@ class Design:
             "slice_percentage": p.single_layer_slice,
             "round_to": p.round_to,
             "calibration": self._calibration(windows=p.single_layer_calibration_windows),
-            **_text(p.eval_texts[0], "validation"),
+            **self._text(p.eval_texts[0], "validation"),
             "windows": p.single_layer_eval_windows,
             "window": p.eval_window,
             "seed": p.seed,
@@ -255,9 +255,23 @@ class Design:
     @cached_property
     def _model(self) -> dict:
         p = self.profile
-        config = {"model": p.model, "revision": p.revision, "dtype": p.dtype}
+        config = {"model": p.model, "revision": p.model_revision, "dtype": p.dtype}
         if Path(p.model).is_dir():  # what a path holds can change, so its content counts
             config["model_sha256"] = _sha256_of(sorted(Path(p.model).iterdir()))
+        return config
+
+    def _text(self, text: str, split: str | None) -> dict:
+        """A text as part of a request: a corpus split by name, files by what they hold."""
+        from dynslice.corpora import files_of
+
+        source = self.profile.stand_ins.get(text, text)
+        config = {"text": text, "split": split_for(source, split)}
+        if source != text:
+            config["stand_in"] = source
+        if files := files_of(source, config["split"]):
+            config["text_sha256"] = _sha256_of(files)
+        if revision := self.profile.revisions.get(text):
+            config["text_revision"] = revision
         return config
 
     @property
@@ -271,7 +285,7 @@ class Design:
         config = {
             **self._model,
             "slice": point.network,
-            **_text(text, split),
+            **self._text(text, split),
             "windows": windows,
             "window": p.eval_window,
             "seed": p.seed,
@@ -287,7 +301,7 @@ class Design:
             "seed": p.seed,
             **changes,
         }
-        return {**given, **_text(given["text"], "train")}
+        return {**given, **self._text(given["text"], "train")}
 
     def _dynamic(self, slice_percentage: float, slice_base: float, **changes: Any) -> dict:
         return {
@@ -383,16 +397,6 @@ class Design:
 def unique(requests: list[Measurement]) -> list[Measurement]:
     """Each request once, in the order of first appearance."""
     return list({request.key: request for request in requests}.values())
-
-
-def _text(text: str, split: str | None) -> dict:
-    """A text as part of a request: a corpus split by name, files by what they hold."""
-    from dynslice.corpora import files_of
-
-    config = {"text": text, "split": split_for(text, split)}
-    if files := files_of(text, config["split"]):
-        config["text_sha256"] = _sha256_of(files)
-    return config
 
 
 def _sha256_of(files: list[Path]) -> str:

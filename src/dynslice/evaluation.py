@@ -65,7 +65,8 @@ def head_chunks(
     head = model.get_output_embeddings()
     parts = hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)
     for part, target in zip(*parts, strict=True):
-        yield head(part).float(), target
+        logits = head(part).float()
+        yield logits, target.to(logits.device)  # a network can be spread over several devices
 
 
 def _losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable
-from functools import cached_property
 from importlib import metadata
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from dynslice import corpora, efficiency, evaluation, models, plan, redundancy, slicing
+from dynslice import corpora, efficiency, evaluation, models, plan, redundancy
 from dynslice.errors import RequestError, RunError
+from dynslice.networks import Networks
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
 from dynslice.results import (
@@ -32,19 +32,16 @@ class Workbench:
         self.settings = settings
         self.store = store
         self.device = models.pick_device(device)
+        self.networks = Networks(settings, self.device)
         self.sliced: tuple[str, Sliced] | None = None
         self._streams: dict[tuple, Tensor] = {}
-
-    @cached_property
-    def dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        settings = self.settings
-        dtype = models.pick_dtype(settings.dtype, self.device)
-        return models.load(settings.model, self.device, dtype, settings.revision)
+        self._commits: dict[tuple, str | None] = {}
 
     def measure(self, request: Measurement, network: dict | None) -> Result:
         """Run one measurement; `network` is its slice request, None for the dense model."""
         measure: Callable = getattr(self, f"_measure_{request.kind}")
-        self.dense  # noqa: B018  loading is not part of a measurement's time
+        if network is None or self.networks.resident:
+            self.networks.dense  # noqa: B018  loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
             self._sliced_for(network)
         reset_peak_memory(self.device)
@@ -64,23 +61,36 @@ class Workbench:
             value=value,
             seconds=round(seconds, 3),
             peak_memory_bytes=peak_memory_bytes(self.device),
-            provenance=provenance(self.device),
+            provenance={**provenance(self.device), **self._hub_commits(request.config)},
         )
 
+    def _hub_commits(self, config: dict) -> dict:
+        """At which commit of the hub the model and the texts of a request were read."""
+        commits = {config["model"]: self.networks.commit}
+        calibration = (config.get("slice") or config).get("calibration", {})
+        for part in (config, calibration):
+            if "text" in part:
+                text, _, revision = corpora.source_of(part)
+                if (text, revision) not in self._commits:
+                    self._commits[text, revision] = corpora.commit_of(text, revision)
+                commits[text] = self._commits[text, revision]
+        known = {name: commit for name, commit in commits.items() if commit}
+        return {"hub_commits": known} if known else {}
+
     def _network(self, config: dict) -> PreTrainedModel:
-        return self.dense[0] if config["slice"] is None else self._sliced_for(config["slice"]).model
+        network = config["slice"]
+        return self.networks.dense if network is None else self._sliced_for(network).model
 
     def _sliced_for(self, network: dict) -> Sliced:
         key = Measurement("slice", network).key
         if self.sliced is None or self.sliced[0] != key:
             self.drop_sliced()
             windows = self._windows_of(network["calibration"])
-            widths = self._plan(network["plan"])
-            self.sliced = (key, slicing.slice_model(self.dense[0], windows, widths))
+            self.sliced = (key, self.networks.slice(windows, self._plan(network["plan"])))
         return self.sliced[1]
 
     def _plan(self, request: dict) -> SlicePlan:
-        shape = plan.Shape.of(self.dense[0].config)
+        shape = plan.Shape.of(self.networks.config)
         amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr", "score")}
         match request["schedule"]:
             case "constant":
@@ -103,23 +113,24 @@ class Workbench:
             self.store.put(result)
         return result
 
-    def _stream(self, text: str, split: str | None) -> Tensor:
-        """The tokens [n] of a whole text, made once."""
-        if (text, split) not in self._streams:
-            self._streams[text, split] = corpora.tokens(text, split, self.dense[1])
-        return self._streams[text, split]
+    def _stream(self, config: dict) -> Tensor:
+        """The tokens [n] of the whole text of a request, made once."""
+        source = text, split, revision = corpora.source_of(config)
+        if source not in self._streams:
+            tokenizer = self.networks.tokenizer
+            self._streams[source] = corpora.tokens(text, split, tokenizer, revision=revision)
+        return self._streams[source]
 
     def _windows_of(self, config: dict) -> Tensor:
-        stream = self._stream(config["text"], config["split"])
         asked = (config[name] for name in ("window", "windows", "seed", "text"))
-        return corpora.drawn(stream, *asked)
+        return corpora.drawn(self._stream(config), *asked)
 
     def _measure_lr(self, config: dict) -> dict:
-        stream = self._stream(config["text"], config["split"])[: config["max_tokens"]]
+        stream = self._stream(config)[: config["max_tokens"]]
         windows = corpora.sliding(stream, config["window"], config["stride"])
         amounts = (windows, config["stride"], config["last_layer"])
         start = time.perf_counter()
-        lr = redundancy.layer_redundancy(self.dense[0], *amounts)
+        lr = redundancy.layer_redundancy(self.networks.dense, *amounts)
         return {**lr.to_dict(), "seconds": time.perf_counter() - start}
 
     def _measure_plan(self, config: dict) -> dict:
@@ -127,7 +138,7 @@ class Workbench:
 
     def _measure_slice(self, config: dict) -> dict:
         if config["slice"] is None:
-            count = sum(p.numel() for p in self.dense[0].parameters())
+            count = sum(p.numel() for p in self.networks.dense.parameters())
             return {"parameters": count, "parameters_dense": count, "mean_slice": 0.0}
         outcome = self._sliced_for(config["slice"])
         facts = _facts(self._plan(config["slice"]["plan"]))
@@ -147,14 +158,14 @@ class Workbench:
         """NLL per window of the dense model, and with each layer alone cut."""
         windows = self._windows_of(config)
         calibration = self._windows_of(config["calibration"])
-        shape = plan.Shape.of(self.dense[0].config)
-        layers = []
+        shape = plan.Shape.of(self.networks.config)
+        dense, layers = evaluation.perplexity(self.networks.dense, windows)["nll"], []
         for layer in tqdm(range(shape.layers), desc="sensitivity", unit="layer", leave=False):
             cut = plan.single(shape, layer, config["slice_percentage"], config["round_to"])
-            network = slicing.slice_model(self.dense[0], calibration, cut).model
+            network = self.networks.slice(calibration, cut).model
             nll = evaluation.perplexity(network, windows)["nll"]
             layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
-        return {"dense": evaluation.perplexity(self.dense[0], windows)["nll"], "layers": layers}
+        return {"dense": dense, "layers": layers}
 
     def _measure_centred(self, config: dict) -> dict:
         """Perplexity of the dense model with the mean over d taken from every embedding."""
@@ -162,15 +173,16 @@ class Workbench:
         def centre(_module, _args, output: Tensor) -> Tensor:
             return output - output.mean(dim=-1, keepdim=True)
 
-        handle = self.dense[0].get_input_embeddings().register_forward_hook(centre)
+        dense = self.networks.dense
+        handle = dense.get_input_embeddings().register_forward_hook(centre)
         try:
-            return evaluation.perplexity(self.dense[0], self._windows_of(config))
+            return evaluation.perplexity(dense, self._windows_of(config))
         finally:
             handle.remove()
 
     def _measure_speed(self, config: dict) -> dict:
         """Prefill and decoding of the sliced network beside the dense model, in turn."""
-        dense, size = self.dense[0], (config["windows"], config["window"])
+        dense, size = self.networks.dense, (config["windows"], config["window"])
         draw = torch.Generator().manual_seed(config["seed"])  # which tokens does not matter
         ids = torch.randint(dense.config.vocab_size, size, generator=draw)
         network, amounts = self._network(config), (config["new_tokens"], config["repeats"])
@@ -178,7 +190,7 @@ class Workbench:
 
     def _measure_task(self, config: dict) -> dict:
         name = config["task"]
-        network, tokenizer = self._network(config), self.dense[1]
+        network, tokenizer = self._network(config), self.networks.tokenizer
         subset = config.get("subset", "first")
         value = evaluation.tasks(network, tokenizer, [name], config["limit"], subset=subset)[name]
         return {**value, "lm_eval_version": metadata.version("lm-eval")}

@@ -2,10 +2,12 @@
 
 import ctypes
 import gc
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,18 +19,18 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
-from dynslice import assets, paths
+from dynslice import assets, hub_models, paths
 from dynslice.errors import RequestError, RunError
 from dynslice.obstacles import obstacle
 from dynslice.sliced import FAMILIES, SLICED_CLASSES, Family
 
-EMBEDDED = ("smollm2-135m", "tiny-random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 for _config, _model in SLICED_CLASSES.values():
@@ -64,24 +66,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str, device: torch.device, dtype: torch.dtype, revision: str | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    spread: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a dense or sliced causal LM in evaluation mode, with its tokenizer.
 
-    name: `embedded:...`, a directory, or a hub id. Raises RequestError when there is no such
-    model or its family is not in the table.
+    name: `embedded:...`, a directory, or a hub id. spread: let accelerate place the layers over
+    all GPUs, then host memory, then disk, instead of everything on `device`. Raises RequestError
+    when there is no such model or it can't be sliced exactly.
     """
     load_config(name, revision)
     source = resolve(name, revision)
+    options = {"device_map": "auto", "offload_folder": str(_offloaded(name))} if spread else {}
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, revision=revision, **options
+            )
         except OSError as error:
             raise RequestError(
                 f"the weights of model {name!r} cannot be loaded ({str(error).splitlines()[0]}); "
                 "save the model anew"
             ) from error
-    return model.to(device).eval(), load_tokenizer(name, revision)
+    model = model if spread else model.to(device)
+    return model.eval(), load_tokenizer(name, revision)
+
+
+def _offloaded(name: str) -> Path:
+    """Where accelerate keeps the weights that fit into no memory."""
+    return paths.CACHE / "offloaded" / hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -121,15 +137,21 @@ def resolve(name: str, revision: str | None = None) -> str:
         if not (Path(name) / "config.json").is_file():
             raise RequestError(f"model {name!r} is a directory without config.json")
         return name
-    try:
-        AutoConfig.from_pretrained(name, revision=revision)
-    except Exception as error:  # the hub client raises a dozen types; each means the same here
-        raise RequestError(
-            f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and could "
-            "not be had from the hub: check the name, the network, and for a gated model the "
-            "licence and `hf auth login`"
-        ) from error
-    return name
+    reason = hub_models.refusal(name, revision)
+    if reason is None:
+        return name
+    if folder := hub_models.snapshot(name, revision):  # downloaded before
+        return str(folder)
+    raise RequestError(
+        f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and {reason}"
+    )
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit that a model of the hub is read at; None for others, or when nothing knows."""
+    if name.startswith("embedded:") or Path(name).is_dir():
+        return None
+    return hub_models.commit_of(name, revision)
 
 
 def family_of(config) -> Family:
@@ -177,13 +199,14 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     extra: dict[str, str] | None = None,
+    shard: str = "5GB",
 ) -> None:
     """Write weights (safetensors), config, tokenizer and extra text files by name.
 
     `folder` appears complete or not at all.
     """
     with appearing(folder) as unfinished, quiet():
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, max_shard_size=shard)
         tokenizer.save_pretrained(unfinished)
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text + "\n", encoding="utf-8")
@@ -205,9 +228,8 @@ def _embedded(name: str) -> Path:
         raise RequestError(f"embedded model {name!r} is unknown; there are {', '.join(EMBEDDED)}")
     folder = paths.CACHE / "models" / name
     if not (folder / "config.json").is_file():
-        build = _convert_smollm2 if name == "smollm2-135m" else _tiny_random
-        model, tokenizer = build()
-        save(model, tokenizer, folder)
+        model, tokenizer = EMBEDDED[name]()
+        save(model, tokenizer, folder, shard="5GB" if name == "smollm2-135m" else "200KB")
     return folder
 
 
@@ -228,8 +250,11 @@ def _convert_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama of 130 k random parameters that reads bytes: for smoke runs and tests."""
+_TINY = {"intermediate_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+def _tiny_random(config_class: type = LlamaConfig, **settings) -> tuple:
+    """A model of 130 k random parameters or so that reads bytes: for smoke runs and tests."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
@@ -238,24 +263,37 @@ def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<end>", pad_token="<end>", model_max_length=2048
     )
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=len(vocabulary),
         hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
         initializer_range=0.15,  # large enough that layers differ and slicing shows
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        num_hidden_layers=4,
+        **{**_TINY, **settings},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     return model, tokenizer
+
+
+# Of the proportions of Llama-3-8B and Mistral-7B: untied, four query heads a key head, an MLP of
+# three and a half times the width.
+_PAPER_LIKE = {"intermediate_size": 224, "num_key_value_heads": 1, "tie_word_embeddings": False}
+EMBEDDED = {
+    "smollm2-135m": _convert_smollm2,
+    "tiny-random": _tiny_random,
+    "tiny-llama-3": partial(
+        _tiny_random,
+        **_PAPER_LIKE,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+    "tiny-mistral": partial(_tiny_random, MistralConfig, **_PAPER_LIKE, sliding_window=None),
+}
 
 
 @contextmanager

@@ -19,7 +19,23 @@ class Profile(BaseModel):
     name: str
     description: str
     model: str = Field(description="embedded:NAME, a directory, or a hub id")
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="of a hub model")
+    models: list[str] = Field(
+        default=[], description="run the profile once for each, in folders of their own"
+    )
+    revisions: dict[str, str] = Field(
+        default={}, description="hub model or corpus: branch, tag or commit"
+    )
+    stand_ins: dict[str, str] = Field(
+        default={}, description="corpus: file, directory or corpus that is read in its place"
+    )
+    placement: Literal["resident", "streamed", "spread"] = Field(
+        default="resident",
+        description="dense and sliced network on the device at once; or one network at a time, "
+        "sliced layer by layer from its checkpoint; or this, spread over all GPUs",
+    )
+    device_memory_gib: float | None = Field(default=None, gt=0, description="of streamed slicing")
+    host_memory_gib: float | None = Field(default=None, gt=0, description="of streamed slicing")
     dtype: Literal["float32", "bfloat16", "float16"]
     seed: int = Field(description="draws the calibration and evaluation windows")
 
@@ -92,11 +108,25 @@ class Profile(BaseModel):
         for share in shares:
             if not 0 <= share < 1:
                 raise ValueError(f"slice share {share} is outside 0 to 1")
+        if self.placement != "resident" and self.speed_slice_percentages:
+            raise ValueError(
+                f"placement {self.placement} holds one network at a time, and "
+                "speed_slice_percentages asks for two: use placement resident, or []"
+            )
+        if self.placement == "resident" and (self.device_memory_gib or self.host_memory_gib):
+            raise ValueError(
+                "device_memory_gib and host_memory_gib are budgets of placement streamed or spread"
+            )
         if self.figure_slice_base > self.figure_slice_percentage:
             raise ValueError("figure_slice_base exceeds figure_slice_percentage")
         if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
             raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
+
+    @property
+    def model_revision(self) -> str | None:
+        """The revision that is asked of the model."""
+        return self.revision or self.revisions.get(self.model)
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
@@ -123,6 +153,10 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
     values = {"name": path.stem, **values, **(overrides or {})}
     for key in values:
         _check_key(key)
+    if values.get("models") and isinstance(values["models"], list):
+        values.setdefault("model", values["models"][0])
+        folder = str(values["model"]).rstrip("/").rpartition("/")[2]
+        values["name"] = f"{values['name']}/{folder.removeprefix('embedded:')}"
     try:
         return Profile(**values)
     except ValidationError as error:

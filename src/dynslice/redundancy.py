@@ -115,7 +115,7 @@ def layer_redundancy(
             length = x_in.norm(dim=-1)
             update = torch.where(length > 0, (x_out - x_in).norm(dim=-1) / length, 0.0)
             for measure, values in enumerate((cosine, angle, update)):
-                sums[measure, index] += values.sum(dtype=torch.float64)
+                sums[measure, index] += values.sum(dtype=torch.float64).to(sums.device)
 
         return add_up
 

@@ -124,7 +124,7 @@ def check(settings: Profile) -> None:
     _check_texts(settings)
     evaluation.check_tasks(list(settings.tasks))
     evaluation.check_data(list(settings.tasks))
-    config = models.load_config(settings.model, settings.revision)
+    config = models.load_config(settings.model, settings.model_revision)
     models.require_dense(config, "a study")
     shape = plan.Shape.of(config)
     shares = [*settings.slice_percentages, *settings.task_slice_percentages]
@@ -147,11 +147,12 @@ def _check_lengths(settings: Profile) -> None:
             if "text" in config and "windows" in config:
                 count, window = config["windows"], config["window"]
                 asked = ((count or 1) * window, window, count)
-                text = (config["text"], config["split"])
+                text = corpora.source_of(config)
                 longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])
-    tokenizer = models.load_tokenizer(settings.model, settings.revision)
-    for (text, split), (tokens, window, count) in longest.items():
-        corpora.blocks(corpora.tokens(text, split, tokenizer, tokens), window, count, text)
+    tokenizer = models.load_tokenizer(settings.model, settings.model_revision)
+    for (text, split, revision), (tokens, window, count) in longest.items():
+        stream = corpora.tokens(text, split, tokenizer, tokens, revision=revision)
+        corpora.blocks(stream, window, count, text)
 
 
 def _check_texts(settings: Profile) -> None:
@@ -159,6 +160,7 @@ def _check_texts(settings: Profile) -> None:
     from dynslice import corpora
 
     def source(text: str, split: str | None) -> tuple[str, str | None]:
+        text = settings.stand_ins.get(text, text)
         split = split_for(text, split)
         corpora.check(text, split)
         of_files = bool(corpora.files_of(text, split))
@@ -177,7 +179,8 @@ def _check_texts(settings: Profile) -> None:
             chooser, f"what selection_windows {settings.selection_windows} choose SB on"
         )
     for setting in ("calibration_text", "lr_text"):
-        if getattr(settings, setting) == "wikipedia" and "boolq" in settings.tasks:
+        text = getattr(settings, setting)
+        if settings.stand_ins.get(text, text) == "wikipedia" and "boolq" in settings.tasks:
             raise RequestError(
                 f"{setting} 'wikipedia' holds the passages of task boolq; give {setting} another "
                 "text, or leave boolq out of tasks"

@@ -1,0 +1,91 @@
+"""The networks of a study in memory: the dense model, and the slice of it that is worked on."""
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dynslice import models, paths, slicing, streaming
+from dynslice.plan import SlicePlan
+from dynslice.profile import Profile
+from dynslice.slicing import Sliced
+
+GIB = 2**30
+
+
+class Networks:
+    """Dense and sliced network by the placement of a profile.
+
+    resident: both are on the device. streamed and spread: one at a time is in memory, and slicing
+    reads the dense one from its checkpoint layer by layer; spread lets accelerate place the one
+    over all GPUs.
+    """
+
+    def __init__(self, settings: Profile, device: torch.device):
+        self.settings = settings
+        self.device = device
+        self.dtype = models.pick_dtype(settings.dtype, device)
+        self._dense: PreTrainedModel | None = None
+        self._files: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether dense and sliced network are in memory together."""
+        return self.settings.placement == "resident"
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The commit that a hub model is read at."""
+        return models.commit_of(self.settings.model, self.settings.model_revision)
+
+    @property
+    def revision(self) -> str | None:
+        """What to load, now and later in a run alike: the commit, where there is one."""
+        return self.commit or self.settings.model_revision
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The config of the dense model."""
+        return models.load_config(self.settings.model, self.revision)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, which the slices share."""
+        return models.load_tokenizer(self.settings.model, self.revision)
+
+    @property
+    def dense(self) -> PreTrainedModel:
+        """The dense model, loaded when it is not there."""
+        if self._dense is None:
+            self._dense = self._load(self.settings.model, self.revision)
+        return self._dense
+
+    def slice(self, windows: Tensor, plan: SlicePlan) -> Sliced:
+        """A slice of the dense model, calibrated on token windows [n, T]."""
+        if self.resident:
+            return slicing.slice_model(self.dense, windows, plan)
+        self._dense = None
+        models.free_memory()
+        # Its files stay until the next slice: accelerate may read weights from them.
+        self._files = tempfile.TemporaryDirectory(dir=_scratch_folder(), prefix="sliced-")
+        folder = Path(self._files.name) / "model"
+        source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
+        seconds = streaming.slice_to(folder, *source, budget=self._budget())
+        return Sliced(self._load(str(folder)), seconds)
+
+    def _budget(self) -> streaming.Budget:
+        given = self.settings.device_memory_gib, self.settings.host_memory_gib
+        return streaming.Budget(*(None if gib is None else int(gib * GIB) for gib in given))
+
+    def _load(self, name: str, revision: str | None = None) -> PreTrainedModel:
+        spread = self.settings.placement == "spread"
+        return models.load(name, self.device, self.dtype, revision, spread)[0]
+
+
+def _scratch_folder() -> Path:
+    folder = paths.CACHE / "sliced"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
