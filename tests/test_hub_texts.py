@@ -12,9 +12,9 @@ from datasets import Dataset
 from huggingface_hub import constants, errors
 
 from dynslice import corpora, hub_texts
-from dynslice.design import _text
 from dynslice.errors import RequestError
 from dynslice.hub_texts import HUB, SPLITS
+from dynslice.study import Study
 
 TEXTS = ["One day.", "Two days later,\nit rained.", "The end."]
 
@@ -352,10 +352,11 @@ def test_empty_file_is_refused(name, tmp_path):
 def test_requests_are_keyed_by_what_a_directory_holds(tmp_path):
     write(tmp_path / "train.txt", TEXTS)
     write(tmp_path / "test.txt", TEXTS[:1])
-    train, test = (_text(str(tmp_path), split) for split in ("train", "test"))
+    text_of = Study.open("smoke")._text
+    train, test = (text_of(str(tmp_path), split) for split in ("train", "test"))
     assert train["split"] == "train"
     assert train["text_sha256"] != test["text_sha256"]
     write(tmp_path / "train.txt", TEXTS[:2])
-    assert _text(str(tmp_path), "test") == test
-    assert _text(str(tmp_path), "train") != train
-    assert "text_sha256" not in _text("c4", "train")
+    assert text_of(str(tmp_path), "test") == test
+    assert text_of(str(tmp_path), "train") != train
+    assert "text_sha256" not in text_of("c4", "train")
