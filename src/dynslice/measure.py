@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice import corpora, efficiency, evaluation, models, plan, redundancy, slicing
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError, RunError, in_one_line
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
 from dynslice.results import (
@@ -33,6 +33,7 @@ class Workbench:
         self.store = store
         self.device = models.pick_device(device)
         self.sliced: tuple[str, Sliced] | None = None
+        self._broken: dict[str, str] = {}  # networks that could not be sliced, and why
         self._streams: dict[tuple, Tensor] = {}
 
     @cached_property
@@ -45,6 +46,8 @@ class Workbench:
         """Run one measurement; `network` is its slice request, None for the dense model."""
         measure: Callable = getattr(self, f"_measure_{request.kind}")
         self.dense  # noqa: B018  loading is not part of a measurement's time
+        if self.sliced is not None and self.sliced[0] != _key(network):
+            self.drop_sliced()  # or its memory would count as this measurement's
         if network is not None and request.kind != "slice":
             self._sliced_for(network)
         reset_peak_memory(self.device)
@@ -71,12 +74,18 @@ class Workbench:
         return self.dense[0] if config["slice"] is None else self._sliced_for(config["slice"]).model
 
     def _sliced_for(self, network: dict) -> Sliced:
-        key = Measurement("slice", network).key
+        key = _key(network)
+        if key in self._broken:
+            raise RunError(self._broken[key])
         if self.sliced is None or self.sliced[0] != key:
             self.drop_sliced()
-            windows = self._windows_of(network["calibration"])
-            widths = self._plan(network["plan"])
-            self.sliced = (key, slicing.slice_model(self.dense[0], windows, widths))
+            try:
+                windows = self._windows_of(network["calibration"])
+                widths = self._plan(network["plan"])
+                self.sliced = (key, slicing.slice_model(self.dense[0], windows, widths))
+            except Exception as error:  # whatever it is, it would be the same again
+                self._broken[key] = in_one_line(error)
+                raise
         return self.sliced[1]
 
     def _plan(self, request: dict) -> SlicePlan:
@@ -182,6 +191,10 @@ class Workbench:
         subset = config.get("subset", "first")
         value = evaluation.tasks(network, tokenizer, [name], config["limit"], subset=subset)[name]
         return {**value, "lm_eval_version": metadata.version("lm-eval")}
+
+
+def _key(network: dict | None) -> str:
+    return Measurement("slice", network).key
 
 
 def _facts(widths: SlicePlan) -> dict:
