@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -334,11 +334,13 @@ def _cluster(address: str | None) -> Iterator[Any]:
     small = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # nothing is sent
     if address is not None:
         _reach(address)
-    try:
-        ray.init(address=address or "local", **quiet, **({} if address else small))
-        yield ray
-    finally:
-        ray.shutdown()
+    # Whatever it is told, Ray prints on stdout that a worker died, where results go.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        try:
+            ray.init(address=address or "local", **quiet, **({} if address else small))
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _reach(address: str) -> None:
@@ -355,7 +357,8 @@ def _reach(address: str) -> None:
     else:
         if tried.returncode == 0:
             return
-        reason = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
+        last = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = last.partition(". ")[0]
     raise RequestError(
         f"no Ray cluster can be reached at address {address!r} ({reason}); give auto or the "
         "host:port that `ray start` printed on this machine, or leave --address out"
