@@ -311,7 +311,11 @@ def shares(nodes: list[dict], device: str, wanted: int) -> tuple[str, int, int]:
 def _reason(failure: Exception) -> str:
     if (cause := getattr(failure, "cause", None)) is not None:
         return in_one_line(cause)
-    return f"its worker died at each of {_ATTEMPTS} attempts; does it have memory enough?"
+    text = str(failure)
+    if "worker process has died" in text:
+        return f"its worker died at each of {_ATTEMPTS} attempts; does it have memory enough?"
+    why = text.partition(" because ")[2] or text or "no reason given"
+    return f"Ray lost its worker ({why.splitlines()[0].rstrip('.')})"
 
 
 def _ray() -> Any:
@@ -361,5 +365,6 @@ def _reach(address: str) -> None:
         reason = last.partition(". ")[0]
     raise RequestError(
         f"no Ray cluster can be reached at address {address!r} ({reason}); give auto or the "
-        "host:port that `ray start` printed on this machine, or leave --address out"
+        "host:port that `ray start` printed on this machine, with RAY_AUTH_MODE=token set if it "
+        "asks for a token, or leave --address out"
     )
