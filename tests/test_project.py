@@ -33,7 +33,8 @@ def test_conda_users_get_the_pins_of_the_lock_file():
 def test_every_requirement_of_the_project_is_pinned_within_its_range():
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     locked = dict(line.split("==") for line in pins(LOCK.read_text().splitlines()))
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    extras = project["optional-dependencies"].values()
+    for text in [*project["dependencies"], *(text for extra in extras for text in extra)]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), text
 

@@ -275,6 +275,8 @@ def reproduce_command(options) -> tuple[dict, list[str]]:
         dry_run=options.dry_run,
         from_record=options.from_record,
         device=options.device,
+        executor=options.executor,
+        address=options.address,
     )
 
 
@@ -500,6 +502,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="number or name, e.g. 02")
     sub.add_argument("--dry-run", action="store_true", help="list what would be measured")
     sub.add_argument("--from-record", action="store_true", help="render the committed results")
+    sub.add_argument(
+        "--executor", choices=("local", "ray"), default="local", help="who measures [local]"
+    )
+    sub.add_argument("--address", help="a running Ray cluster: auto or host:port [a local one]")
 
     sub = add("record", record_command)
     sub.add_argument("--profile", required=True)

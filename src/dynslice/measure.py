@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dynslice import corpora, efficiency, evaluation, models, plan, redundancy
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError, RunError, in_one_line
 from dynslice.networks import Networks
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
@@ -34,12 +34,20 @@ class Workbench:
         self.device = models.pick_device(device)
         self.networks = Networks(settings, self.device)
         self.sliced: tuple[str, Sliced] | None = None
+        self._broken: dict[str, str] = {}  # networks that could not be sliced, and why
         self._streams: dict[tuple, Tensor] = {}
         self._commits: dict[tuple, str | None] = {}
+
+    def prepare(self) -> None:
+        """Load what every measurement needs. Raises RequestError where there is no such model."""
+        self.networks.tokenizer  # noqa: B018
+        self.networks.dense if self.networks.resident else self.networks.config  # noqa: B018
 
     def measure(self, request: Measurement, network: dict | None) -> Result:
         """Run one measurement; `network` is its slice request, None for the dense model."""
         measure: Callable = getattr(self, f"_measure_{request.kind}")
+        if self.sliced is not None and self.sliced[0] != _key(network):
+            self.drop_sliced()  # or its memory would count as this measurement's
         if network is None or self.networks.resident:
             self.networks.dense  # noqa: B018  loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
@@ -82,11 +90,17 @@ class Workbench:
         return self.networks.dense if network is None else self._sliced_for(network).model
 
     def _sliced_for(self, network: dict) -> Sliced:
-        key = Measurement("slice", network).key
+        key = _key(network)
+        if key in self._broken:
+            raise RunError(self._broken[key])
         if self.sliced is None or self.sliced[0] != key:
             self.drop_sliced()
-            windows = self._windows_of(network["calibration"])
-            self.sliced = (key, self.networks.slice(windows, self._plan(network["plan"])))
+            try:
+                windows = self._windows_of(network["calibration"])
+                self.sliced = (key, self.networks.slice(windows, self._plan(network["plan"])))
+            except Exception as error:  # whatever it is, it would be the same again
+                self._broken[key] = in_one_line(error)
+                raise
         return self.sliced[1]
 
     def _plan(self, request: dict) -> SlicePlan:
@@ -194,6 +208,10 @@ class Workbench:
         subset = config.get("subset", "first")
         value = evaluation.tasks(network, tokenizer, [name], config["limit"], subset=subset)[name]
         return {**value, "lm_eval_version": metadata.version("lm-eval")}
+
+
+def _key(network: dict | None) -> str:
+    return Measurement("slice", network).key
 
 
 def _facts(widths: SlicePlan) -> dict:

@@ -16,6 +16,7 @@ from typing import Any
 from dynslice import claims, costs, paths
 from dynslice.design import unique
 from dynslice.errors import RequestError, RunError
+from dynslice.executor import check as check_executor
 from dynslice.results import Measurement, Result, Store
 from dynslice.study import Study, check
 
@@ -43,13 +44,16 @@ def run(
     dry_run: bool = False,
     from_record: bool = False,
     device: str = "auto",
+    executor: str = "local",
+    address: str | None = None,
 ) -> tuple[dict, list[str]]:
     """Measure what is missing, execute the notebooks, and say how the values agree with the record.
 
-    Returns the outcome as a dict and as lines. Raises RequestError before anything heavy starts,
-    RunError when a measurement or a notebook fails.
+    executor, address: see `executor.work_off`. Returns the outcome as a dict and as lines. Raises
+    RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
     start = time.perf_counter()
+    check_executor(executor, address)
     study = Study.open(profile, from_record, device, **overrides)
     notebooks = _notebooks(only)
     requests = unique([r for number in notebooks for r in NEEDS[number](study)])
@@ -64,7 +68,7 @@ def run(
 
         assets.fetch()
         check(study.profile)
-    measured = study.ensure(requests)
+    measured = study.ensure(requests, executor, address)
     measuring = time.perf_counter() - start
 
     parameters = {"profile": profile, "from_record": from_record}

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from dynslice import paths, profile
 from dynslice.design import Design, split_for
 from dynslice.errors import RequestError, RunError
+from dynslice.executor import work_off
 from dynslice.profile import Profile
 from dynslice.results import Measurement, Result, Store
 
@@ -57,10 +56,13 @@ class Study(Design):
         """Those without a usable result."""
         return [request for request in requests if self.store.get(request) is None]
 
-    def ensure(self, requests: list[Measurement]) -> int:
-        """Compute what is missing, sliced networks one after the other; how many that were.
+    def ensure(
+        self, requests: list[Measurement], executor: str = "local", address: str | None = None
+    ) -> int:
+        """Compute what is missing, here or by Ray; how many measurements that were.
 
-        Raises RunError when reading from a record that lacks some.
+        Raises RunError when reading from a record that lacks some, and at the end when some
+        failed; RequestError where Ray is asked for and cannot start.
         """
         missing = self.missing(requests)
         if not missing:
@@ -70,45 +72,12 @@ class Study(Design):
                 f"the record of {self.profile.name!r} lacks {len(missing)} of {len(requests)} "
                 "measurements; run without --from-record to measure them"
             )
-        from dynslice.measure import Workbench  # loads torch, which a rendered report does not need
-
-        bench = Workbench(self.profile, self.store, self.device)
-        done = 0
-        with tqdm(total=len(missing), desc="measurements", unit="measurement") as bar:
-            for network, group in _by_network(missing):
-                for request in group:
-                    bar.set_postfix_str(_describe(request))
-                    if self.store.get(request) is None:  # may have come as a prerequisite
-                        self.store.put(bench.measure(request, network))
-                        done += 1
-                    bar.update()
-                bench.drop_sliced()
-        return done
+        return work_off(missing, self.profile, self.store, self.device, executor, address)
 
     def get(self, request: Measurement) -> Result:
         """A result, measured now if need be."""
         self.ensure([request])
         return self.store.get(request)
-
-
-def _by_network(requests: list[Measurement]) -> list[tuple[dict | None, list[Measurement]]]:
-    """Group by sliced network, so that each is made once; the dense model's come first."""
-    groups: dict[str, tuple[dict | None, list[Measurement]]] = {}
-    for request in sorted(requests, key=lambda r: r.config.get("slice") is not None):
-        network = request.config.get("slice")
-        key = Measurement("network", {"slice": network}).key
-        groups.setdefault(key, (network, []))[1].append(request)
-    return list(groups.values())
-
-
-def _describe(request: Measurement) -> str:
-    network = request.config.get("slice")
-    plan = (network or request.config).get("plan", {"schedule": "dense"})
-    target = plan.get("to", plan.get("of", plan))
-    amounts = [f"SP {target['slice_percentage']}"] if "slice_percentage" in target else []
-    amounts += [f"SB {target['slice_base']}"] if "slice_base" in target else []
-    what = request.config.get("task") or request.config.get("text") or ""
-    return " ".join([request.kind, what, plan["schedule"], *amounts])
 
 
 def _from_text(name: str, value: Any) -> Any:

@@ -1,0 +1,349 @@
+"""Missing measurements are worked off here or by Ray; failures and killed workers lose no other."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from test_study import SMALL
+
+from dynslice import assets, cli, evaluation, executor, paths, redundancy, slicing
+from dynslice.errors import RequestError, RunError
+from dynslice.executor import Agenda
+from dynslice.results import Measurement, Store
+from dynslice.study import Study
+
+# Windows enough for a perplexity to take a while, so that a worker can be killed in the middle;
+# and no speed, which is never twice the same.
+SLOW = {"eval_windows": 256, "speed_slice_percentages": []}
+
+
+def study_in(folder, monkeypatch, **overrides):
+    monkeypatch.setattr(paths, "OUTPUT", folder)
+    return Study.open("smoke", device="cpu", **{**SMALL, **overrides})
+
+
+def values(study, requests):
+    return {r.key: study.store.get(r).value for r in requests if study.store.get(r)}
+
+
+def of_network(requests, network):
+    return {r.key for r in requests if r.config.get("slice") == network}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    assets.fetch()
+    return study_in(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory):
+    """Every value by key as one process measures it, on one thread as each of two workers does."""
+    assets.fetch()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        study = study_in(tmp_path_factory.mktemp("sequential"), patch, **SLOW)
+        study.ensure(study.requests())
+    torch.set_num_threads(threads)
+    return values(study, study.requests())
+
+
+def workers_of_ray():
+    """The worker processes under this one."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker")
+    ]
+
+
+# Failures
+
+
+def test_a_failed_measurement_is_named_and_does_not_stop_the_others(small, monkeypatch, capfd):
+    perplexity, failed = evaluation.perplexity, []
+
+    def fail_once(network, windows):
+        if not failed and network.config.model_type.startswith("sliced_"):
+            failed.append(network)
+            raise ValueError("the moon\nis full")
+        return perplexity(network, windows)
+
+    monkeypatch.setattr(evaluation, "perplexity", fail_once)
+    requests = small.requests()
+    with pytest.raises(RunError) as raised:
+        small.ensure(requests)
+    [missing] = small.missing(requests)
+    assert missing.kind == "ppl"
+    first, *others = str(raised.value).splitlines()
+    assert first.startswith(f"1 of {len(requests)} measurements failed")
+    [line] = others
+    assert line.startswith(f"  {executor.describe(missing)}: ValueError: the moon (test_executor")
+    assert f"failed: {line.strip()}" in capfd.readouterr().err
+    assert small.ensure(requests) == 1
+
+
+def test_a_network_that_cannot_be_sliced_is_tried_once(small, monkeypatch, capfd):
+    slice_model, plans = slicing.slice_model, []
+
+    def fail_first(model, windows, plan):
+        plans.append(plan)
+        if len(plans) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return slice_model(model, windows, plan)
+
+    monkeypatch.setattr(slicing, "slice_model", fail_first)
+    requests = small.requests()
+    with pytest.raises(RunError, match=r"of \d+ measurements failed") as raised:
+        small.ensure(requests)
+    networks = [p.network for p in small.points() if p.network]
+    assert len(plans) == len(networks)
+    assert {r.key for r in small.missing(requests)} == of_network(requests, networks[0])
+    assert len(str(raised.value).splitlines()) == 2  # the same error is told once,
+    assert capfd.readouterr().err.count("failed: ") == 1  # and was shown once
+    assert "the GPU is out of memory; use smaller windows" in str(raised.value)
+
+
+def test_what_needs_a_failed_lr_fails_with_it_and_the_rest_is_measured(small, monkeypatch):
+    asked = []
+
+    def fail(*amounts):
+        asked.append(amounts)
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(redundancy, "layer_redundancy", fail)
+    requests = small.requests()
+    with pytest.raises(RunError, match="its plan needs lr sotu dense, which failed"):
+        small.ensure(requests)
+    assert len(asked) == len([r for r in requests if r.kind == "lr"])
+    lost = {r.key for r in requests if r.kind == "lr" or executor.needs(r)}
+    assert {r.key for r in small.missing(requests)} == lost
+    assert len(lost) < len(requests)
+
+
+def test_only_what_was_asked_for_is_counted_and_its_lr_comes_along(small):
+    dynamic = next(p for p in small.points() if p.schedule == "dynamic")
+    assert small.ensure([small.slice_request(dynamic)]) == 1
+    assert small.store.get(small.lr_request()) is not None
+
+
+def test_many_errors_are_not_all_spelled_out_again(tmp_path):
+    requests = [Measurement("ppl", {"slice": None, "text": f"text {i}"}) for i in range(15)]
+    agenda = Agenda(requests, Store(tmp_path))
+    for i, request in enumerate(requests):
+        agenda.finished(request, f"error {i}")
+    with pytest.raises(RunError, match="15 of 15") as raised:
+        agenda.check()
+    assert len(str(raised.value).splitlines()) == 12
+
+
+def test_the_command_line_exits_with_1(small, monkeypatch, capfd):
+    def fail(*amounts):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(redundancy, "layer_redundancy", fail)
+    assert cli.main(["reproduce", "--profile", "smoke", "--only", "01", "--json"]) == 1
+    written = capfd.readouterr()
+    assert written.out == ""
+    assert "dynslice: 3 of 3 measurements failed" in written.err
+    assert "RuntimeError: no luck" in written.err
+    assert "Traceback" not in written.err
+
+
+# Who takes what
+
+
+def test_no_plan_starts_before_its_lr_is_there(small):
+    requests = small.requests()
+    agenda = Agenda(requests, small.store)
+    taken = []
+    while unit := agenda.take():
+        taken.append(unit)
+    started = {r.key for unit in taken for r in unit.requests}
+    assert small.lr_request().key in started
+    assert not [r for unit in taken for r in unit.requests if executor.needs(r)]
+    agenda.finished(small.lr_request(), None)
+    while unit := agenda.take():
+        taken.append(unit)
+    assert sorted(r.key for unit in taken for r in unit.requests) == sorted(r.key for r in requests)
+    sliced = [unit.network for unit in taken if unit.network]
+    assert len(sliced) == len([p for p in small.points() if p.network])
+    assert all(len(unit.requests) == 1 for unit in taken if unit.network is None)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "wanted", "expected"),
+    [
+        ([{"CPU": 2.0}], "auto", 9, ("cpu", 2, 1)),
+        ([{"CPU": 8.0}], "auto", 3, ("cpu", 3, 2)),
+        ([{"CPU": 8.0}, {"CPU": 2.0}, {}], "cpu", 2, ("cpu", 2, 2)),
+        ([{"CPU": 16.0, "GPU": 4.0}], "auto", 99, ("cuda", 4, 4)),
+        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 32.0, "GPU": 1.0}], "cuda", 99, ("cuda", 5, 4)),
+        ([{"CPU": 16.0, "GPU": 4.0}], "cpu", 99, ("cpu", 16, 1)),
+        ([{"CPU": 1.0, "GPU": 2.0}], "cuda", 1, ("cuda", 1, 0)),
+    ],
+)
+def test_a_cluster_is_shared_by_gpu_else_by_cpu(nodes, device, wanted, expected):
+    assert executor.shares(nodes, device, wanted) == expected
+
+
+def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
+    """Ray without processes: workers answer at once, and one network kills each of them."""
+
+    class Died(Exception):
+        pass
+
+    asked, killed, made = [], [], []
+    deadly, fine = ({"plan": {"schedule": name}} for name in ("deadly", "fine"))
+
+    def remote(answer):
+        return SimpleNamespace(remote=answer)
+
+    def measure(request, network):
+        asked.append(request.key)
+        return Died() if network is deadly else None
+
+    def make():
+        made.append(SimpleNamespace(load=remote(object), measure=remote(lambda *a: (measure(*a),))))
+        return made[-1]
+
+    def get(ref):
+        if isinstance(ref, tuple) and isinstance(ref[0], Died):
+            raise ref[0]
+
+    def wait(refs):
+        return refs[:1], refs[1:]
+
+    exceptions = SimpleNamespace(RayError=Died)
+    ray = SimpleNamespace(wait=wait, get=get, kill=killed.append, exceptions=exceptions)
+    requests = [
+        Measurement("ppl", {"slice": network, "text": text})
+        for network in (deadly, fine)
+        for text in ("one", "two")
+    ]
+    agenda = Agenda(requests, Store(tmp_path))
+    executor._hand_out(agenda, ray, make, 1)
+    assert asked == [requests[0].key, requests[2].key, requests[3].key]
+    assert set(agenda.failed) == {r.key for r in requests[:2]}
+    assert len(made) == 2
+    assert killed == made  # the dead one, and the other when nothing was left
+
+
+# Ray
+
+
+def test_two_workers_of_which_one_is_killed_measure_what_one_process_does(
+    sequential, tmp_path, monkeypatch, capfd
+):
+    ray = pytest.importorskip("ray")
+    init = ray.init  # counts two CPUs, whatever the machine has
+    monkeypatch.setattr(ray, "init", lambda **given: init(**given, num_cpus=2))
+    gone = tmp_path / "gone.txt"
+    gone.write_text("a text that is not there when it is to be read")
+    study = study_in(tmp_path, monkeypatch, **SLOW, lr_compare_texts=[str(gone)])
+    requests = study.requests()
+    gone.unlink()
+
+    sliced = [p.network for p in study.points() if p.network]
+    first = next(r for r in requests if r.kind == "slice" and r.config["slice"] == sliced[0])
+    workers, left = set(), []
+
+    def kill_one():
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = {p.pid: p for p in workers_of_ray() if p.cmdline()[0].endswith(".measure")}
+            workers.update(found)
+            if found and not left and study.store.get(first) is not None:
+                time.sleep(0.1)  # into the next measurement
+                left.append(study.missing(requests))
+                next(iter(found.values())).kill()
+            if len(study.missing(requests)) == 1:
+                return
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        with pytest.raises(RunError, match=f"1 of {len(requests)} measurements failed") as raised:
+            study.ensure(requests, "ray")
+    finally:
+        killer.join()
+    assert len(workers) == 3  # two, and the one that came for the killed one
+    assert of_network(left[0], sliced[0])  # which was in the middle of its network
+    assert f"lr {gone} dense: " in str(raised.value)
+    [missing] = study.missing(requests)
+    assert missing.config["text"] == str(gone)
+    found = values(study, requests)
+    assert found == {key: value for key, value in sequential.items() if key in found}
+    files = sorted(path.name for path in study.store.folder.iterdir())
+    assert files == sorted(f"{key}.json" for key in found)
+    written = capfd.readouterr()
+    assert written.out == ""
+    lines = [line for line in written.err.replace("\r", "\n").splitlines() if line.strip()]
+    assert [line for line in lines if not line.startswith(("measurements: ", "failed: lr "))] == []
+
+
+def test_an_address_is_where_ray_connects(small, monkeypatch):
+    ray = pytest.importorskip("ray")
+    given, ended = [], []
+
+    def init(**asked):
+        given.append(asked)
+        raise ConnectionError("far enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setattr(executor, "_reach", lambda address: None)
+    with pytest.raises(ConnectionError):
+        small.ensure(small.lr_requests(), "ray", "head:6379")
+    assert given[0]["address"] == "head:6379"
+    assert "object_store_memory" not in given[0]  # which only who starts a cluster may say
+    assert ended
+
+
+# Requests that cannot be served
+
+
+def test_an_address_where_nothing_answers_is_refused(small, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(executor, "_PATIENCE", 6)
+    with pytest.raises(RequestError, match=r"address '127\.0\.0\.1:1' \(no answer in 6 s\)"):
+        small.ensure(small.lr_requests(), "ray", "127.0.0.1:1")
+
+
+def test_ray_refuses_to_be_told_which_gpu(small):
+    small.device = "cuda:1"
+    with pytest.raises(RequestError, match="'cuda:1' names one GPU"):
+        small.ensure(small.lr_requests(), "ray")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--address", "auto"], "--address auto is Ray's; add --executor ray"),
+        (["--executor", "ray"], "needs the package ray"),
+        (["--executor", "dask"], "invalid choice: 'dask'"),
+    ],
+)
+def test_an_executor_that_cannot_start_is_refused(given, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    try:
+        status = cli.main(["reproduce", "--profile", "smoke", *given])
+    except SystemExit as refused:
+        status = refused.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_ray_loads_ray():
+    code = "import sys, dynslice.study; print('ray' in sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert json.loads(finished.stdout.lower()) is False
