@@ -52,7 +52,7 @@ def test_the_model_is_loaded_once_and_each_slice_made_once(small, monkeypatch):
 
 def test_each_text_is_tokenised_once(small, monkeypatch):
     asked, tokens = [], corpora.tokens
-    monkeypatch.setattr(corpora, "tokens", lambda *a: asked.append(a[:2]) or tokens(*a))
+    monkeypatch.setattr(corpora, "tokens", lambda *a, **k: asked.append(a[:2]) or tokens(*a, **k))
     small.ensure(small.requests())
     assert len(asked) == len(set(asked)) >= 3  # LR, calibration, evaluation
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice import corpora, efficiency, evaluation, models, plan, profile, slicing
 from dynslice.design import unique
@@ -25,23 +25,11 @@ from dynslice.errors import RequestError
 from dynslice.plan import Shape, SlicePlan
 from dynslice.redundancy import layer_redundancy
 from dynslice.results import peak_memory_bytes, provenance, reset_peak_memory
+from dynslice.shapes import SHAPES, config_of
 from dynslice.signals import Signals
 from dynslice.sliced import block_output
 from dynslice.study import Store, Study
 
-# Shapes of published models for random weights, as their configurations on the hub say.
-_SEVEN_BILLION = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
-SHAPES = {
-    "llama-3-8b": {"model_type": "llama", "vocab_size": 128256, **_SEVEN_BILLION},
-    "mistral-7b": {"model_type": "mistral", "vocab_size": 32000, **_SEVEN_BILLION},
-}
 SWEEP = (0.2, 0.25, 0.3)  # SP of the points of the sweep
 PREFILL = (2, 512)  # windows and tokens on a CPU; a GPU needs more to be busy
 PREFILL_GPU = (8, 2048)
@@ -97,10 +85,7 @@ class Subject:
         """The model; `layers` makes one of a shape shallower."""
         if self.model:
             return models.load(self.model, self.device, self.dtype, self.revision)[0]
-        settings = dict(SHAPES[self.shape])
-        if layers is not None:
-            settings["num_hidden_layers"] = layers
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config = config_of(self.shape, layers)
         with torch.device(self.device):
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()

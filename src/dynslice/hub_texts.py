@@ -134,6 +134,24 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
         return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
+def obstacle(name: str, split: str | None, revision: str | None = None) -> str | None:
+    """Why a corpus of the hub can't be had now, asked without downloading; None where it can.
+
+    None for texts that are no corpora of the hub.
+    """
+    if name not in HUB:
+        return None
+    corpus = HUB[name]
+    try:
+        if _is_away(corpus.repository, revision or corpus.revision):
+            _rows(name, split, revision)  # from the cache, or refused at once
+    except RequestError as error:
+        return str(error)
+    except Exception:  # no such repository or revision: what `fetch` says of it
+        return f"text {name!r}: the hub has no dataset {corpus.repository} at that revision"
+    return None
+
+
 def fetch(
     what: str,
     repository: str,

@@ -147,6 +147,16 @@ def resolve(name: str, revision: str | None = None) -> str:
     )
 
 
+def is_directory(name: str) -> bool:
+    """Whether a model is named by its directory."""
+    return Path(name).is_dir()
+
+
+def in_cache(name: str, revision: str | None = None) -> bool:
+    """Whether a model of the hub has been downloaded."""
+    return hub_models.snapshot(name, revision) is not None
+
+
 def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit that a model of the hub is read at; None for others, or when nothing knows."""
     if name.startswith("embedded:") or Path(name).is_dir():

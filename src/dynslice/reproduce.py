@@ -17,6 +17,7 @@ from dynslice import claims, costs, paths
 from dynslice.design import unique
 from dynslice.errors import RequestError, RunError
 from dynslice.executor import check as check_executor
+from dynslice.profile import load as load_profile
 from dynslice.results import Measurement, Result, Store
 from dynslice.study import Study, check
 
@@ -52,27 +53,72 @@ def run(
     executor, address: see `executor.work_off`. Returns the outcome as a dict and as lines. Raises
     RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
-    start = time.perf_counter()
     check_executor(executor, address)
-    study = Study.open(profile, from_record, device, **overrides)
-    notebooks = _notebooks(only)
-    requests = unique([r for number in notebooks for r in NEEDS[number](study)])
-    missing = study.missing(requests)
+    runs = []
+    for chosen in _by_model(profile, overrides):
+        study = Study.open(profile, from_record, device, **chosen)
+        notebooks = _notebooks(only)
+        requests = unique([r for number in notebooks for r in NEEDS[number](study)])
+        runs.append((study, chosen, notebooks, requests))
     if dry_run:
-        lines = [f"{'missing' if r in missing else 'stored':8} {r.key}" for r in requests]
-        lines.append(f"{len(missing)} of {len(requests)} measurements are missing")
-        keys = {"missing": [r.key for r in missing], "measurements": [r.key for r in requests]}
-        return {"profile": study.profile.name, **keys}, lines
-    if missing and not from_record:
-        from dynslice import assets
+        return _dry_run([(study, requests) for study, _, _, requests in runs])
+    if not from_record:
+        for study, _, _, requests in runs:
+            _prepare(study, requests)
+    outcomes = [_run_one(profile, *run_, executor, address) for run_ in runs]
+    facts = [outcome for outcome, _ in outcomes]
+    lines = [line for _, lines in outcomes for line in lines]
+    return facts[0] if len(facts) == 1 else {"models": facts}, lines
 
-        assets.fetch()
-        check(study.profile)
+
+def _by_model(profile: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+    """The overrides of each run that a profile asks for: one for each of its models."""
+    models = load_profile(profile, overrides).models
+    if "model" in overrides or not models:
+        return [overrides]
+    return [{**overrides, "model": model} for model in models]
+
+
+def _dry_run(planned: list[tuple[Study, list[Measurement]]]) -> tuple[dict, list[str]]:
+    from dynslice import preflight
+
+    facts, lines = [], []
+    for study, requests in planned:
+        found = preflight.forecast(study, study.missing(requests))
+        facts.append(preflight.facts(study, requests, found))
+        lines += preflight.lines(study, requests, found)
+    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+
+
+def _prepare(study: Study, requests: list[Measurement]) -> None:
+    """Refuse what cannot run, before anything heavy starts. Raises RequestError."""
+    missing = study.missing(requests)
+    if not missing:
+        return
+    from dynslice import assets, preflight
+
+    assets.fetch()
+    if obstacles := preflight.forecast(study, missing).obstacles:
+        raise RequestError(obstacles[0])
+    check(study.profile)
+
+
+def _run_one(
+    profile: str,
+    study: Study,
+    overrides: dict[str, Any],
+    notebooks: dict[str, Path],
+    requests: list[Measurement],
+    executor: str,
+    address: str | None,
+) -> tuple[dict, list[str]]:
+    start = time.perf_counter()
+    from_record = study.from_record
     measured = study.ensure(requests, executor, address)
     measuring = time.perf_counter() - start
 
     parameters = {"profile": profile, "from_record": from_record}
-    parameters |= {"device": device, **overrides}
+    parameters |= {"device": study.device, **overrides}
     for position, path in enumerate(notebooks.values(), start=1):
         print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
         _execute(path, paths.rendered(study.profile.name) / path.name, parameters)
@@ -105,9 +151,17 @@ def run(
 def record(profile: str) -> tuple[dict, list[str]]:
     """Copy the results of a complete run of a clean tree to data/record/<profile>.
 
-    Raises RequestError when results are missing or were not all measured at one clean commit.
+    Raises RequestError when results are missing or were not all measured at one clean commit, of
+    this project and of what the hub gave.
     """
-    study = Study.open(profile)
+    recorded = [_record_one(profile, chosen) for chosen in _by_model(profile, {})]
+    facts = [outcome for outcome, _ in recorded]
+    lines = [line for _, line in recorded]
+    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+
+
+def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, str]:
+    study = Study.open(profile, **chosen)
     requests = study.requests()
     if missing := study.missing(requests):
         raise RequestError(
@@ -121,6 +175,13 @@ def record(profile: str) -> tuple[dict, list[str]]:
             f"the results of {profile!r} do not come from one clean commit; commit, delete "
             f"{_shown(study.store.folder)} and run the profile again"
         )
+    for name in {name for r in results for name in r.provenance.get("hub_commits", {})}:
+        read = {r.provenance.get("hub_commits", {}).get(name) for r in results} - {None}
+        if len(read) > 1:
+            raise RequestError(
+                f"the results of {profile!r} read {name} at {len(read)} commits of the hub; set "
+                f"revisions to one of {', '.join(sorted(read))} and run the profile again"
+            )
     target = paths.record(study.profile.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".record-") as scratch:
@@ -130,10 +191,10 @@ def record(profile: str) -> tuple[dict, list[str]]:
         if target.exists():
             os.replace(target, Path(scratch) / "old")
         os.replace(fresh.folder, target)
-    update_pages(Study.open(profile, from_record=True))
-    commit = commits.pop()
-    facts = {"profile": profile, "results": len(results), "commit": commit}
-    return facts, [f"{len(results)} results of commit {commit[:10]} are the record of {profile}"]
+    update_pages(Study.open(profile, from_record=True, **chosen))
+    name, commit = study.profile.name, commits.pop()
+    facts = {"profile": name, "results": len(results), "commit": commit}
+    return facts, f"{len(results)} results of commit {commit[:10]} are the record of {name}"
 
 
 def update_pages(study: Study) -> None:

@@ -20,7 +20,8 @@ class TaskRow:
     definition: lm-eval's own, below its folder of tasks, or one in OWN. folder: its data in the
     fetched wheel; None where they come from the hub. hub: repository, files and revision there.
     metric: of a generation task, the main one, by lm-eval's name and filter; None for multiple
-    choice. tokens: of one item, its context shared by its choices (see TASKS).
+    choice. tokens: of one item, its context shared by its choices (see TASKS). items: how many
+    there are.
     settings: what our data need changed in the definition.
     """
 
@@ -29,6 +30,7 @@ class TaskRow:
     hub: tuple[str, str, str | None] | None = None
     metric: str | None = None
     tokens: float | None = None
+    items: int | None = None
     settings: dict = field(default_factory=dict)
 
 
@@ -42,19 +44,24 @@ class TaskRow:
 # answer: without examples a model does not know to say "The answer is". The repositories of XL-Sum
 # and MLQA are scripts.
 TASKS = {
-    "hellaswag": TaskRow("hellaswag/hellaswag.yaml", "hellaswag/none", tokens=164.2),
-    "winogrande": TaskRow("winogrande/default.yaml", "winogrande/winogrande_xl", tokens=43.0),
-    "arc_easy": TaskRow("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", tokens=40.4),
-    "arc_challenge": TaskRow("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", tokens=49.9),
-    "piqa": TaskRow("piqa/piqa.yaml", "piqa/plain_text", tokens=57.2),
-    "mmlu": TaskRow("mmlu/default", "hails/mmlu_no_train", tokens=125.9),
+    "hellaswag": TaskRow("hellaswag/hellaswag.yaml", "hellaswag/none", tokens=164.2, items=10042),
+    "winogrande": TaskRow(
+        "winogrande/default.yaml", "winogrande/winogrande_xl", tokens=43.0, items=1267
+    ),
+    "arc_easy": TaskRow("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", tokens=40.4, items=570),
+    "arc_challenge": TaskRow(
+        "arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", tokens=49.9, items=299
+    ),
+    "piqa": TaskRow("piqa/piqa.yaml", "piqa/plain_text", tokens=57.2, items=1838),
+    "mmlu": TaskRow("mmlu/default", "hails/mmlu_no_train", tokens=125.9, items=14042),
     "boolq": TaskRow(
         "super_glue/boolq/default.yaml",
         "boolq/none",
         tokens=145.4,
+        items=3270,
         settings={"doc_to_target": "{{ answer | int }}"},
     ),
-    "social_iqa": TaskRow("siqa/siqa.yaml", "social_i_qa/none", tokens=37.7),
+    "social_iqa": TaskRow("siqa/siqa.yaml", "social_i_qa/none", tokens=37.7, items=1954),
     "gsm8k_cot": TaskRow(
         "gsm8k/gsm8k-cot.yaml",
         hub=("openai/gsm8k", "main/test-*.parquet", None),

@@ -1,0 +1,169 @@
+"""Before a run starts: the plan of what it will measure, what it takes, and what stands in the way.
+
+`--dry-run` shows all of it; a run stops at the first obstacle.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+from dynslice import corpora, hub_models, hub_texts, models, paths
+from dynslice.assets import manifest
+from dynslice.errors import RequestError
+from dynslice.estimate import Estimate, Estimator, Machine, is_remote
+from dynslice.executor import describe
+from dynslice.memory import shown
+from dynslice.profile import Profile
+from dynslice.results import Measurement
+from dynslice.study import Study
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the missing measurements of one study take.
+
+    estimates: by key. rate: FLOP/s of this machine's matrix product, 0 where there is no
+    estimate. obstacles: sentences that name what is missing and the mend.
+    """
+
+    missing: list[Measurement]
+    estimates: dict[str, Estimate]
+    rate: float
+    download_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+    obstacles: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """The time of those whose size is known."""
+        return sum(e.seconds or 0.0 for e in self.estimates.values())
+
+    @property
+    def unknown(self) -> int:
+        """How many have a time that is not known."""
+        return sum(e.seconds is None for e in self.estimates.values())
+
+
+def forecast(study: Study, missing: list[Measurement], machine: Machine | None = None) -> Forecast:
+    """What a study will take, and what stands in its way. Raises RequestError for a model that
+    is neither to be had nor of a known shape."""
+    device = models.pick_device(study.device)
+    obstacles = _hub_obstacles(study.profile, missing)
+    if not missing or (_is_embedded(study.profile) and not _assets_are_there()):
+        return Forecast(missing, {}, 0.0, 0, 0, 0, obstacles)
+    try:
+        estimator = Estimator(study, device, machine)
+    except RequestError as error:
+        return Forecast(missing, {}, 0.0, 0, 0, 0, obstacles or [str(error)])
+    estimates = estimator.estimate(missing)
+    needed = max(e.memory_bytes for e in estimates.values())
+    download, disk = estimator.download, estimator.disk(missing)
+    obstacles += _room_obstacles(study.profile, device, needed, download + disk)
+    return Forecast(missing, estimates, estimator.machine.rate, download, disk, needed, obstacles)
+
+
+def lines(study: Study, requests: list[Measurement], found: Forecast) -> list[str]:
+    """The plan of a study as a reader wants it: each measurement, the sums, the obstacles."""
+    missing = {request.key for request in found.missing}
+    rows = []
+    for request in requests:
+        estimate = found.estimates.get(request.key)
+        state = "missing" if request.key in missing else "stored"
+        cost = f"{_time(estimate.seconds):>9} {shown(estimate.memory_bytes):>9}" if estimate else ""
+        rows.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
+    device = models.pick_device(study.device)
+    total = _time(found.seconds) + (f" and {found.unknown} unknown" if found.unknown else "")
+    return [
+        f"profile {study.profile.name}: {study.profile.model} in {study.profile.dtype}, "
+        f"placement {study.profile.placement}, on {device.type}",
+        *rows,
+        f"{len(missing)} of {len(requests)} measurements are missing",
+        f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
+        f"machine's own matrix product; {'host' if device.type == 'cpu' else 'device'} memory {shown(found.memory_bytes)}, "
+        f"disk {shown(found.disk_bytes)}, download of weights {shown(found.download_bytes)}",
+        *(f"in the way: {obstacle}" for obstacle in found.obstacles),
+    ]
+
+
+def facts(study: Study, requests: list[Measurement], found: Forecast) -> dict:
+    """The same as plain values."""
+    estimates = {key: asdict(estimate) for key, estimate in found.estimates.items()}
+    return {
+        "profile": study.profile.name,
+        "model": study.profile.model,
+        "missing": [request.key for request in found.missing],
+        "measurements": [request.key for request in requests],
+        "estimates": estimates,
+        "seconds": found.seconds,
+        "seconds_unknown": found.unknown,
+        "memory_bytes": found.memory_bytes,
+        "disk_bytes": found.disk_bytes,
+        "download_bytes": found.download_bytes,
+        "obstacles": found.obstacles,
+    }
+
+
+def _hub_obstacles(settings: Profile, missing: list[Measurement]) -> list[str]:
+    """A model or texts of the hub that can't be had now."""
+    found = []
+    model, revision = settings.model, settings.model_revision
+    here = not is_remote(model) or models.in_cache(model, revision)
+    if missing and not here and (reason := hub_models.refusal(model, revision)):
+        found.append(f"model {model!r} {reason}")
+    texts = set()
+    for request in missing:
+        for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
+            if "text" in config:
+                texts.add(corpora.source_of(config))
+    for text, split, text_revision in sorted(texts, key=str):
+        if reason := hub_texts.obstacle(text, split, text_revision):
+            found.append(reason)
+    return list(dict.fromkeys(found))
+
+
+def _room_obstacles(settings: Profile, device: torch.device, needed: int, disk: int) -> list[str]:
+    """Memory and disk that this machine lacks."""
+    found = []
+    if device.type == "cuda":
+        have, what = torch.cuda.get_device_properties(device).total_memory, "device"
+        if settings.placement == "spread":
+            count = torch.cuda.device_count()
+            have = sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    else:
+        have, what = psutil.virtual_memory().total, "host"
+    if needed > have:
+        other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
+        mend = f"--set placement={other}, or " if other else ""
+        found.append(
+            f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
+            f"{shown(needed)} of {what} memory, this machine has {shown(have)}; {mend}use a "
+            "larger machine or fewer calibration windows"
+        )
+    paths.CACHE.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(paths.CACHE).free
+    if disk > free:
+        found.append(
+            f"the run takes {shown(disk)} of disk, {shown(free)} are free below the cache; free "
+            "some, or move the cache with DYNSLICE_CACHE"
+        )
+    return found
+
+
+def _is_embedded(settings: Profile) -> bool:
+    return settings.model == "embedded:smollm2-135m"
+
+
+def _assets_are_there() -> bool:
+    return all(asset.folder.is_dir() for asset in manifest().values())
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"
