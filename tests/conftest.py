@@ -1,5 +1,6 @@
 """Small real models of each family, the embedded model, and the plain oracles."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -99,7 +100,8 @@ def smollm2():
 def dynslice():
     """Run the command line in a process of its own: (exit status, stdout, stderr)."""
 
-    def run(*arguments, **options):
+    def run(*arguments, env=None, **options):
+        options["env"] = {**os.environ, **(env or {})}
         finished = subprocess.run(
             [sys.executable, "-m", "dynslice", *map(str, arguments)],
             capture_output=True,

@@ -132,7 +132,7 @@ def plan_command(options) -> tuple[dict, list[str]]:
 
 def slice_command(options) -> tuple[dict, list[str]]:
     """Slice a model and save it where transformers can load it."""
-    from dynslice import corpora, models
+    from dynslice import corpora, models, streaming
     from dynslice.plan import SlicePlan
     from dynslice.results import peak_memory_bytes
     from dynslice.slicing import check_plan, slice_model
@@ -149,12 +149,22 @@ def slice_command(options) -> tuple[dict, list[str]]:
     else:
         plan = _plan_from_options(options)
     check_plan(models.load_config(options.model, options.revision), plan)
-    model, tokenizer = _load(options, dense_for="slicing")
+    device = models.pick_device(options.device)
+    dtype = models.pick_dtype(options.dtype, device)
+    budget = _budget(options, device)
+    tokenizer = models.load_tokenizer(options.model, options.revision)
     windows = corpora.windows(
         options.calibration, split, tokenizer, options.window, options.windows, options.seed
     )
-    sliced = slice_model(model, windows, plan)
-    models.save(sliced.model, tokenizer, out, {"plan.json": json.dumps(plan.to_dict(), indent=1)})
+    extra = {"plan.json": json.dumps(plan.to_dict(), indent=1)}
+    if options.stream:
+        source = (options.model, windows, plan, device, dtype, options.revision)
+        seconds = streaming.slice_to(out, *source, budget=budget, extra=extra)
+    else:
+        model, _ = _load(options, dense_for="slicing")
+        sliced = slice_model(model, windows, plan)
+        models.save(sliced.model, tokenizer, out, extra)
+        seconds = sliced.seconds
     result = {
         "out": options.out,
         "parameters": plan.parameters,
@@ -163,13 +173,14 @@ def slice_command(options) -> tuple[dict, list[str]]:
         "windows": len(windows),
         "window": options.window,
         "sampled": _sampled(options),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seconds": round(sliced.seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(model.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "streamed": options.stream,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
     line = (
         f"wrote {options.out}: {plan.parameters:,} stored parameters in {result['dtype']} (dense "
-        f"{plan.shape.dense_parameters:,}), sliced in {sliced.seconds:.1f} s on {len(windows)} "
+        f"{plan.shape.dense_parameters:,}), sliced in {seconds:.1f} s on {len(windows)} "
         f"{'sampled' if _sampled(options) else 'consecutive'} windows of {options.window} tokens"
     )
     return result, [line]
@@ -294,7 +305,24 @@ def _load(options, dense_for: str | None = None):
     dtype = models.pick_dtype(options.dtype, device)
     if dense_for:
         models.require_dense(models.load_config(options.model, options.revision), dense_for)
-    return models.load(options.model, device, dtype, options.revision)
+    spread = getattr(options, "spread", False)
+    return models.load(options.model, device, dtype, options.revision, spread)
+
+
+def _budget(options, device) -> Any:
+    """The memory that streamed slicing may take, as given in GiB."""
+    from dynslice.streaming import Budget
+
+    given = {"--host-memory": options.host_memory, "--device-memory": options.device_memory}
+    for flag, gib in given.items():
+        if gib is not None and not options.stream:
+            raise RequestError(f"{flag} {gib} is a budget of streamed slicing; add --stream")
+        if gib is not None and gib <= 0:
+            raise RequestError(f"{flag} {gib} is no memory; give GiB, such as 8")
+    if options.device_memory is not None and device.type == "cpu":
+        raise RequestError("--device-memory is that of a GPU; on a CPU give --host-memory")
+    host, on_device = (None if gib is None else int(gib * 2**30) for gib in given.values())
+    return Budget(device=on_device, host=host)
 
 
 def _plan_from_options(options) -> Any:
@@ -428,6 +456,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", required=required, help="embedded:NAME, directory or hub id")
         sub.add_argument("--revision", help="revision of a hub model")
 
+    def add_spread(sub) -> None:
+        sub.add_argument(
+            "--spread", action="store_true", help="place the layers over all GPUs, host and disk"
+        )
+
     def add_amounts(sub) -> None:
         sub.add_argument("--slice-percentage", type=float, metavar="SP", help="share, e.g. 0.25")
         sub.add_argument("--slice-base", type=float, metavar="SB", help="share cut everywhere")
@@ -439,6 +472,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("lr", lr_command)
     add_model(sub)
+    add_spread(sub)
     sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="train, validation [default of a corpus] or test")
     sub.add_argument("--max-tokens", type=_positive)
@@ -464,9 +498,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--windows", type=_windows, default=128, help="count, or all [128]")
     sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
     sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument(
+        "--stream", action="store_true", help="read the model layer by layer, write it by shards"
+    )
+    sub.add_argument("--host-memory", type=float, metavar="GIB", help="budget of --stream")
+    sub.add_argument("--device-memory", type=float, metavar="GIB", help="the same on a GPU")
 
     sub = add("ppl", ppl_command)
     add_model(sub)
+    add_spread(sub)
     sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="validation [default of a corpus], test or train")
     sub.add_argument("--windows", type=_windows, default=None, help="count, or all [all]")
@@ -474,6 +514,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("tasks", tasks_command)
     add_model(sub)
+    add_spread(sub)
     sub.add_argument("--tasks", required=True, help="comma-separated names")
     sub.add_argument("--limit", type=_positive, help="items per task")
     sub.add_argument(

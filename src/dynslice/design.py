@@ -266,11 +266,11 @@ class Design:
 
         source = self.profile.stand_ins.get(text, text)
         config = {"text": text, "split": split_for(source, split)}
-        if source != text:
-            config["stand_in"] = source
         if files := files_of(source, config["split"]):
             config["text_sha256"] = _sha256_of(files)
-        if revision := self.profile.revisions.get(text):
+        if source != text:
+            config["stand_in"] = source
+        elif revision := self.profile.revisions.get(text):
             config["text_revision"] = revision
         return config
 

@@ -92,6 +92,10 @@ def load(
                 "save the model anew"
             ) from error
     model = model if spread else model.to(device)
+    if model.device.type == "meta":
+        raise RequestError(
+            f"no memory has room for the embedding of model {name!r}; use a machine with more"
+        )
     return model.eval(), load_tokenizer(name, revision)
 
 

@@ -82,7 +82,7 @@ def lines(study: Study, requests: list[Measurement], found: Forecast) -> list[st
         *rows,
         f"{len(missing)} of {len(requests)} measurements are missing",
         f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
-        f"machine's own matrix product; {'host' if device.type == 'cpu' else 'device'} memory {shown(found.memory_bytes)}, "
+        f"machine's own matrix product; {_kind(device)} memory {shown(found.memory_bytes)}, "
         f"disk {shown(found.disk_bytes)}, download of weights {shown(found.download_bytes)}",
         *(f"in the way: {obstacle}" for obstacle in found.obstacles),
     ]
@@ -128,19 +128,19 @@ def _room_obstacles(settings: Profile, device: torch.device, needed: int, disk: 
     """Memory and disk that this machine lacks."""
     found = []
     if device.type == "cuda":
-        have, what = torch.cuda.get_device_properties(device).total_memory, "device"
+        have = torch.cuda.get_device_properties(device).total_memory
         if settings.placement == "spread":
             count = torch.cuda.device_count()
             have = sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
     else:
-        have, what = psutil.virtual_memory().total, "host"
+        have = psutil.virtual_memory().total
     if needed > have:
         other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
         mend = f"--set placement={other}, or " if other else ""
         found.append(
             f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
-            f"{shown(needed)} of {what} memory, this machine has {shown(have)}; {mend}use a "
-            "larger machine or fewer calibration windows"
+            f"{shown(needed)} of {_kind(device)} memory, this machine has {shown(have)}; {mend}use "
+            "a larger machine or fewer calibration windows"
         )
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(paths.CACHE).free
@@ -150,6 +150,10 @@ def _room_obstacles(settings: Profile, device: torch.device, needed: int, disk: 
             "some, or move the cache with DYNSLICE_CACHE"
         )
     return found
+
+
+def _kind(device: torch.device) -> str:
+    return "host" if device.type == "cpu" else "device"
 
 
 def _is_embedded(settings: Profile) -> bool:

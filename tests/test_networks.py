@@ -1,0 +1,106 @@
+"""Where the networks of a study are kept does not change what is measured on them."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import CPU
+
+from dynslice import assets, corpora, hub_models, hub_texts, models, paths
+from dynslice.evaluation import perplexity, tasks
+from dynslice.plan import Shape, constant
+from dynslice.redundancy import layer_redundancy
+from dynslice.slicing import slice_model
+from dynslice.study import Study
+
+SMALL = {"ablation_slice_percentage": None, "single_layer_slice": None, "ablation_lr_tokens": []}
+ONE_AT_A_TIME = {"speed_slice_percentages": [], "host_memory_gib": 0.5}
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """Memory for the embedding and one of four layers; accelerate keeps the others on disk."""
+    load = models.AutoModelForCausalLM.from_pretrained
+    room = partial(load, max_memory={"cpu": 450_000})
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", room)
+
+
+def on_disk(model):
+    return sum(p.device.type == "meta" for p in model.parameters())
+
+
+def test_a_spread_network_gives_the_same_values(crowded, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    windows = torch.randint(257, (4, 64), generator=torch.Generator().manual_seed(0))
+    dense, tokenizer = models.load("embedded:tiny-random", CPU, torch.float32)
+    models.save(dense, tokenizer, tmp_path / "dense", shard="100KB")
+    plan = constant(Shape.of(dense.config), 0.25)
+    models.save(slice_model(dense, windows, plan).model, tokenizer, tmp_path / "sliced")
+    for name in ("dense", "sliced"):
+        whole, _ = models.load(str(tmp_path / name), CPU, torch.float32)
+        spread, _ = models.load(str(tmp_path / name), CPU, torch.float32, spread=True)
+        assert on_disk(whole) == 0 < on_disk(spread)
+        wanted = perplexity(whole, windows)["nll"]
+        assert perplexity(spread, windows)["nll"] == pytest.approx(wanted, abs=1e-6)
+        if name == "dense":
+            lr = layer_redundancy(whole, windows, 64).lr
+            assert layer_redundancy(spread, windows, 64).lr == pytest.approx(lr, abs=1e-6)
+
+
+def test_a_spread_network_answers_tasks_alike(crowded):
+    assets.fetch()
+    whole, tokenizer = models.load("embedded:tiny-random", CPU, torch.float32)
+    spread, _ = models.load("embedded:tiny-random", CPU, torch.float32, spread=True)
+    assert on_disk(spread) > 0
+    margins = [tasks(m, tokenizer, ["piqa"], 6)["piqa"]["margin"] for m in (whole, spread)]
+    assert margins[1] == pytest.approx(margins[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("placement", ["streamed", "spread"])
+def test_a_study_measures_the_same_in_every_placement(placement, tmp_path, monkeypatch):
+    assets.fetch()
+    values = {}
+    for place, extra in (("resident", {"speed_slice_percentages": []}), (placement, ONE_AT_A_TIME)):
+        monkeypatch.setattr(paths, "OUTPUT", tmp_path / place)
+        changes = {**SMALL, **extra, "placement": place, "tasks": {"piqa": 4}, "slice_bases": [0.0]}
+        study = Study.open("smoke", device="cpu", **changes)
+        requests = study.requests()
+        study.ensure(requests)
+        values[place] = [study.get(request).value for request in requests]
+        assert not list((paths.CACHE / "sliced").glob("sliced-*/.s*"))
+    for ours, theirs in zip(values[placement], values["resident"], strict=True):
+        for name in ("perplexity", "parameters", "widths", "margin", "acc"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypatch):
+    """The hub's answers are stood in for; what is done with them is not."""
+    assets.fetch()
+    asked = []
+    folder = models.resolve("embedded:tiny-random")
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    monkeypatch.setattr(hub_models, "refusal", lambda *_: "cannot be reached")
+    monkeypatch.setattr(
+        hub_models, "snapshot", lambda name, revision=None: asked.append(revision) or folder
+    )
+    monkeypatch.setattr(hub_models, "commit_of", lambda *_: "c0ffee")
+    monkeypatch.setattr(corpora, "commit_of", lambda text, revision: f"{text} at {revision}")
+    study = Study.open(
+        "smoke",
+        device="cpu",
+        model="somebody/tiny",
+        revisions={"somebody/tiny": "v1", "wikitext2": "v2"},
+        eval_texts=["wikitext2"],
+        calibration_text="sotu",
+    )
+    request = study.perplexity_request(study.points()[0], "wikitext2")
+    assert (request.config["revision"], request.config["text_revision"]) == ("v1", "v2")
+    read = []
+    monkeypatch.setattr(
+        hub_texts, "documents", lambda *a: read.append(a) or corpora.documents("wikipedia", "test")
+    )
+    commits = study.get(request).provenance["hub_commits"]
+    assert commits == {"somebody/tiny": "c0ffee", "wikitext2": "wikitext2 at v2"}
+    assert read == [("wikitext2", "test", "v2")]
+    assert set(asked) >= {"c0ffee"}  # loaded by its commit

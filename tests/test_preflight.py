@@ -1,0 +1,173 @@
+"""The plan of a run before it starts: estimates, and what stands in the way."""
+
+import json
+
+import psutil
+import pytest
+import torch
+from conftest import CPU
+
+from dynslice import assets, hub_models, hub_texts, preflight, reproduce
+from dynslice.errors import RequestError
+from dynslice.estimate import Estimator, Machine, task_tokens, text_tokens
+from dynslice.study import Study
+
+# That of the committed benchmark, data/bench/smollm2-135m-cpu.json; the eigen-decomposition of
+# the same cores.
+MACHINE = Machine(CPU, rate=0.184e12, rate_float64=0.092e12, eigenvectors=0.02, share=0.9)
+PAPER = ("meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1")
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """No network, and no local cache of the hub."""
+    away = "could not be had from the hub: connect to the network"
+    monkeypatch.setattr(hub_models, "refusal", lambda *_: away)
+    monkeypatch.setattr(hub_models, "snapshot", lambda *_: None)
+    monkeypatch.setattr(hub_texts, "obstacle", lambda text, *_: f"text {text!r} is away")
+
+
+@pytest.mark.parametrize("name", ["quick", "standard"])
+def test_estimates_are_those_of_the_record(name):
+    assets.fetch()
+    study = Study.open(name, from_record=True)
+    requests = study.requests()
+    estimates = Estimator(study, CPU, MACHINE).estimate(requests)
+    results = {request.key: study.store.get(request) for request in requests}
+    for kind in ("slice", "ppl", "task"):
+        keys = [request.key for request in requests if request.kind == kind]
+        measured = sum(results[key].seconds for key in keys)
+        assert sum(estimates[key].seconds for key in keys) == pytest.approx(measured, rel=0.35)
+    total = sum(result.seconds for result in results.values())
+    assert sum(e.seconds for e in estimates.values()) == pytest.approx(total, rel=0.25)
+    for key, estimate in estimates.items():
+        # What tensors take; the process and what it keeps of texts come on top.
+        assert estimate.memory_bytes < results[key].peak_memory_bytes
+
+
+def test_estimates_count_slicing_once_for_each_network():
+    assets.fetch()
+    study = Study.open("quick")
+    point = study.points()[1]
+    slicing, reading = study.slice_request(point), study.perplexity_request(point, "sotu")
+    both = Estimator(study, CPU, MACHINE).estimate([slicing, reading])
+    alone = Estimator(study, CPU, MACHINE).estimate([reading])
+    whole = both[slicing.key].seconds + both[reading.key].seconds
+    assert alone[reading.key].seconds == pytest.approx(whole)
+    assert both[reading.key].seconds < both[slicing.key].seconds
+
+
+def test_a_model_of_the_hub_is_planned_by_its_published_shape(no_hub):
+    study = Study.open("paper", device="cpu", model=PAPER[0])
+    found = preflight.forecast(study, study.missing(study.requests()), MACHINE)
+    parameters = 8_030_261_248  # as the hub's model card counts them
+    assert found.download_bytes == 2 * parameters
+    assert found.seconds > 30 * 86400
+    # Dense and sliced network in float16, and some gigabytes to work with.
+    assert 4 * parameters < found.memory_bytes < 5 * parameters
+    assert found.obstacles[0].startswith(f"model {PAPER[0]!r} could not be had from the hub")
+    assert "text 'wikitext2' is away" in found.obstacles
+
+
+def test_placements_take_less_memory_and_more_disk(no_hub):
+    found = {}
+    for placement in ("resident", "streamed"):
+        study = Study.open("paper", model=PAPER[1], placement=placement, speed_slice_percentages=[])
+        requests = study.missing(study.perplexity_requests())
+        found[placement] = preflight.forecast(study, requests, MACHINE)
+    assert found["streamed"].memory_bytes < 0.6 * found["resident"].memory_bytes
+    assert found["resident"].disk_bytes == 0 < found["streamed"].disk_bytes
+
+
+def test_too_little_memory_and_disk_are_said_with_the_mend(no_hub, monkeypatch):
+    memory = type("Memory", (), {"total": 2**30})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    disk = type("Usage", (), {"free": 2**30})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: disk)
+    study = Study.open("paper", device="cpu", model=PAPER[1])
+    obstacles = preflight.forecast(study, study.requests(), MACHINE).obstacles
+    assert any(
+        "of host memory, this machine has 1.0 GiB; --set placement=streamed" in o for o in obstacles
+    )
+    assert any("of disk, 1.0 GiB are free" in o and "DYNSLICE_CACHE" in o for o in obstacles)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("GatedRepoError", "is gated on the hub: accept its licence there and log in"),
+        ("RepositoryNotFoundError", "is no model of the hub that this account can see"),
+        ("RevisionNotFoundError", "has no revision 'v9' on the hub"),
+        (None, "could not be had from the hub: connect to the network"),
+    ],
+)
+def test_the_hubs_refusals_are_told_apart_without_its_words(error, sentence, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    def refuse(*_args, **_options):
+        if error is None:
+            raise OSError("https://hub/x?token=hf_secret")
+        request = httpx.Request("GET", "https://hub/x?token=hf_secret")
+        response = httpx.Response(403, request=request)
+        raise getattr(huggingface_hub.errors, error)("token=hf_secret", response=response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
+    hub_models.refusal.cache_clear()
+    said = hub_models.refusal("somebody/some-model", "v9")
+    hub_models.refusal.cache_clear()
+    assert said.startswith(sentence)
+    assert "hf_secret" not in said
+
+
+def test_a_run_stops_at_the_first_obstacle_before_any_work(no_hub, monkeypatch):
+    monkeypatch.setattr(assets, "fetch", list)
+    monkeypatch.setattr(Study, "ensure", lambda *_: pytest.fail("work began"))
+    with pytest.raises(RequestError, match=r"^model 'meta-llama/.* could not be had from the hub"):
+        reproduce.run("paper", {}, device="cpu")
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "full", "rehearsal"])
+def test_dry_run_of_every_profile_lists_each_measurement(profile, monkeypatch):
+    assets.fetch()
+    monkeypatch.setattr(Machine, "measured", lambda *_: MACHINE)
+    facts, lines = reproduce.run(profile, {}, dry_run=True, device="cpu")
+    for run in facts.get("models", [facts]):
+        assert run["obstacles"] == []
+        assert set(run["estimates"]) == set(run["missing"])
+        text = "\n".join(lines)
+        assert all(key in text for key in run["measurements"])
+        if run["missing"]:
+            assert run["seconds"] > 0
+            assert run["memory_bytes"] > 0
+
+
+def test_dry_run_of_the_paper_offline_prints_the_whole_plan(dynslice, tmp_path):
+    environment = {"DYNSLICE_OUTPUT": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = ("reproduce", "--profile", "paper", "--device", "cpu")
+    status, stdout, _ = dynslice(*command, "--dry-run", "--json", env=environment)
+    assert status == 0
+    for run, model in zip(json.loads(stdout)["models"], PAPER, strict=True):
+        assert run["model"] == model
+        assert len(run["estimates"]) == len(run["measurements"]) > 500
+        assert any("could not be had from the hub" in o for o in run["obstacles"])
+
+    status, stdout, stderr = dynslice(*command, env=environment)
+    assert (status, stdout) == (2, "")
+    [sentence] = stderr.strip().splitlines()
+    assert sentence.startswith("dynslice: model 'meta-llama/Meta-Llama-3-8B' could not be had")
+
+
+def test_sizes_that_nobody_knows_are_none_not_zero():
+    assert text_tokens("alpaca", "validation") is None
+    assert task_tokens("gsm8k_cot", 10, None) is None
+    assert task_tokens("mmlu", 10, "first") == 57 * task_tokens("mmlu", 10, "stratified")
+    assert task_tokens("piqa", None, None) == task_tokens("piqa", 10**6, None)
+    assert text_tokens("wikitext2", "test") == pytest.approx(245_569 * 1.3, abs=1)
+
+
+def test_the_machines_yardsticks_are_measured():
+    machine = Machine.measured(CPU, torch.float16)  # a CPU is asked for float32
+    assert machine.rate > machine.rate_float64 > 1e8
+    assert 0 < machine.eigenvectors < 10
+    assert 0.3 < machine.share <= 1
