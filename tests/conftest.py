@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 _WITH_KEY_VALUE_HEADS = {"num_key_value_heads": 2, "intermediate_size": 80}
 
 
-def _tiny(base, **extra):
+def _tiny(base, vocab_size=97, **extra):
     """A random model of a real class with 3 layers, 48 dimensions and scales that matter."""
     torch.manual_seed(1)
     config = getattr(transformers, f"{base}Config")(
-        vocab_size=97,
+        vocab_size=vocab_size,
         hidden_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,

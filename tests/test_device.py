@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import TINY, projector_oracle
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynslice import corpora, models
+from dynslice import corpora, memory, models, streaming
 from dynslice.evaluation import perplexity
 from dynslice.plan import Shape, constant, dynamic
 from dynslice.redundancy import layer_redundancy
@@ -79,3 +80,53 @@ def test_sliced_networks_generate_with_their_cache(device, dtype, tokens):
     plain = network.generate(prompt, use_cache=False, **options)
     if dtype == torch.float32:
         assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("room", ["device", "host", "disk"])
+def test_streamed_slice_is_the_one_in_memory(room, device, dtype, tokens, tmp_path):
+    model = TINY["llama"]().to(dtype)
+    models.save(model, models.load_tokenizer("embedded:tiny-random"), tmp_path / "dense")
+    plan = constant(Shape.of(model.config), 0.25)
+    workspace = memory.slicing_workspace(model.config, plan, tokens.shape[1], device, dtype)
+    shards = 4 * memory.largest_weight(model.config, dtype)
+    least = {"device": workspace, "host": 10 * shards}
+    if device.type == "cpu":
+        least["host"] = int((workspace + shards) / 0.8)
+    budget = {
+        "device": streaming.Budget(),
+        "host": streaming.Budget(device=least["device"], host=None),
+        "disk": streaming.Budget(device=least["device"], host=least["host"]),
+    }[room]
+    source, out = str(tmp_path / "dense"), tmp_path / "sliced"
+    streaming.slice_to(out, source, tokens, plan, device, dtype, budget=budget)
+    wanted = slice_model(model.to(device), tokens, plan).model.state_dict()
+    got = models.load(str(out), device, dtype)[0].state_dict()
+    for name, weight in wanted.items():
+        assert torch.equal(got[name], weight), name
+
+
+@CUDA
+def test_memory_of_streamed_slicing_is_predicted_on_a_gpu(tmp_path):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    models.save(model, models.load_tokenizer("embedded:tiny-random"), tmp_path / "dense")
+    plan = constant(Shape.of(config), 0.25)
+    windows = torch.randint(32000, (16, 2048), generator=torch.Generator().manual_seed(0))
+    source = str(tmp_path / "dense")
+    torch.linalg.eigh(torch.eye(8, device=device))  # the libraries' own buffers
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    streaming.slice_to(tmp_path / "sliced", source, windows, plan, device, dtype)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    predicted = memory.slicing_workspace(config, plan, 2048, device, dtype)
+    predicted += memory.signal_bytes(plan, windows.numel(), dtype)
+    assert peak == pytest.approx(predicted, rel=0.2)

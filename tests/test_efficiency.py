@@ -267,3 +267,15 @@ def test_committed_benchmarks_are_of_clean_commits_and_their_checks_hold():
 def test_the_readme_shows_the_committed_benchmark():
     page = (paths.ROOT / "README.md").read_text()
     assert costs.readme_block() in page
+
+
+def test_streamed_slicing_is_a_row_with_its_prediction():
+    """On a GPU only in a benchmark; here the row, whose peak means little on a CPU."""
+    subject = bench.Subject("embedded:tiny-random", None, CPU, torch.float32)
+    windows = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
+    shape = Shape.of(subject.load().config)
+    peak, small = bench._streamed_rows(subject, windows, constant(shape, 0.25))
+    assert (peak.low, peak.high, small.high) == (0.8, 1.2, 1.0)
+    assert peak.seconds > 0
+    assert small.met
+    assert small.step == "streamed slicing within 24 GiB"

@@ -643,3 +643,17 @@ def test_lm_eval_command_line_agrees_on_a_sliced_directory(tiny_random, tmp_path
         assert ours[name]["n"] == (5 * 57 if name == "mmlu" else 5)
         assert ours[name]["acc"] == theirs[name]["acc,none"]
         assert ours[name]["acc_norm"] == theirs[name].get("acc_norm,none")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_shares_contexts_as_hflm_scores_them(name):
+    """Masks and positions given from outside mean the same to each family's attention."""
+    assets.fetch()
+    model = TINY[name](vocab_size=257)
+    tokenizer = models.load_tokenizer("embedded:tiny-random")
+    shared, plain = (
+        evaluation.tasks(model, tokenizer, ["piqa"], 3, share_contexts=share)["piqa"]["margin"]
+        for share in (True, False)
+    )
+    assert shared == pytest.approx(plain, abs=1e-3)
+    assert max(map(abs, plain)) > 1  # the tolerance is small beside what is compared

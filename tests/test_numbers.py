@@ -142,6 +142,7 @@ def numbers(text):
     for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"\$[^$]*\$", r"`[^`]*`", r"\]\([^)]*\)"):
         text = re.sub(pattern, " ", text, flags=re.S)
     text = re.sub(r"SmolLM2-135M(-Instruct)?|Llama-?3-8B|Mistral-7B|WikiText-2|PG-19", " ", text)
+    text = re.sub(r"Llama 2 and 3|Qwen2 and 2\.5|Qwen3|Phi-[23]|Gemma 2", " ", text)
     text = re.sub(
         r"SHA-256|UTF-8|arXiv \d+\.\d+|(EMNLP|ACL) 20\d\d|float(32|64)|bfloat16", " ", text
     )
@@ -158,6 +159,7 @@ FACTS = {
     ("README.md", "3.11.5"): "the oldest Python, for the lock file",
     ("README.md", "3"): "gigabytes of disk, and hours of `standard`",
     ("README.md", "15"): "minutes of `quick`",
+    ("README.md", "128"): "windows of the published protocol",
     ("03_tasks", "25"): "chance on four choices",
     ("03_tasks", "50"): "chance on two",
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
@@ -178,6 +180,8 @@ def test_facts_in_prose_are_true():
     )  # the eps that docs/deviations.md calls the same
     assert "Q4_1" in paths.ASSET_MANIFEST.read_text()
     assert set(profile.load("standard").tasks.values()) == {200}
+    paper = profile.load("paper")
+    assert {paper.calibration_windows, paper.selection_windows} == {128}
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11.5"
 

@@ -274,3 +274,12 @@ def test_a_spreadsheets_byte_order_mark_is_no_part_of_a_column(invented):
     (paths.PUBLISHED / "reader.csv").write_text(f"{HEADER}\n{GOOD}\n", encoding="utf-8-sig")
     assert [cell.value for cell in published.read()] == [5]
     assert report.rounded(published.table(invented))["SB"].tolist() == ["-"]
+
+
+def test_a_stand_in_is_no_equal_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
+    paths.PUBLISHED.mkdir()
+    settings = {**SETTINGS, "stand_ins": {"sotu": "mmlu"}}
+    study = Invented(load("smoke", settings), Store(tmp_path), "cpu", from_record=True).fill()
+    publish(f"SliceGPT,{MODEL},perplexity,sotu test,0.2,,{ALIKE},19.5,A paper")
+    assert published.table(study)["settings"].tolist() == ["sotu read from mmlu"]

@@ -48,6 +48,8 @@ def test_rehearsal_runs_all_of_the_paper_within_three_minutes(rehearsal):
                 for output in cell.get("outputs", []):
                     assert output["output_type"] != "error"
                     assert output.get("name") != "stderr", output.get("text")
+        said = (rendered[1].read_text()).replace("\\n", " ")
+        assert "`wikipedia` stands in for wikitext2" in said
         figures = folder / "figures/rehearsal" / name
         for stem in ("layer_redundancy", "perplexity", "tasks", "slice_base_sweep"):
             assert (figures / f"{stem}.pdf").stat().st_size > 100

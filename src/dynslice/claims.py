@@ -351,8 +351,8 @@ def _deviations(study: Study) -> list[tuple[str, str, str]]:
         (
             "The sweep reloads the model for every point, reads results from printed text, and "
             "goes on when a point has failed.",
-            "One process, the model loaded once, one result file per measurement; a failure ends "
-            "the run and the next one goes on from there.",
+            "The model is loaded once by each process, and each measurement is a file; one that "
+            "failed is named at the end, the run counts as failed, and the next one measures it.",
             "No number of a network.",
         ),
         (

@@ -266,6 +266,8 @@ def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]
         for name, (there, here) in compared.items()
         if there is not None and there != here
     ]
+    read = dict.fromkeys((_text(cell.dataset)[0], _text(cell.calibration or "")[0]))
+    differing += [f"{t} read from {p.stand_ins[t]}" for t in read if t in p.stand_ins]
     unstated = ", ".join(name for name, (there, _) in compared.items() if there is None)
     return "; ".join(differing + [f"{unstated} not stated"] * bool(unstated)) or "equal"
 

@@ -464,7 +464,16 @@ def device_line(study: Study) -> str:
     ]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
     commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
-    return f"Measured on {'; '.join(devices)}, code at commit {', '.join(commits)}."
+    line = f"Measured on {'; '.join(devices)}, code at commit {', '.join(commits)}."
+    stand_ins = [f"`{there}` stands in for {name}" for name, there in used_stand_ins(study).items()]
+    return f"{line} **Stand-ins**: {'; '.join(stand_ins)}." if stand_ins else line
+
+
+def used_stand_ins(study: Study) -> dict[str, str]:
+    """What was read in the place of a corpus, by its name."""
+    configs = [request.config for request in study.requests()]
+    configs += [(config.get("slice") or {}).get("calibration", {}) for config in configs]
+    return {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
 
 
 def lm_eval_line(study: Study) -> str:
