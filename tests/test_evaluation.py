@@ -16,7 +16,16 @@ from datasets import Dataset
 from huggingface_hub import constants
 from prose import paragraphs
 
-from dynslice import assets, corpora, evaluation, hub_texts, models, profile, study
+from dynslice import (
+    assets,
+    corpora,
+    evaluation,
+    hub_texts,
+    models,
+    profile,
+    study,
+    task_table,
+)
 from dynslice import items as task_items
 from dynslice.errors import RequestError, RunError
 from dynslice.plan import Shape, constant
@@ -332,7 +341,7 @@ def test_the_tasks_are_those_that_the_authors_offer():
     assert list(evaluation.TASKS) == ALL_TASKS
     assert list(PAPER_TASKS) == ALL_TASKS[:6]
     assert list(CHOICE_TASKS) == ALL_TASKS[:8]
-    evaluation.check_tasks(ALL_TASKS)
+    task_table.check(ALL_TASKS)
     for row in evaluation.TASKS.values():
         assert (task_items.OFFICIAL / row.definition).exists()
         assert (row.folder is None) != (row.hub is None)

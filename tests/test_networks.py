@@ -100,6 +100,8 @@ def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypa
     monkeypatch.setattr(
         hub_texts, "documents", lambda *a: read.append(a) or corpora.documents("wikipedia", "test")
     )
+    stood_in = Study.open("smoke", stand_ins={"sotu": "c4"}, revisions={"c4": "abc"})
+    assert stood_in._text("sotu", "train")["text_revision"] == "abc"
     commits = study.get(request).provenance["hub_commits"]
     assert commits == {"somebody/tiny": "c0ffee", "wikitext2": "wikitext2 at v2"}
     assert read == [("wikitext2", "test", "v2")]

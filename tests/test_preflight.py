@@ -1,14 +1,24 @@
 """The plan of a run before it starts: estimates, and what stands in the way."""
 
 import json
+import os
 
 import psutil
 import pytest
 import torch
 from conftest import CPU
 
-from dynslice import assets, hub_models, hub_texts, preflight, reproduce
-from dynslice.errors import RequestError
+from dynslice import (
+    assets,
+    hub_models,
+    hub_texts,
+    models,
+    networks,
+    paths,
+    preflight,
+    reproduce,
+)
+from dynslice.errors import RequestError, RunError
 from dynslice.estimate import Estimator, Machine, task_tokens, text_tokens
 from dynslice.study import Study
 
@@ -59,7 +69,7 @@ def test_estimates_count_slicing_once_for_each_network():
 
 def test_a_model_of_the_hub_is_planned_by_its_published_shape(no_hub):
     study = Study.open("paper", device="cpu", model=PAPER[0])
-    found = preflight.forecast(study, study.missing(study.requests()), MACHINE)
+    found = preflight.forecast(study, study.missing(study.requests()), machine=MACHINE)
     parameters = 8_030_261_248  # as the hub's model card counts them
     assert found.download_bytes == 2 * parameters
     assert found.seconds > 30 * 86400
@@ -74,7 +84,7 @@ def test_placements_take_less_memory_and_more_disk(no_hub):
     for placement in ("resident", "streamed"):
         study = Study.open("paper", model=PAPER[1], placement=placement, speed_slice_percentages=[])
         requests = study.missing(study.perplexity_requests())
-        found[placement] = preflight.forecast(study, requests, MACHINE)
+        found[placement] = preflight.forecast(study, requests, machine=MACHINE)
     assert found["streamed"].memory_bytes < 0.6 * found["resident"].memory_bytes
     assert found["resident"].disk_bytes == 0 < found["streamed"].disk_bytes
 
@@ -85,11 +95,14 @@ def test_too_little_memory_and_disk_are_said_with_the_mend(no_hub, monkeypatch):
     disk = type("Usage", (), {"free": 2**30})
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: disk)
     study = Study.open("paper", device="cpu", model=PAPER[1])
-    obstacles = preflight.forecast(study, study.requests(), MACHINE).obstacles
+    obstacles = preflight.forecast(study, study.requests(), machine=MACHINE).obstacles
     assert any(
         "of host memory, this machine has 1.0 GiB; --set placement=streamed" in o for o in obstacles
     )
-    assert any("of disk, 1.0 GiB are free" in o and "DYNSLICE_CACHE" in o for o in obstacles)
+    assert any(
+        "of disk in the hub's cache, 1.0 GiB are free there" in o and "HF_HOME" in o
+        for o in obstacles
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,3 +184,49 @@ def test_the_machines_yardsticks_are_measured():
     assert machine.rate > machine.rate_float64 > 1e8
     assert 0 < machine.eigenvectors < 10
     assert 0.3 < machine.share <= 1
+
+
+def test_tasks_of_the_hub_are_in_the_way_without_it(monkeypatch):
+    monkeypatch.setattr(hub_texts, "_is_away", lambda *_: True)
+    study = Study.open("smoke", device="cpu", tasks={"gsm8k_cot": 2})
+    found = preflight.forecast(study, study.task_requests(), machine=MACHINE)
+    assert [o for o in found.obstacles if o.startswith("task 'gsm8k_cot' is dataset")]
+    assert found.unknown == 4
+
+
+def test_a_configuration_alone_is_no_downloaded_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_models, "snapshot", lambda *_: tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert not models.in_cache("somebody/model")
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "model-1.safetensors").touch()
+    assert not models.in_cache("somebody/model")
+    (tmp_path / "model-2.safetensors").touch()
+    assert models.in_cache("somebody/model")
+
+
+def test_one_models_failure_does_not_keep_the_next_from_running(monkeypatch):
+    ran = []
+
+    def fail(_profile, study, *_):
+        ran.append(study.profile.model)
+        raise RunError("a measurement failed")
+
+    monkeypatch.setattr(reproduce, "_prepare", lambda *_: None)
+    monkeypatch.setattr(reproduce, "_run_one", fail)
+    with pytest.raises(RunError, match=r"tiny-llama-3: a measure.*\n.*tiny-mistral: a measure"):
+        reproduce.run("rehearsal", {}, device="cpu")
+    assert ran == ["embedded:tiny-llama-3", "embedded:tiny-mistral"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    folder = tmp_path / "sliced"
+    kept = folder / f"{networks._owner()}-{os.getpid()}-abc"
+    gone = folder / f"{networks._owner()}-{2**22 + 1}-abc"  # no process has that number
+    for path in (kept, gone):
+        path.mkdir(parents=True)
+    networks.sweep()
+    assert kept.is_dir()
+    assert not gone.exists()

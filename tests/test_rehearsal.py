@@ -80,7 +80,7 @@ def test_rehearsal_is_the_paper_but_for_sizes():
     assert set(paper.tasks) == set(rehearsal.tasks)
     assert len(paper.models) == len(rehearsal.models)
     sizes = (paper.calibration_windows, paper.calibration_window, paper.selection_windows)
-    assert sizes == (128, 2048, 128)
+    assert sizes == (128, 2048, 120)
     assert paper.eval_windows is None
     assert (paper.lr_window, paper.lr_stride) == (1024, 256)
     assert set(paper.tasks.values()) == {1000}

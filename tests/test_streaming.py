@@ -79,6 +79,18 @@ def test_model_without_safetensors_is_refused(tokens, tmp_path):
         streaming.slice_to(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
 
 
+def test_truncated_weights_are_named(tokens, tmp_path):
+    model = TINY["llama"]()
+    plan = constant(Shape.of(model.config), 0.25)
+    source = saved(model, tmp_path / "dense")
+    shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(RequestError, match=f"weights in {shard.name} cannot be read"):
+        streaming.slice_to(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
+    with pytest.raises(RequestError, match=r"the weights of model .* cannot be loaded"):
+        models.load(source, CPU, torch.float32)
+
+
 @pytest.mark.parametrize("room", [None, 0, 2 * 24 * 48 * 4])
 def test_signals_are_the_same_wherever_they_are_kept(room, tmp_path):
     draw = torch.Generator().manual_seed(0)

@@ -90,6 +90,12 @@ def test_the_key_of_a_result_is_what_was_asked(small):
         ({"slice_percentages": ["a lot"]}, "slice_percentages.0 = 'a lot'"),
         ({"slice_percentages": [1.5]}, "1.5 is outside"),
         ({"seed": "three"}, "seed = 'three'"),
+        ({"tasks": {"hellaswagg": 3}}, "'smoke': task 'hellaswagg' is unknown"),
+        ({"revisions": {"wikitex2": "abc"}}, "revisions of 'wikitex2'.* mean 'wikitext2'"),
+        ({"stand_ins": {"sotuu": "mmlu"}}, "stand_ins of 'sotuu'.* mean 'sotu'"),
+        ({"models": ["a/x", "b/x"]}, "would share a folder"),
+        ({"placement": "streamed"}, "speed_slice_percentages asks for two"),
+        ({"host_memory_gib": 2.0}, "are budgets of placement streamed"),
         ({"lr_last_layer": "middle"}, "lr_last_layer = 'middle'"),
     ],
 )

@@ -214,10 +214,10 @@ def ppl_command(options) -> tuple[dict, list[str]]:
 
 def tasks_command(options) -> tuple[dict, list[str]]:
     """Zero-shot scores of a dense or sliced model on tasks."""
-    from dynslice import evaluation
+    from dynslice import evaluation, task_table
 
     names = [name for name in options.tasks.split(",") if name]
-    evaluation.check_tasks(names)
+    task_table.check(names)
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
     evaluation.check_data(names)
@@ -317,7 +317,7 @@ def _budget(options, device) -> Any:
     for flag, gib in given.items():
         if gib is not None and not options.stream:
             raise RequestError(f"{flag} {gib} is a budget of streamed slicing; add --stream")
-        if gib is not None and gib <= 0:
+        if gib is not None and not 0 < gib < float("inf"):
             raise RequestError(f"{flag} {gib} is no memory; give GiB, such as 8")
     if options.device_memory is not None and device.type == "cpu":
         raise RequestError("--device-memory is that of a GPU; on a CPU give --host-memory")

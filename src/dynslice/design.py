@@ -270,7 +270,7 @@ class Design:
             config["text_sha256"] = _sha256_of(files)
         if source != text:
             config["stand_in"] = source
-        elif revision := self.profile.revisions.get(text):
+        if revision := self.profile.revisions.get(source):
             config["text_revision"] = revision
         return config
 

@@ -107,11 +107,12 @@ class Estimator:
         return estimates
 
     def disk(self, requests: list[Measurement]) -> int:
-        """Bytes that a run needs beside downloads: one sliced network where slicing is streamed."""
+        """Bytes that a run needs beside downloads, at most: where slicing is streamed, one sliced
+        network and the signals that no memory has room for."""
         networks = [r.config["slice"] for r in requests if r.config.get("slice")]
         if self.settings.placement == "resident" or not networks:
             return 0
-        return max(map(self._sliced_bytes, networks))
+        return max(self._sliced_bytes(n) + self._spilled_bytes(n) for n in networks)
 
     @property
     def download(self) -> int:
@@ -207,16 +208,33 @@ class Estimator:
     def _workspace(self, tokens: int) -> int:
         return efficiency.layers_workspace(self.config, self.dtype, tokens)
 
+    def _spilled_bytes(self, network: dict) -> int:
+        on_cpu, (device, host) = self.device.type == "cpu", self._budgets
+        if host is None or (device is None and not on_cpu):
+            return 0
+        room = host if on_cpu else device + host
+        widths, calibration = self._widths(network), network["calibration"]
+        signals = self._signals(widths, calibration)
+        room -= self._slicing_workspace(widths, calibration["window"])
+        return max(0, int(signals - max(0, room)))
+
+    @property
+    def _budgets(self) -> tuple[float | None, float | None]:
+        given = self.settings.device_memory_gib, self.settings.host_memory_gib
+        return tuple(None if gib is None else gib * 2**30 for gib in given)
+
+    def _signals(self, widths: plan.SlicePlan, calibration: dict) -> int:
+        tokens = calibration["windows"] * calibration["window"]
+        return memory.signal_bytes(widths, tokens, self.dtype)
+
     def _slicing_memory(self, network: dict) -> int:
         widths, calibration = self._widths(network), network["calibration"]
         workspace = self._slicing_workspace(widths, calibration["window"])
-        tokens = calibration["windows"] * calibration["window"]
-        signals = memory.signal_bytes(widths, tokens, self.dtype)
+        signals = self._signals(widths, calibration)
         if self.settings.placement == "resident":
             return self._dense_bytes + self._sliced_bytes(network) + workspace + signals
-        on_cpu = self.device.type == "cpu"
-        gib = self.settings.host_memory_gib if on_cpu else self.settings.device_memory_gib
-        room = math.inf if gib is None else gib * 2**30 - workspace
+        limit = self._budgets[1 if self.device.type == "cpu" else 0]
+        room = math.inf if limit is None else limit - workspace
         return workspace + max(0, int(min(signals, room)))
 
     @lru_cache  # noqa: B019

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dynslice import task_table
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.models import check_finite
-from dynslice.task_table import TASKS, data_files
+from dynslice.task_table import data_files
 
 SUBSETS = ("first", "stratified")
 
@@ -110,7 +111,7 @@ def tasks(
     and score, the main one of each item.
     Raises RequestError for an unknown task or subset, a limit below 1, and data that cannot be had.
     """
-    check_tasks(names)
+    task_table.check(names)
     check_subset(subset, limit)
     check_data(names)
     # Imported here: lm-eval's modules take a second or two that only tasks need.
@@ -123,13 +124,6 @@ def tasks(
     lm_class = SharedContextLM if share_contexts else HFLM
     lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     return {name: items[name].score(lm) for name in names}
-
-
-def check_tasks(names: list[str]) -> None:
-    """Raise RequestError when a name is no task."""
-    for name in names:
-        if name not in TASKS:
-            raise RequestError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}")
 
 
 def check_data(names: list[str]) -> None:

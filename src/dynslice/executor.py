@@ -118,8 +118,13 @@ def work_off(
     return len(missing)
 
 
-def check(executor: str, address: str | None) -> None:
+def check(executor: str, address: str | None, placement: str = "resident") -> None:
     """Refuse what cannot be started before anything heavy starts. Raises RequestError."""
+    if executor == "ray" and placement == "spread":
+        raise RequestError(
+            "placement 'spread' takes all GPUs for one network, and Ray gives each worker one; use "
+            "--executor local, or placement streamed"
+        )
     if executor not in EXECUTORS:
         raise RequestError(f"executor {executor!r} is unknown; use {' or '.join(EXECUTORS)}")
     if address is not None and executor != "ray":
@@ -241,6 +246,9 @@ def _by_ray(
         )(Worker)
         arguments = (settings, store, device, max(cpus, 1), os.getcwd())
         _hand_out(agenda, ray, lambda: remote.remote(*arguments), count)
+    from dynslice.networks import sweep
+
+    sweep()  # killed workers left theirs
 
 
 def _hand_out(agenda: Agenda, ray: Any, make: Callable, count: int) -> None:

@@ -1,5 +1,6 @@
 """Models of the Hugging Face hub: whether they can be had, and at which commit."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def snapshot(name: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:  # not there, or no name that the hub could have
         return None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a snapshot holds all files of its weights: a configuration alone is soon there."""
+    indices = list(folder.glob("*.index.json"))
+    if not indices:
+        return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    files = [json.loads(i.read_text(encoding="utf-8"))["weight_map"].values() for i in indices]
+    return any(all((folder / name).is_file() for name in set(names)) for names in files)
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:

@@ -19,6 +19,7 @@ SPLITS = ("train", "validation", "test")
 # The revision at which the hub keeps its own Parquet files of a data set that is a script, which
 # `datasets` no longer runs.
 CONVERTED = "refs/convert/parquet"
+INSTEAD = "give a local file or directory in its place"  # what one can do without the hub
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,21 @@ def obstacle(name: str, split: str | None, revision: str | None = None) -> str |
     if name not in HUB:
         return None
     corpus = HUB[name]
+    files = corpus.parts[split].files
+    return refusal(f"text {name!r}", corpus.repository, files, revision or corpus.revision)
+
+
+def refusal(
+    what: str, repository: str, files: str, revision: str | None, instead: str = INSTEAD
+) -> str | None:
+    """What `fetch` would say now, asked without downloading; None where it would download."""
     try:
-        if _is_away(corpus.repository, revision or corpus.revision):
-            _rows(name, split, revision)  # from the cache, or refused at once
+        if _is_away(repository, revision):
+            fetch(what, repository, files, revision, instead)  # from the cache, or refused at once
     except RequestError as error:
         return str(error)
-    except Exception:  # no such repository or revision: what `fetch` says of it
-        return f"text {name!r}: the hub has no dataset {corpus.repository} at that revision"
+    except Exception:  # no such repository or revision, or no access
+        return f"{what}: the hub does not give dataset {repository} at revision {revision!r}"
     return None
 
 
@@ -157,7 +166,7 @@ def fetch(
     repository: str,
     files: str,
     revision: str | None,
-    instead: str = "give a local file or directory in its place",
+    instead: str = INSTEAD,
 ) -> list[Path]:
     """The data files of a hub repository that match a pattern, in name order, downloaded once.
 

@@ -5,6 +5,7 @@ Imported lazily by `evaluation.tasks`, because lm-eval's tasks take time that on
 
 import logging
 import math
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -183,7 +184,11 @@ def _write_task_file(
         "test_split": "test" if "test" in files else None,
         **settings,
     }
-    (TASK_FILES / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    text, path = yaml.safe_dump(settings), TASK_FILES / f"{name}.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        unfinished = path.with_name(f".{name}-{os.getpid()}")  # others may be reading
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
 
 
 def draw(tasks: dict[str, Task], limit: int) -> dict[str, list[int]]:

@@ -178,6 +178,7 @@ class Workbench:
             cut = plan.single(shape, layer, config["slice_percentage"], config["round_to"])
             network = self.networks.slice(calibration, cut).model
             nll = evaluation.perplexity(network, windows)["nll"]
+            del network  # before the next one is made
             layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
         return {"dense": dense, "layers": layers}
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -79,6 +80,11 @@ def load(
     when there is no such model or it can't be sliced exactly.
     """
     load_config(name, revision)
+    if spread and torch.cuda.is_available() and (device.type == "cpu" or device.index is not None):
+        raise RequestError(
+            f"device {str(device)!r} names one place, and a spread network takes all GPUs; leave "
+            "--device out, or do not spread it"
+        )
     source = resolve(name, revision)
     options = {"device_map": "auto", "offload_folder": str(_offloaded(name))} if spread else {}
     with quiet():
@@ -86,7 +92,7 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, revision=revision, **options
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RequestError(
                 f"the weights of model {name!r} cannot be loaded ({str(error).splitlines()[0]}); "
                 "save the model anew"
@@ -117,6 +123,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 def load_config(name: str, revision: str | None = None):
     """The transformers config of a model, without its weights. Raises RequestError as `load`."""
+    if revision is not None and (name.startswith("embedded:") or is_directory(name)):
+        raise RequestError(
+            f"model {name!r} has no revisions, only models of the hub do; leave revision "
+            f"{revision!r} out"
+        )
     source = resolve(name, revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
@@ -157,13 +168,14 @@ def is_directory(name: str) -> bool:
 
 
 def in_cache(name: str, revision: str | None = None) -> bool:
-    """Whether a model of the hub has been downloaded."""
-    return hub_models.snapshot(name, revision) is not None
+    """Whether a model of the hub has been downloaded, weights included."""
+    folder = hub_models.snapshot(name, revision)
+    return folder is not None and hub_models.has_weights(folder)
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit that a model of the hub is read at; None for others, or when nothing knows."""
-    if name.startswith("embedded:") or Path(name).is_dir():
+    if name.startswith("embedded:") or is_directory(name):
         return None
     return hub_models.commit_of(name, revision)
 

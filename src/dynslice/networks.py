@@ -1,9 +1,13 @@
 """The networks of a study in memory: the dense model, and the slice of it that is worked on."""
 
+import os
+import platform
+import shutil
 import tempfile
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +74,7 @@ class Networks:
         self._dense = None
         models.free_memory()
         # Its files stay until the next slice: accelerate may read weights from them.
-        self._files = tempfile.TemporaryDirectory(dir=_scratch_folder(), prefix="sliced-")
+        self._files = tempfile.TemporaryDirectory(dir=sweep(), prefix=f"{_owner()}-{os.getpid()}-")
         folder = Path(self._files.name) / "model"
         source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
         seconds = streaming.slice_to(folder, *source, budget=self._budget())
@@ -85,7 +89,16 @@ class Networks:
         return models.load(name, self.device, self.dtype, revision, spread)[0]
 
 
-def _scratch_folder() -> Path:
+def sweep() -> Path:
+    """The folder of sliced networks in work, less those that killed processes left behind."""
     folder = paths.CACHE / "sliced"
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_owner()}-*"):  # of other hosts we do not know who lives
+        pid = left.name.removeprefix(f"{_owner()}-").partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
+
+
+def _owner() -> str:
+    return f"sliced-{platform.node()}"

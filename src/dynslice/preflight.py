@@ -3,11 +3,14 @@
 `--dry-run` shows all of it; a run stops at the first obstacle.
 """
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 from dynslice import corpora, hub_models, hub_texts, models, paths
 from dynslice.assets import manifest
@@ -18,6 +21,7 @@ from dynslice.memory import shown
 from dynslice.profile import Profile
 from dynslice.results import Measurement
 from dynslice.study import Study
+from dynslice.task_table import TASKS
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Forecast:
     """
 
     missing: list[Measurement]
+    device: torch.device
     estimates: dict[str, Estimate]
     rate: float
     download_bytes: int
@@ -47,22 +52,36 @@ class Forecast:
         return sum(e.seconds is None for e in self.estimates.values())
 
 
-def forecast(study: Study, missing: list[Measurement], machine: Machine | None = None) -> Forecast:
-    """What a study will take, and what stands in its way. Raises RequestError for a model that
-    is neither to be had nor of a known shape."""
-    device = models.pick_device(study.device)
+def forecast(
+    study: Study,
+    missing: list[Measurement],
+    executor: str = "local",
+    address: str | None = None,
+    machine: Machine | None = None,
+) -> Forecast:
+    """What a study will take, and what stands in its way.
+
+    Of a cluster at an address nothing is known here: times are this machine's, and its room is
+    not asked about. Raises RequestError for a device that is not there.
+    """
+    device = models.pick_device("auto" if address else study.device)
     obstacles = _hub_obstacles(study.profile, missing)
     if not missing or (_is_embedded(study.profile) and not _assets_are_there()):
-        return Forecast(missing, {}, 0.0, 0, 0, 0, obstacles)
+        return Forecast(missing, device, {}, 0.0, 0, 0, 0, obstacles)
     try:
         estimator = Estimator(study, device, machine)
     except RequestError as error:
-        return Forecast(missing, {}, 0.0, 0, 0, 0, obstacles or [str(error)])
+        return Forecast(missing, device, {}, 0.0, 0, 0, 0, obstacles or [str(error)])
     estimates = estimator.estimate(missing)
     needed = max(e.memory_bytes for e in estimates.values())
     download, disk = estimator.download, estimator.disk(missing)
-    obstacles += _room_obstacles(study.profile, device, needed, download + disk)
-    return Forecast(missing, estimates, estimator.machine.rate, download, disk, needed, obstacles)
+    if address is None:
+        workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
+        obstacles += _room_obstacles(study.profile, device, needed, workers)
+        obstacles += _disk_obstacles(download, disk * workers)
+    return Forecast(
+        missing, device, estimates, estimator.machine.rate, download, disk, needed, obstacles
+    )
 
 
 def lines(study: Study, requests: list[Measurement], found: Forecast) -> list[str]:
@@ -74,18 +93,23 @@ def lines(study: Study, requests: list[Measurement], found: Forecast) -> list[st
         state = "missing" if request.key in missing else "stored"
         cost = f"{_time(estimate.seconds):>9} {shown(estimate.memory_bytes):>9}" if estimate else ""
         rows.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
-    device = models.pick_device(study.device)
-    total = _time(found.seconds) + (f" and {found.unknown} unknown" if found.unknown else "")
     return [
         f"profile {study.profile.name}: {study.profile.model} in {study.profile.dtype}, "
-        f"placement {study.profile.placement}, on {device.type}",
+        f"placement {study.profile.placement}, on {found.device.type}",
         *rows,
         f"{len(missing)} of {len(requests)} measurements are missing",
-        f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
-        f"machine's own matrix product; {_kind(device)} memory {shown(found.memory_bytes)}, "
-        f"disk {shown(found.disk_bytes)}, download of weights {shown(found.download_bytes)}",
+        *([_sums(found)] if found.estimates else []),
         *(f"in the way: {obstacle}" for obstacle in found.obstacles),
     ]
+
+
+def _sums(found: Forecast) -> str:
+    total = _time(found.seconds) + (f" and {found.unknown} unknown" if found.unknown else "")
+    return (
+        f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
+        f"machine's own matrix product; {_kind(found.device)} memory {shown(found.memory_bytes)}, "
+        f"disk {shown(found.disk_bytes)}, download of weights {shown(found.download_bytes)}"
+    )
 
 
 def facts(study: Study, requests: list[Measurement], found: Forecast) -> dict:
@@ -121,11 +145,17 @@ def _hub_obstacles(settings: Profile, missing: list[Measurement]) -> list[str]:
     for text, split, text_revision in sorted(texts, key=str):
         if reason := hub_texts.obstacle(text, split, text_revision):
             found.append(reason)
+    for task in sorted({r.config["task"] for r in missing if r.kind == "task"}):
+        hub = TASKS[task].hub
+        if hub and (reason := hub_texts.refusal(f"task {task!r}", *hub, "leave it out")):
+            found.append(reason)
     return list(dict.fromkeys(found))
 
 
-def _room_obstacles(settings: Profile, device: torch.device, needed: int, disk: int) -> list[str]:
-    """Memory and disk that this machine lacks."""
+def _room_obstacles(
+    settings: Profile, device: torch.device, needed: int, workers: int
+) -> list[str]:
+    """Memory that this machine lacks."""
     found = []
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
@@ -134,21 +164,32 @@ def _room_obstacles(settings: Profile, device: torch.device, needed: int, disk: 
             have = sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
     else:
         have = psutil.virtual_memory().total
-    if needed > have:
+    if needed * workers > have:
         other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
         mend = f"--set placement={other}, or " if other else ""
+        each = f" for each of {workers} workers" if workers > 1 else ""
         found.append(
             f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
-            f"{shown(needed)} of {_kind(device)} memory, this machine has {shown(have)}; {mend}use "
-            "a larger machine or fewer calibration windows"
+            f"{shown(needed)} of {_kind(device)} memory{each}, this machine has {shown(have)}; "
+            f"{mend}use a larger machine or fewer calibration windows"
         )
-    paths.CACHE.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(paths.CACHE).free
-    if disk > free:
-        found.append(
-            f"the run takes {shown(disk)} of disk, {shown(free)} are free below the cache; free "
-            "some, or move the cache with DYNSLICE_CACHE"
-        )
+    return found
+
+
+def _disk_obstacles(download: int, disk: int) -> list[str]:
+    """Disk that downloads and sliced networks lack, each where it goes."""
+    places = (
+        (download, Path(constants.HF_HUB_CACHE), "HF_HOME", "the hub's cache"),
+        (disk, paths.CACHE, "DYNSLICE_CACHE", "the cache of dynslice"),
+    )
+    found = []
+    for needed, folder, variable, what in places:
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        if needed > (free := shutil.disk_usage(there).free):
+            found.append(
+                f"the run takes {shown(needed)} of disk in {what}, {shown(free)} are free there; "
+                f"free some, or move it with {variable}"
+            )
     return found
 
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynslice import paths
+from dynslice import paths, task_table
 from dynslice.errors import RequestError
+from dynslice.hub_texts import HUB
 
 
 class Profile(BaseModel):
@@ -34,8 +35,12 @@ class Profile(BaseModel):
         description="dense and sliced network on the device at once; or one network at a time, "
         "sliced layer by layer from its checkpoint; or this, spread over all GPUs",
     )
-    device_memory_gib: float | None = Field(default=None, gt=0, description="of streamed slicing")
-    host_memory_gib: float | None = Field(default=None, gt=0, description="of streamed slicing")
+    device_memory_gib: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
+    )
+    host_memory_gib: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
+    )
     dtype: Literal["float32", "bfloat16", "float16"]
     seed: int = Field(description="draws the calibration and evaluation windows")
 
@@ -108,6 +113,8 @@ class Profile(BaseModel):
         for share in shares:
             if not 0 <= share < 1:
                 raise ValueError(f"slice share {share} is outside 0 to 1")
+        task_table.check(self.tasks)
+        self._check_names()
         if self.placement != "resident" and self.speed_slice_percentages:
             raise ValueError(
                 f"placement {self.placement} holds one network at a time, and "
@@ -122,6 +129,20 @@ class Profile(BaseModel):
         if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
             raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
+
+    def _check_names(self) -> None:
+        """What stands in for or has a revision must be something that the profile can read."""
+        texts = {self.lr_text, *self.lr_compare_texts, self.calibration_text, *self.eval_texts}
+        texts |= {*self.ablation_calibration_texts, *HUB}
+        known = {"stand_ins": texts, "revisions": {*HUB, *self.models, self.model}}
+        for key, names in known.items():
+            for name in getattr(self, key):
+                if name not in names:
+                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{key} of {name!r}, which is not read; did you mean {near!r}")
+        folders = [_folder_of(model) for model in self.models]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"models {self.models} would share a folder: rename one of them")
 
     @property
     def model_revision(self) -> str | None:
@@ -155,18 +176,21 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         _check_key(key)
     if values.get("models") and isinstance(values["models"], list):
         values.setdefault("model", values["models"][0])
-        folder = str(values["model"]).rstrip("/").rpartition("/")[2]
-        values["name"] = f"{values['name']}/{folder.removeprefix('embedded:')}"
+        values["name"] = f"{values['name']}/{_folder_of(str(values['model']))}"
     try:
         return Profile(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "profile"
-        raise RequestError(
-            f"profile {name!r}, {where} = {first['input']!r}: {first['msg']}"
-            if first["loc"]
-            else f"profile {name!r}: {first['msg']}"
-        ) from error
+        if first["type"] == "missing":
+            raise RequestError(f"profile {name!r} has no {where}; add it") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        value = f", {where} = {first['input']!r}" if first["loc"] else ""
+        raise RequestError(f"profile {name!r}{value}: {reason}") from error
+
+
+def _folder_of(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2].removeprefix("embedded:")
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def layer_redundancy(
 
     def hook(index: int):
         def add_up(_layer, args, _kwargs, output):
-            x_in, x_out = args[0].float(), after[index](output).float()
+            x_out = after[index](output).float()
+            x_in = args[0].to(x_out.device).float()  # it may come from the GPU of the layer before
             cosine = F.cosine_similarity(x_in, x_out, dim=-1)
             angle = cosine.clamp(-1, 1).arccos() / math.pi
             length = x_in.norm(dim=-1)

@@ -53,7 +53,7 @@ def run(
     executor, address: see `executor.work_off`. Returns the outcome as a dict and as lines. Raises
     RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
-    check_executor(executor, address)
+    check_executor(executor, address, load_profile(profile, overrides).placement)
     runs = []
     for chosen in _by_model(profile, overrides):
         study = Study.open(profile, from_record, device, **chosen)
@@ -61,11 +61,18 @@ def run(
         requests = unique([r for number in notebooks for r in NEEDS[number](study)])
         runs.append((study, chosen, notebooks, requests))
     if dry_run:
-        return _dry_run([(study, requests) for study, _, _, requests in runs])
+        return _dry_run([(study, requests) for study, _, _, requests in runs], executor, address)
     if not from_record:
         for study, _, _, requests in runs:
-            _prepare(study, requests)
-    outcomes = [_run_one(profile, *run_, executor, address) for run_ in runs]
+            _prepare(study, requests, executor, address)
+    outcomes, failed = [], []
+    for run_ in runs:
+        try:
+            outcomes.append(_run_one(profile, *run_, executor, address))
+        except RunError as error:  # the other models go on
+            failed.append(f"{run_[0].profile.name}: {error}" if len(runs) > 1 else str(error))
+    if failed:
+        raise RunError("\n".join(failed))
     facts = [outcome for outcome, _ in outcomes]
     lines = [line for _, lines in outcomes for line in lines]
     return facts[0] if len(facts) == 1 else {"models": facts}, lines
@@ -79,18 +86,20 @@ def _by_model(profile: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**overrides, "model": model} for model in models]
 
 
-def _dry_run(planned: list[tuple[Study, list[Measurement]]]) -> tuple[dict, list[str]]:
+def _dry_run(
+    planned: list[tuple[Study, list[Measurement]]], executor: str, address: str | None
+) -> tuple[dict, list[str]]:
     from dynslice import preflight
 
     facts, lines = [], []
     for study, requests in planned:
-        found = preflight.forecast(study, study.missing(requests))
+        found = preflight.forecast(study, study.missing(requests), executor, address)
         facts.append(preflight.facts(study, requests, found))
         lines += preflight.lines(study, requests, found)
     return facts[0] if len(facts) == 1 else {"models": facts}, lines
 
 
-def _prepare(study: Study, requests: list[Measurement]) -> None:
+def _prepare(study: Study, requests: list[Measurement], executor: str, address: str | None) -> None:
     """Refuse what cannot run, before anything heavy starts. Raises RequestError."""
     missing = study.missing(requests)
     if not missing:
@@ -98,7 +107,7 @@ def _prepare(study: Study, requests: list[Measurement]) -> None:
     from dynslice import assets, preflight
 
     assets.fetch()
-    if obstacles := preflight.forecast(study, missing).obstacles:
+    if obstacles := preflight.forecast(study, missing, executor, address).obstacles:
         raise RequestError(obstacles[0])
     check(study.profile)
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -115,9 +115,12 @@ class Source:
     def _read(self, names: list[str]) -> Iterator[Tensor]:
         for name in names:
             stored = self._stored_name(name)
-            with safe_open(self._files[stored], framework="pt") as file:
-                # A copy: products of memory that a file is mapped to round differently.
-                yield file.get_tensor(stored).to(self.device, self.dtype, copy=True)
+            try:
+                with safe_open(self._files[stored], framework="pt") as file:
+                    # A copy: products of memory that a file is mapped to round differently.
+                    yield file.get_tensor(stored).to(self.device, self.dtype, copy=True)
+            except (OSError, SafetensorError) as error:
+                raise RequestError(_broken(self._files[stored], error)) from error
 
     def _stored_name(self, name: str) -> str:
         """The name of a weight in the checkpoint: a tied head is the embedding."""
@@ -192,8 +195,14 @@ def _weight_files(name: str, revision: str | None) -> dict[str, Path]:
     """The safetensors file of each stored weight."""
     folder = Path(models.resolve(name, revision))
     if not folder.is_dir():
-        patterns = ["*.safetensors", "*.safetensors.index.json"]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        patterns = ["model*.safetensors", "model*.safetensors.index.json"]
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # of the network, in the middle of a download
+            raise RequestError(
+                f"the weights of model {name!r} could not be had from the hub; give the same "
+                "command again, what was downloaded is kept"
+            ) from error
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return {weight: folder / file for weight, file in index["weight_map"].items()}
@@ -203,8 +212,16 @@ def _weight_files(name: str, revision: str | None) -> dict[str, Path]:
             f"model {name!r} has no safetensors, from which weights can be read one by one; save "
             "it anew with transformers, or slice it without streaming"
         )
-    with safe_open(whole, framework="pt") as file:
-        return dict.fromkeys(file.keys(), whole)
+    try:
+        with safe_open(whole, framework="pt") as file:
+            return dict.fromkeys(file.keys(), whole)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(_broken(whole, error)) from error
+
+
+def _broken(path: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    return f"the weights in {path.name} cannot be read ({reason}); save the model anew"
 
 
 def _generation_config(name: str, revision: str | None, model: PreTrainedModel) -> GenerationConfig:

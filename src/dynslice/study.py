@@ -91,7 +91,6 @@ def check(settings: Profile) -> None:
     from dynslice import evaluation, models, plan
 
     _check_texts(settings)
-    evaluation.check_tasks(list(settings.tasks))
     evaluation.check_data(list(settings.tasks))
     config = models.load_config(settings.model, settings.model_revision)
     models.require_dense(config, "a study")

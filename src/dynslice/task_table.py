@@ -3,6 +3,7 @@
 Kept apart from `items`, so that nothing needs lm-eval to know a task.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,13 @@ TASKS = {
 PAPER_TASKS = tuple(TASKS)[:6]
 # Those with right and wrong choices: an accuracy, and a margin for each item.
 CHOICE_TASKS = tuple(name for name, row in TASKS.items() if row.metric is None)
+
+
+def check(names: Iterable[str]) -> None:
+    """Raise RequestError when a name is no task."""
+    for name in names:
+        if name not in TASKS:
+            raise RequestError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}")
 
 
 def data_files(name: str) -> dict[str, list[Path]]:
