@@ -106,6 +106,11 @@ class Estimator:
             estimates[request.key] = Estimate(seconds, size)
         return estimates
 
+    def peak(self, requests: list[Measurement]) -> int:
+        """Bytes of memory that the largest of the measurements takes on this device."""
+        networks = [r.config["slice"] for r in requests if r.config.get("slice")]
+        return max([*map(self._memory, requests), *map(self._slicing_memory, networks)])
+
     def disk(self, requests: list[Measurement]) -> int:
         """Bytes that a run needs beside downloads, at most: where slicing is streamed, one sliced
         network and the signals that no memory has room for."""

@@ -28,7 +28,8 @@ from dynslice.task_table import TASKS
 class Forecast:
     """What the missing measurements of one study take.
 
-    estimates: by key. rate: FLOP/s of this machine's matrix product, 0 where there is no
+    estimates: by key. memory_bytes: on the device here; gpu_memory_bytes: on a GPU, which works
+    on larger batches. rate: FLOP/s of this machine's matrix product, 0 where there is no
     estimate. obstacles: sentences that name what is missing and the mend.
     """
 
@@ -39,6 +40,7 @@ class Forecast:
     download_bytes: int
     disk_bytes: int
     memory_bytes: int
+    gpu_memory_bytes: int
     obstacles: list[str]
 
     @property
@@ -67,20 +69,29 @@ def forecast(
     device = models.pick_device("auto" if address else study.device)
     obstacles = _hub_obstacles(study.profile, missing)
     if not missing or (_is_embedded(study.profile) and not _assets_are_there()):
-        return Forecast(missing, device, {}, 0.0, 0, 0, 0, obstacles)
+        return Forecast(missing, device, {}, 0.0, 0, 0, 0, 0, obstacles)
     try:
         estimator = Estimator(study, device, machine)
     except RequestError as error:
-        return Forecast(missing, device, {}, 0.0, 0, 0, 0, obstacles or [str(error)])
+        return Forecast(missing, device, {}, 0.0, 0, 0, 0, 0, obstacles or [str(error)])
     estimates = estimator.estimate(missing)
     needed = max(e.memory_bytes for e in estimates.values())
+    on_gpu = Estimator(study, torch.device("cuda"), estimator.machine).peak(missing)
     download, disk = estimator.download, estimator.disk(missing)
     if address is None:
         workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
         obstacles += _room_obstacles(study.profile, device, needed, workers)
         obstacles += _disk_obstacles(download, disk * workers)
     return Forecast(
-        missing, device, estimates, estimator.machine.rate, download, disk, needed, obstacles
+        missing,
+        device,
+        estimates,
+        estimator.machine.rate,
+        download,
+        disk,
+        needed,
+        on_gpu,
+        obstacles,
     )
 
 
@@ -107,8 +118,9 @@ def _sums(found: Forecast) -> str:
     total = _time(found.seconds) + (f" and {found.unknown} unknown" if found.unknown else "")
     return (
         f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
-        f"machine's own matrix product; {_kind(found.device)} memory {shown(found.memory_bytes)}, "
-        f"disk {shown(found.disk_bytes)}, download of weights {shown(found.download_bytes)}"
+        f"machine's own matrix product; {_kind(found.device)} memory {shown(found.memory_bytes)} "
+        + (f"(on a GPU {shown(found.gpu_memory_bytes)}), " if found.device.type == "cpu" else "")
+        + f"disk {shown(found.disk_bytes)}, download of weights {shown(found.download_bytes)}"
     )
 
 
@@ -124,6 +136,7 @@ def facts(study: Study, requests: list[Measurement], found: Forecast) -> dict:
         "seconds": found.seconds,
         "seconds_unknown": found.unknown,
         "memory_bytes": found.memory_bytes,
+        "gpu_memory_bytes": found.gpu_memory_bytes,
         "disk_bytes": found.disk_bytes,
         "download_bytes": found.download_bytes,
         "obstacles": found.obstacles,
