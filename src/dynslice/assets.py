@@ -83,6 +83,11 @@ def fetch() -> list[str]:
     return done
 
 
+def are_there() -> bool:
+    """Whether every asset has been fetched."""
+    return all(asset.folder.is_dir() for asset in manifest().values())
+
+
 def verify() -> dict[str, list[str]]:
     """Problems by asset name, an empty list where all is well."""
     return {name: _problems(asset, asset.folder) for name, asset in manifest().items()}

@@ -13,8 +13,7 @@ from functools import cached_property, lru_cache
 import torch
 from transformers import PretrainedConfig
 
-from dynslice import corpora, efficiency, memory, models, paths, plan, shapes
-from dynslice.assets import manifest
+from dynslice import assets, corpora, efficiency, memory, models, paths, plan, shapes
 from dynslice.design import Design
 from dynslice.errors import RequestError
 from dynslice.evaluation import LOGIT_CHUNK
@@ -288,7 +287,7 @@ def text_tokens(text: str, split: str | None) -> int | None:
     """About how many tokens a text holds; None where that is not known before it is read."""
     if text in HUB:
         words = WORDS.get((text, split))
-    elif text in corpora.CORPORA and not all(a.folder.is_dir() for a in manifest().values()):
+    elif text in corpora.CORPORA and not assets.are_there():
         words = None
     else:
         words = sum(len(document.split()) for document in corpora.documents(text, split))

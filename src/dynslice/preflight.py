@@ -5,15 +5,14 @@
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 from huggingface_hub import constants
 
-from dynslice import corpora, hub_models, hub_texts, models, paths
-from dynslice.assets import manifest
+from dynslice import assets, corpora, hub_models, hub_texts, models, paths
 from dynslice.errors import RequestError
 from dynslice.estimate import Estimate, Estimator, Machine, is_remote
 from dynslice.executor import describe
@@ -23,25 +22,27 @@ from dynslice.results import Measurement
 from dynslice.study import Study
 from dynslice.task_table import TASKS
 
+SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetched
+
 
 @dataclass(frozen=True)
 class Forecast:
     """What the missing measurements of one study take.
 
-    estimates: by key. memory_bytes: on the device here; gpu_memory_bytes: on a GPU, which works
-    on larger batches. rate: FLOP/s of this machine's matrix product, 0 where there is no
-    estimate. obstacles: sentences that name what is missing and the mend.
+    obstacles: sentences that name what is missing and the mend. estimates: by key, none where the
+    shape of the model is not known. memory_bytes: on the device here; gpu_memory_bytes: on a GPU,
+    which works on larger batches. rate: FLOP/s of this machine's matrix product.
     """
 
     missing: list[Measurement]
     device: torch.device
-    estimates: dict[str, Estimate]
-    rate: float
-    download_bytes: int
-    disk_bytes: int
-    memory_bytes: int
-    gpu_memory_bytes: int
     obstacles: list[str]
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    rate: float = 0.0
+    download_bytes: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -68,31 +69,29 @@ def forecast(
     """
     device = models.pick_device("auto" if address else study.device)
     obstacles = _hub_obstacles(study.profile, missing)
-    if not missing or (_is_embedded(study.profile) and not _assets_are_there()):
-        return Forecast(missing, device, {}, 0.0, 0, 0, 0, 0, obstacles)
+    unfetched = study.profile.model == SMOLLM2 and not assets.are_there()
+    if not missing or unfetched:
+        return Forecast(missing, device, obstacles)
     try:
         estimator = Estimator(study, device, machine)
     except RequestError as error:
-        return Forecast(missing, device, {}, 0.0, 0, 0, 0, 0, obstacles or [str(error)])
-    estimates = estimator.estimate(missing)
-    needed = max(e.memory_bytes for e in estimates.values())
-    on_gpu = Estimator(study, torch.device("cuda"), estimator.machine).peak(missing)
-    download, disk = estimator.download, estimator.disk(missing)
-    if address is None:
-        workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
-        obstacles += _room_obstacles(study.profile, device, needed, workers)
-        obstacles += _disk_obstacles(download, disk * workers)
-    return Forecast(
+        return Forecast(missing, device, obstacles or [str(error)])
+    found = Forecast(
         missing,
         device,
-        estimates,
-        estimator.machine.rate,
-        download,
-        disk,
-        needed,
-        on_gpu,
         obstacles,
+        estimates=estimator.estimate(missing),
+        rate=estimator.machine.rate,
+        download_bytes=estimator.download,
+        disk_bytes=estimator.disk(missing),
+        memory_bytes=estimator.peak(missing),
+        gpu_memory_bytes=Estimator(study, torch.device("cuda"), estimator.machine).peak(missing),
     )
+    if address is None:
+        workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
+        obstacles += _room_obstacles(study.profile, device, found.memory_bytes, workers)
+        obstacles += _disk_obstacles(found.download_bytes, found.disk_bytes * workers)
+    return found
 
 
 def lines(study: Study, requests: list[Measurement], found: Forecast) -> list[str]:
@@ -208,14 +207,6 @@ def _disk_obstacles(download: int, disk: int) -> list[str]:
 
 def _kind(device: torch.device) -> str:
     return "host" if device.type == "cpu" else "device"
-
-
-def _is_embedded(settings: Profile) -> bool:
-    return settings.model == "embedded:smollm2-135m"
-
-
-def _assets_are_there() -> bool:
-    return all(asset.folder.is_dir() for asset in manifest().values())
 
 
 def _time(seconds: float | None) -> str:
