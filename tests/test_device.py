@@ -99,7 +99,8 @@ def test_streamed_slice_is_the_one_in_memory(room, device, dtype, tokens, tmp_pa
     }[room]
     source, out = str(tmp_path / "dense"), tmp_path / "sliced"
     streaming.slice_to(out, source, tokens, plan, device, dtype, budget=budget)
-    wanted = slice_model(model.to(device), tokens, plan).model.state_dict()
+    dense, _ = models.load(source, device, dtype)
+    wanted = slice_model(dense, tokens, plan).model.state_dict()
     got = models.load(str(out), device, dtype)[0].state_dict()
     for name, weight in wanted.items():
         assert torch.equal(got[name], weight), name

@@ -338,11 +338,11 @@ ALL_TASKS += ["gsm8k_cot", "xlsum_en", "mlqa_en"]
 
 
 def test_the_tasks_are_those_that_the_authors_offer():
-    assert list(evaluation.TASKS) == ALL_TASKS
+    assert list(task_table.TASKS) == ALL_TASKS
     assert list(PAPER_TASKS) == ALL_TASKS[:6]
     assert list(CHOICE_TASKS) == ALL_TASKS[:8]
     task_table.check(ALL_TASKS)
-    for row in evaluation.TASKS.values():
+    for row in task_table.TASKS.values():
         assert (task_items.OFFICIAL / row.definition).exists()
         assert (row.folder is None) != (row.hub is None)
         assert (row.tokens is None) == (row.hub is not None)
@@ -358,7 +358,7 @@ def test_tokens_of_an_item_are_those_of_its_layouts(tiny_random):
     pairs = [tuple(map(tuple, lm._encode_pair(*request.args))) for request in task.instances]
     layouts = choices._layouts(pairs)
     mean = sum(len(layout.ids) for layout in layouts) / len(task.eval_docs)
-    assert mean == pytest.approx(evaluation.TASKS["arc_challenge"].tokens, abs=0.06)
+    assert mean == pytest.approx(task_table.TASKS["arc_challenge"].tokens, abs=0.06)
 
 
 def test_boolq_reads_its_answers_as_the_official_task_does():

@@ -219,7 +219,7 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     names = [name for name in options.tasks.split(",") if name]
     task_table.check(names)
     if not names:
-        raise RequestError(f"--tasks names none; the tasks are {', '.join(evaluation.TASKS)}")
+        raise RequestError(f"--tasks names none; the tasks are {', '.join(task_table.TASKS)}")
     evaluation.check_data(names)
     model, tokenizer = _load(options)
     amounts = (options.limit, options.batch_size, options.subset)
