@@ -136,8 +136,8 @@ def test_a_readers_number_stands_beside_ours_of_equal_settings(invented):
             "calibration windows 1024, here 8; window not stated",
         ),
         (
-            "SliceGPT,{},perplexity,sotu validation,0.3,,ptb,8,128,all,128,5,A",
-            "split validation, here test; windows all, here 8; calibration ptb, here wikipedia",
+            "SliceGPT,{},perplexity,sotu train,0.3,,ptb,8,128,all,128,5,A",
+            "split train, here test; windows all, here 8; calibration ptb, here wikipedia",
         ),
         (
             "SliceGPT,{},perplexity,sotu test,0.3,,,,2048,8,2048,5,A",
@@ -283,3 +283,12 @@ def test_a_stand_in_is_no_equal_setting(tmp_path, monkeypatch):
     study = Invented(load("smoke", settings), Store(tmp_path), "cpu", from_record=True).fill()
     publish(f"SliceGPT,{MODEL},perplexity,sotu test,0.2,,{ALIKE},19.5,A paper")
     assert published.table(study)["settings"].tolist() == ["sotu read from mmlu"]
+
+
+def test_a_number_on_validation_windows_joins_those_that_choose_sb(invented):
+    windows = invented.profile.selection_windows
+    publish(f"SliceGPT,{MODEL},perplexity,sotu validation,0.2,,wikipedia,8,128,{windows},128,19,A")
+    [row] = published.table(invented).to_dict("records")
+    constant = points(invented, "constant")[0]
+    chosen = invented.get(invented.selection_request(constant)).value["perplexity"]
+    assert (row["settings"], row["ours"]) == ("equal", chosen)

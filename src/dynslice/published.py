@@ -101,10 +101,16 @@ def table(study: Study) -> pd.DataFrame:
         p = study.profile
         texts = [text for text in p.eval_texts if _text(cell.dataset)[0] == _text(text)[0]]
         for point, text in product(_networks(cell, study.points()), texts):
-            result = study.store.get(study.perplexity_request(point, text))
+            split, count = split_for(text, p.eval_split) or _text(text)[1], p.eval_windows
+            request = study.perplexity_request(point, text)
+            chooses = text == p.eval_texts[0] and p.selection_windows is not None
+            if chooses and _text(cell.dataset)[1] == "validation":
+                split, count = "validation", p.selection_windows
+                request = study.selection_request(point)
+            result = study.store.get(request)
             compared = {
-                "split": (_text(cell.dataset)[1], split_for(text, p.eval_split) or _text(text)[1]),
-                "windows": (cell.eval_windows, p.eval_windows or "all"),
+                "split": (_text(cell.dataset)[1], split),
+                "windows": (cell.eval_windows, count or "all"),
                 "window": (cell.window, p.eval_window),
             }
             yield point, compared, result and result.value["perplexity"]
