@@ -1,10 +1,12 @@
 """The results store: what was asked decides the file, and a broken file is no result."""
 
+import errno
 import json
 from dataclasses import replace
 
 import pytest
 
+from dynslice.errors import DiskError
 from dynslice.results import Measurement, Result, Store
 
 CONFIG = {"model": "m", "plan": {"slice_percentage": 0.25}, "text": "sotu", "seed": 1}
@@ -79,15 +81,24 @@ def altered(text):
     return json.dumps({**values, "config": {**values["config"], "seed": 2}})
 
 
+def of_another_request(text):
+    values = json.loads(altered(text))
+    del values["checksum"]  # as of a version that wrote none
+    return json.dumps(values)
+
+
 def without_value(text):
-    return json.dumps({k: v for k, v in json.loads(text).items() if k != "value"})
+    wanted = ("value", "checksum")
+    return json.dumps({k: v for k, v in json.loads(text).items() if k not in wanted})
 
 
 DAMAGE = {
     "truncated": (lambda text: text[: len(text) // 2], "is broken"),
     "emptied": (lambda _: "", "is broken"),
     "a list": (lambda text: f"[{text}]", "is broken"),
-    "answers another request": (altered, "it answers another request"),
+    "altered": (altered, "its checksum does not match"),
+    "one digit altered": (lambda text: text.replace("12.5", "12.6", 1), "its checksum"),
+    "answers another request": (of_another_request, "it answers another request"),
     "lacks its value": (without_value, "value"),
 }
 
@@ -111,10 +122,10 @@ def test_broken_file_is_reported_and_set_aside(name, store, capsys):
 
 def test_failed_write_leaves_the_old_result_and_no_temporary_file(store, monkeypatch):
     def full(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("dynslice.results.os.replace", full)
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match="is full; free some"):
+        patch.setattr("dynslice.files.os.replace", full)
         store.put(replace(RESULT, seconds=9.0))
     assert store.get(ASKED) == RESULT
     assert files(store) == [f"{ASKED.key}.json"]

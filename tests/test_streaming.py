@@ -17,7 +17,7 @@ from dynslice import efficiency, memory, models, streaming
 from dynslice.errors import RequestError
 from dynslice.plan import Shape, SlicePlan, constant
 from dynslice.signals import Signals
-from dynslice.slicing import slice_model, sliced_weights
+from dynslice.slicing import Exactness, slice_model, sliced_weights
 
 MIB = 2**20
 
@@ -142,7 +142,7 @@ def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(base, sizes, vo
     windows = torch.randint(5, vocabulary, (8, window))
 
     def slice_all():
-        for _ in sliced_weights(model, windows, plan, Signals(CPU), use):
+        for _ in sliced_weights(model, windows, plan, Signals(CPU), Exactness(), use):
             pass
 
     predicted = memory.slicing_workspace(config, plan, window, CPU, torch.float32)

@@ -2,6 +2,9 @@
 
 import sys
 
-from dynslice.cli import main
+try:
+    from dynslice.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # before `main` could heed it
+    sys.exit("dynslice: interrupted; the same command again starts anew")

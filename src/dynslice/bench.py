@@ -313,7 +313,7 @@ def _streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list
         before = peak_memory_bytes(device)
         budget = streaming.Budget(device=SMALL_GPU)
         given = (str(source), windows, widths, device, dtype)
-        seconds = streaming.slice_to(out, *given, budget=budget)
+        seconds = streaming.slice_to(out, *given, budget=budget).seconds
         peak = peak_memory_bytes(device) - before
     workspace = memory.slicing_workspace(config, widths, window, device, dtype)
     signals = memory.signal_bytes(widths, windows.numel(), dtype)

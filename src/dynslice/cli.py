@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dynslice.errors import RequestError, RunError
+from dynslice import files, interrupt
+from dynslice.errors import RequestError, RunError, in_one_line
 
 # Imports of torch and transformers wait until a request has been understood: `dynslice --help`
 # and a mistyped option should not take seconds.
@@ -24,27 +25,26 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        result, lines = options.run(options)
+        with interrupt.heeded():
+            result, lines = options.run(options)
+            print(json.dumps(result) if options.json else "\n".join(lines), flush=True)
     except RequestError as error:
-        print(f"dynslice: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"dynslice: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dynslice: interrupted; give the same command again", file=sys.stderr)
-        return 130
+        return _say(2, in_one_line(error))
+    except (RunError, OSError, MemoryError) as error:
+        return _say(1, in_one_line(error))
+    except KeyboardInterrupt as stop:
+        print(interrupt.SENTENCE, file=sys.stderr)
+        return interrupt.status(stop)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded
             raise
-        print(
-            "dynslice: the GPU is out of memory; use fewer --windows or a smaller --window or "
-            "--batch-size, --dtype bfloat16, or --device cpu",
-            file=sys.stderr,
-        )
-        return 1
-    print(json.dumps(result) if options.json else "\n".join(lines))
+        return _say(1, in_one_line(error))
     return 0
+
+
+def _say(status: int, sentence: str) -> int:
+    print(f"dynslice: {sentence}", file=sys.stderr)
+    return status
 
 
 def assets_command(options) -> tuple[dict, list[str]]:
@@ -156,34 +156,45 @@ def slice_command(options) -> tuple[dict, list[str]]:
     windows = corpora.windows(
         options.calibration, split, tokenizer, options.window, options.windows, options.seed
     )
-    extra = {"plan.json": json.dumps(plan.to_dict(), indent=1)}
-    if options.stream:
-        source = (options.model, windows, plan, device, dtype, options.revision)
-        seconds = streaming.slice_to(out, *source, budget=budget, extra=extra)
-    else:
-        model, _ = _load(options, dense_for="slicing")
-        sliced = slice_model(model, windows, plan)
-        models.save(sliced.model, tokenizer, out, extra)
-        seconds = sliced.seconds
-    result = {
-        "out": options.out,
-        "parameters": plan.parameters,
-        "parameters_dense": plan.shape.dense_parameters,
-        "mean_slice": plan.mean_slice,
-        "windows": len(windows),
-        "window": options.window,
-        "sampled": _sampled(options),
-        "dtype": str(dtype).removeprefix("torch."),
-        "streamed": options.stream,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(device),
-    }
+    with models.saving(out) as folder:
+        if options.stream:
+            source = (options.model, windows, plan, device, dtype, options.revision)
+            sliced = streaming.slice_to(folder, *source, budget=budget)
+        else:
+            model, _ = _load(options, dense_for="slicing")
+            sliced = slice_model(model, windows, plan)
+            models.write(sliced.model, tokenizer, folder)
+        result = {
+            "out": options.out,
+            "parameters": plan.parameters,
+            "parameters_dense": plan.shape.dense_parameters,
+            "mean_slice": plan.mean_slice,
+            "windows": len(windows),
+            "window": options.window,
+            "sampled": _sampled(options),
+            "dtype": str(dtype).removeprefix("torch."),
+            "streamed": options.stream,
+            "rotation_error": sliced.rotation_error,
+            "basis_error": sliced.basis_error,
+            "seconds": round(sliced.seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        _write_json(folder / "plan.json", plan.to_dict())
+        _write_json(folder / "slice.json", _recipe(options, result))
     line = (
         f"wrote {options.out}: {plan.parameters:,} stored parameters in {result['dtype']} (dense "
-        f"{plan.shape.dense_parameters:,}), sliced in {seconds:.1f} s on {len(windows)} "
+        f"{plan.shape.dense_parameters:,}), sliced in {sliced.seconds:.1f} s on {len(windows)} "
         f"{'sampled' if _sampled(options) else 'consecutive'} windows of {options.window} tokens"
     )
     return result, [line]
+
+
+def _recipe(options, result: dict) -> dict:
+    """How a slice was made, which is saved beside it: no places of this machine, only names."""
+    names = {"model": options.model, "calibration": options.calibration}
+    names = {key: Path(x).name if Path(x).exists() else x for key, x in names.items()}
+    amounts = {key: x for key, x in result.items() if key != "out"}
+    return {**names, "revision": options.revision, "seed": options.seed, **amounts}
 
 
 def ppl_command(options) -> tuple[dict, list[str]]:
@@ -392,13 +403,10 @@ def _check_output(path: str | None) -> None:
         )
 
 
-def _write_json(path: str | None, values: dict) -> None:
+def _write_json(path: str | Path | None, values: dict) -> None:
     if path is None:
         return
-    try:
-        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"output {path!r} cannot be written ({error.strerror})") from error
+    files.write(Path(path), json.dumps(values, indent=1) + "\n")
 
 
 def _number(value: float | None) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from dynslice.assets import sha256
+from dynslice.files import sha256
 from dynslice.profile import Profile
 from dynslice.results import Measurement
 

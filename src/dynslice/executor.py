@@ -12,14 +12,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from dynslice import paths
 from dynslice.design import unique
-from dynslice.errors import RequestError, RunError, in_one_line
+from dynslice.errors import (
+    WRITING,
+    DiskError,
+    RequestError,
+    RunError,
+    disk_trouble,
+    in_one_line,
+)
 from dynslice.profile import Profile
 from dynslice.results import Measurement, Store
 
@@ -37,6 +44,11 @@ class Unit:
     network: dict | None
     requests: list[Measurement]
 
+    @property
+    def name(self) -> str:
+        """What a process claims that takes it: the network, or the dense model's measurement."""
+        return name_of(self.network) if self.network else self.requests[0].key
+
 
 class Agenda:
     """What is left to measure, what can start now, and what failed."""
@@ -49,17 +61,24 @@ class Agenda:
         self.failed: dict[str, tuple[Measurement, str]] = {}
         self.bar = tqdm(total=len(everything), desc="measurements", unit="measurement")
 
-    def take(self) -> Unit | None:
-        """A unit that can start now; None when there is none, or not before others finish."""
-        for unit in self.waiting:
-            if not any(lr and lr.key in self.left for lr in map(needs, unit.requests)):
-                self.waiting.remove(unit)
-                return unit
-        return None
+    def take(self, is_claimed: Callable[[str], bool] = lambda name: False) -> Unit | None:
+        """A unit that can start now; None when there is none, or not before others finish.
 
-    def started(self, request: Measurement) -> None:
+        is_claimed: which units, by name, other runs are at; those come last.
+        """
+        ready = [
+            unit
+            for unit in self.waiting
+            if not any(lr and lr.key in self.left for lr in map(needs, unit.requests))
+        ]
+        unit = next((u for u in ready if not is_claimed(u.name)), ready[0] if ready else None)
+        if unit is not None:
+            self.waiting.remove(unit)
+        return unit
+
+    def started(self, request: Measurement, by_another: bool = False) -> None:
         """Show what is being measured."""
-        self.bar.set_postfix_str(describe(request))
+        self.bar.set_postfix_str("another run is at " * by_another + describe(request))
 
     def finished(self, request: Measurement, error: str | None) -> None:
         """Note how a measurement ended; with an error, so did all that need it."""
@@ -150,9 +169,13 @@ def units(requests: list[Measurement]) -> list[Unit]:
     sliced: dict[str, Unit] = {}
     for request in requests:
         if network := request.config.get("slice"):
-            key = Measurement("network", {"slice": network}).key
-            sliced.setdefault(key, Unit(network, [])).requests.append(request)
+            sliced.setdefault(name_of(network), Unit(network, [])).requests.append(request)
     return [*dense, *sliced.values()]
+
+
+def name_of(network: dict) -> str:
+    """A short name for a sliced network."""
+    return Measurement("network", {"slice": network}).key
 
 
 def describe(request: Measurement) -> str:
@@ -171,11 +194,18 @@ def _some(names: list[str]) -> str:
 
 
 def _attempt(bench: Any, request: Measurement, network: dict | None) -> str | None:
-    """Measure and store one request unless it is stored; why that failed, None when it did not."""
+    """Measure and store one request unless it is stored; why that failed, None when it did not.
+
+    Raises DiskError where nothing can be written any more.
+    """
     try:
         if bench.store.get(request) is None:
             bench.store.put(bench.measure(request, network))
+    except DiskError:
+        raise
     except Exception as error:  # whatever a library raises, the other measurements go on
+        if sentence := disk_trouble(error, bench.store.folder, WRITING):
+            raise DiskError(sentence) from error
         reason = in_one_line(error)
     else:
         return None
@@ -190,10 +220,12 @@ def _locally(agenda: Agenda, settings: Profile, store: Store, device: str) -> No
 
     bench = Workbench(settings, store, device)
     bench.prepare()
-    while unit := agenda.take():
-        for request in unit.requests:
-            agenda.started(request)
-            agenda.finished(request, _attempt(bench, request, unit.network))
+    while unit := agenda.take(store.is_claimed):
+        waiting = partial(agenda.started, unit.requests[0], by_another=True)
+        with store.claim(unit.name, waiting):
+            for request in unit.requests:
+                agenda.started(request)
+                agenda.finished(request, _attempt(bench, request, unit.network))
 
 
 class Worker:
@@ -222,7 +254,8 @@ class Worker:
 
     def measure(self, request: Measurement, network: dict | None) -> str | None:
         """Why a measurement failed, None when its result is in the store."""
-        return _attempt(self.bench, request, network)
+        with self.bench.store.claim(Unit(network, [request]).name, lambda: None):
+            return _attempt(self.bench, request, network)
 
 
 def _by_ray(
@@ -276,6 +309,8 @@ def _hand_out(agenda: Agenda, ray: Any, make: Callable, count: int) -> None:
         try:
             error = ray.get(done)
         except ray.exceptions.RayError as failure:
+            if isinstance(cause := getattr(failure, "cause", None), DiskError):
+                raise cause from failure
             error = _reason(failure)
             if unit is None:
                 raise RunError(f"a worker could not load the model: {error}") from failure

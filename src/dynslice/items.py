@@ -5,7 +5,6 @@ Imported lazily by `evaluation.tasks`, because lm-eval's tasks take time that on
 
 import logging
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -156,7 +155,19 @@ def load(name: str) -> dict:
         TASK_FILES.mkdir(parents=True, exist_ok=True)
         _write_task_file(name, OFFICIAL / row.definition, files, row.settings)
         _task_manager.cache_clear()  # it lists the files when it is made
-    return _task_manager().load([name])
+    loaded = _task_manager().load([name])
+    if row.hub is None:
+        for task in loaded["tasks"].values():
+            task.dataset = _verified(task)
+    return loaded
+
+
+def _verified(task: Task) -> datasets.DatasetDict:
+    """The data of a task straight from the verified files; lm-eval reads a copy in a cache."""
+    by_split = task.config.dataset_kwargs["data_files"].items()
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_file(path) for split, [path] in by_split}
+    )
 
 
 @cache
@@ -186,9 +197,7 @@ def _write_task_file(
     }
     text, path = yaml.safe_dump(settings), TASK_FILES / f"{name}.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        unfinished = path.with_name(f".{name}-{os.getpid()}")  # others may be reading
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        files.write(path, text)
 
 
 def draw(tasks: dict[str, Task], limit: int) -> dict[str, list[int]]:

@@ -162,7 +162,8 @@ class Workbench:
                 f"the sliced model stores {stored} parameters, its plan says "
                 f"{facts['parameters']}; this is a bug, please report it"
             )
-        return {**facts, "seconds": outcome.seconds}
+        errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
+        return {**facts, **errors, "seconds": outcome.seconds}
 
     def _measure_ppl(self, config: dict) -> dict:
         windows = self._windows_of(config)

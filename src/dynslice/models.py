@@ -3,8 +3,7 @@
 import ctypes
 import gc
 import hashlib
-import os
-import tempfile
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dynslice import assets, hub_models, paths
+from dynslice import assets, files, hub_models, paths
 from dynslice.errors import RequestError, RunError
 from dynslice.obstacles import obstacle
 from dynslice.sliced import FAMILIES, SLICED_CLASSES, Family
@@ -151,6 +150,11 @@ def resolve(name: str, revision: str | None = None) -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise RequestError(f"model {name!r} is a directory without config.json")
+        if reason := files.damage(Path(name)):
+            raise RequestError(
+                f"model {name!r} is damaged: {reason}; slice or save it anew (or delete "
+                f"{files.CHECKSUMS} there, if you changed it yourself)"
+            )
         return name
     reason = hub_models.refusal(name, revision)
     if reason is None:
@@ -224,38 +228,48 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    extra: dict[str, str] | None = None,
     shard: str = "5GB",
 ) -> None:
-    """Write weights (safetensors), config, tokenizer and extra text files by name.
+    """Write weights (safetensors), config and tokenizer to a `folder` that appears as in `saving`.
 
-    `folder` appears complete or not at all.
+    shard: the largest file of weights.
     """
-    with appearing(folder) as unfinished, quiet():
-        model.save_pretrained(unfinished, max_shard_size=shard)
-        tokenizer.save_pretrained(unfinished)
-        for name, text in (extra or {}).items():
-            (unfinished / name).write_text(text + "\n", encoding="utf-8")
+    with saving(folder) as unfinished:
+        write(model, tokenizer, unfinished, shard)
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str = "5GB"
+) -> None:
+    """Write weights (safetensors), config and tokenizer into a folder that is there."""
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=shard)
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the name `folder` when the context ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
-        unfinished = Path(scratch) / "model"
-        unfinished.mkdir()
+def saving(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill with a model; `folder` appears with its checksums when that is done.
+
+    Raises DiskError where there is no room for it.
+    """
+    with files.appearing(folder) as unfinished:
         yield unfinished
-        os.replace(unfinished, folder)
+        files.seal(unfinished)
 
 
 def _embedded(name: str) -> Path:
     if name not in EMBEDDED:
         raise RequestError(f"embedded model {name!r} is unknown; there are {', '.join(EMBEDDED)}")
     folder = paths.CACHE / "models" / name
-    if not (folder / "config.json").is_file():
-        model, tokenizer = EMBEDDED[name]()
-        save(model, tokenizer, folder, shard="5GB" if name == "smollm2-135m" else "200KB")
+    if files.is_sound(folder):
+        return folder
+    with files.claim(folder.with_name(f".making-{name}")):  # one process makes it, others wait
+        if reason := files.damage(folder):
+            print(f"embedded model {name!r} is made anew: {reason}", file=sys.stderr)
+        if not files.is_sound(folder):
+            model, tokenizer = EMBEDDED[name]()
+            save(model, tokenizer, folder, shard="5GB" if name == "smollm2-135m" else "200KB")
     return folder
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -77,8 +78,8 @@ class Networks:
         self._files = tempfile.TemporaryDirectory(dir=sweep(), prefix=f"{_owner()}-{os.getpid()}-")
         folder = Path(self._files.name) / "model"
         source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
-        seconds = streaming.slice_to(folder, *source, budget=self._budget())
-        return Sliced(self._load(str(folder)), seconds)
+        outcome = streaming.slice_to(folder, *source, budget=self._budget())
+        return replace(outcome, model=self._load(str(folder)))
 
     def _budget(self) -> streaming.Budget:
         given = self.settings.device_memory_gib, self.settings.host_memory_gib

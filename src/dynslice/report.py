@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
-from dynslice import compare, paths
+from dynslice import compare, files, paths
 from dynslice.study import Study
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
@@ -407,10 +407,10 @@ def style() -> None:
 
 def save_figure(figure: plt.Figure, study: Study, name: str) -> None:
     """Write a figure as PDF and PNG to figures/<profile>/."""
-    folder = _folder(study)
-    # Without dates, so that the same results give the same files.
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    with files.writing(_folder(study)) as folder:
+        # Without dates, so that the same results give the same files.
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
 
 
 def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) -> None:
@@ -420,14 +420,14 @@ def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) ->
     """
     if table.empty:
         return
-    stem = _folder(study) / name
     keep_index = table.index.name is not None
-    table.to_csv(stem.with_suffix(".csv"), index=keep_index)
     shown, note = rounded(table, digits), interval_note(table)
     text = shown.to_markdown(index=keep_index, disable_numparse=True)
-    stem.with_suffix(".md").write_text(f"{text}\n\n{note}".rstrip() + "\n", encoding="utf-8")
     latex = shown.to_latex(index=keep_index, escape=True, caption=note.replace("%", r"\%") or None)
-    stem.with_suffix(".tex").write_text(latex, encoding="utf-8")
+    with files.writing(_folder(study)) as folder:
+        table.to_csv(folder / f"{name}.csv", index=keep_index)
+        (folder / f"{name}.md").write_text(f"{text}\n\n{note}".rstrip() + "\n", encoding="utf-8")
+        (folder / f"{name}.tex").write_text(latex, encoding="utf-8")
 
 
 def interval_note(table: pd.DataFrame) -> str:

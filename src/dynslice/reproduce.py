@@ -3,17 +3,16 @@
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import exp
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynslice import claims, costs, paths
+from dynslice import claims, costs, files, interrupt, paths
 from dynslice.design import unique
 from dynslice.errors import RequestError, RunError
 from dynslice.executor import check as check_executor
@@ -62,8 +61,9 @@ def run(
         runs.append((study, chosen, notebooks, requests))
     if dry_run:
         return _dry_run([(study, requests) for study, _, _, requests in runs], executor, address)
-    if not from_record:
-        for study, _, _, requests in runs:
+    for study, _, _, requests in runs:
+        _check_places(study)
+        if not from_record:
             _prepare(study, requests, executor, address)
     outcomes, failed = [], []
     for run_ in runs:
@@ -99,6 +99,14 @@ def _dry_run(
     return facts[0] if len(facts) == 1 else {"models": facts}, lines
 
 
+def _check_places(study: Study) -> None:
+    """Refuse places that cannot be written, before anything heavy starts. Raises RequestError."""
+    name = study.profile.name
+    results = [] if study.from_record else [study.store.folder]
+    for place in (*results, paths.figures(name), paths.rendered(name)):
+        files.check_writable(place, "let it be written, or set DYNSLICE_OUTPUT to another place")
+
+
 def _prepare(study: Study, requests: list[Measurement], executor: str, address: str | None) -> None:
     """Refuse what cannot run, before anything heavy starts. Raises RequestError."""
     missing = study.missing(requests)
@@ -128,9 +136,11 @@ def _run_one(
 
     parameters = {"profile": profile, "from_record": from_record}
     parameters |= {"device": study.device, **overrides}
-    for position, path in enumerate(notebooks.values(), start=1):
-        print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
-        _execute(path, paths.rendered(study.profile.name) / path.name, parameters)
+    rendered = paths.rendered(study.profile.name)
+    with files.claim(rendered / ".rendering", _say_waiting):
+        for position, path in enumerate(notebooks.values(), start=1):
+            print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
+            _execute(path, rendered / path.name, parameters)
     seconds = time.perf_counter() - start
 
     agreement = None if from_record else agree(study, requests)
@@ -155,6 +165,10 @@ def _run_one(
     if not from_record:
         lines.append(_agreement_line(agreement, study.profile.name))
     return outcome, lines
+
+
+def _say_waiting() -> None:
+    print("another run renders the notebooks; waiting for it", file=sys.stderr)
 
 
 def record(profile: str) -> tuple[dict, list[str]]:
@@ -191,15 +205,9 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, str]:
                 f"the results of {profile!r} read {name} at {len(read)} commits of the hub; set "
                 f"revisions to one of {', '.join(sorted(read))} and run the profile again"
             )
-    target = paths.record(study.profile.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".record-") as scratch:
-        fresh = Store(Path(scratch) / "fresh")
+    with files.appearing(paths.record(study.profile.name)) as fresh:
         for result in results:
-            fresh.put(result)
-        if target.exists():
-            os.replace(target, Path(scratch) / "old")
-        os.replace(fresh.folder, target)
+            Store(fresh).put(result)
     update_pages(Study.open(profile, from_record=True, **chosen))
     name, commit = study.profile.name, commits.pop()
     facts = {"profile": name, "results": len(results), "commit": commit}
@@ -218,7 +226,7 @@ def _fill(page: Path, name: str, text: Callable[[], str]) -> None:
     before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
     if start:
         _, end, after = rest.partition(f"<!-- /{name} -->")
-        page.write_text(f"{before}{start}\n{text()}\n{end}{after}", encoding="utf-8")
+        files.write(page, f"{before}{start}\n{text()}\n{end}{after}")
 
 
 def agree(study: Study, requests: list[Measurement]) -> dict | None:
@@ -227,7 +235,7 @@ def agree(study: Study, requests: list[Measurement]) -> dict | None:
     Tolerance: relative 0.1 % where both were measured on the same class of device; otherwise 1 %,
     and for accuracies 0.02.
     """
-    record = Store(paths.record(study.profile.name))
+    record = Store(paths.record(study.profile.name), of_record=True)
     compared = agreeing = 0
     largest, where = 0.0, None
     for request in requests:
@@ -311,14 +319,15 @@ def _notebooks(only: list[str] | None) -> dict[str, Path]:
 def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     """Run a notebook by papermill; `target` appears when it is complete."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     # It warns of parameters that a notebook's cell does not list; the study checks them all.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".running-") as scratch:
-        unfinished = Path(scratch) / target.name
+    with files.scratch(target.parent) as scratch:
+        unfinished = scratch / target.name
         try:
-            papermill.execute_notebook(
+            _in_a_thread(
+                papermill.execute_notebook,
                 str(source),
                 str(unfinished),
                 parameters,
@@ -332,6 +341,11 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
                 f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
                 "Jupyter to see the cell"
             ) from error
+        except DeadKernelError as error:
+            raise RunError(
+                f"the kernel of notebook {source.name} died; is there memory enough? The same "
+                "command again goes on from there"
+            ) from error
         content = json.loads(unfinished.read_text(encoding="utf-8"))
         # Paths and clock times of this machine do not belong in a rendered notebook.
         content["metadata"].pop("papermill", None)
@@ -339,7 +353,18 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             cell["metadata"].pop("papermill", None)
             cell["metadata"].pop("execution", None)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        shutil.move(unfinished, target)
+        os.replace(unfinished, target)
+
+
+def _in_a_thread(run: Callable, *arguments, **options) -> None:
+    """Run something that would take signals for itself where they do not reach it."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, *arguments, **options)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            interrupt.kill_children()
+            raise
 
 
 def _minutes(seconds: float) -> str:

@@ -7,14 +7,15 @@ import platform
 import resource
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from dynslice import paths
+from dynslice import files, paths
 
 # Raised whenever a change of the code changes what a measurement means.
 METHOD_VERSION = 1
@@ -66,10 +67,14 @@ class Result:
 
 
 class Store:
-    """A folder of results. Reading never fails on a broken file: it is set aside and reported."""
+    """A folder of results. Reading never fails on a broken file: it is set aside and reported.
 
-    def __init__(self, folder: Path):
+    of_record: a broken file is reported and stays, for git to restore.
+    """
+
+    def __init__(self, folder: Path, of_record: bool = False):
         self.folder = folder
+        self.of_record = of_record
 
     def get(self, measurement: Measurement) -> Result | None:
         """The stored result, or None where there is none that can be used."""
@@ -77,10 +82,16 @@ class Store:
         if not path.is_file():
             return None
         try:
-            result = Result(**json.loads(path.read_text(encoding="utf-8")))
+            row = json.loads(path.read_text(encoding="utf-8"))
+            if (told := row.pop("checksum", None)) is not None and told != _checksum(row):
+                raise ValueError("its checksum does not match")
+            result = Result(**row)
             if result.measurement.key != measurement.key:
                 raise ValueError("it answers another request")
         except (ValueError, TypeError, AttributeError) as error:
+            if self.of_record:
+                print(f"{path.name} of the record is broken ({error}); restore it", file=sys.stderr)
+                return None
             aside = path.with_suffix(".broken")
             os.replace(path, aside)
             print(
@@ -91,13 +102,26 @@ class Store:
         return result
 
     def put(self, result: Result) -> None:
-        """Write a result so that the file is complete or absent."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(result), indent=1)
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
-            unfinished = Path(scratch) / "result.json"
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, self.folder / f"{result.measurement.key}.json")
+        """Write a result so that the file is complete or absent. Raises DiskError."""
+        row = json.loads(json.dumps(asdict(result)))
+        text = json.dumps({**row, "checksum": _checksum(row)}, indent=1)
+        files.write(self.folder / f"{result.measurement.key}.json", text)
+
+    def claim(self, name: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
+        """Be the only process to work on `name`; `waiting` is told first when another one does."""
+        return files.claim(self._claim(name), waiting)
+
+    def is_claimed(self, name: str) -> bool:
+        """Whether a living process works on `name`."""
+        return files.is_claimed(self._claim(name))
+
+    def _claim(self, name: str) -> Path:
+        return self.folder / ".claims" / name
+
+
+def _checksum(row: dict) -> str:
+    """SHA-256 of a result as JSON gives it back."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def reset_peak_memory(device) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import init_empty_weights
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dynslice.corpora import batches
-from dynslice.errors import RequestError
+from dynslice.errors import RequestError, RunError
 from dynslice.models import check_finite, family_of, require_dense, synchronise
 from dynslice.plan import Shape, SlicePlan
 from dynslice.signals import Signals
@@ -23,35 +24,107 @@ from dynslice.sliced import SLICED_CLASSES, Block, Family, block_output, subtrac
 Use = Callable[[str], AbstractContextManager[nn.Module]]
 
 ROWS = 16384  # of an embedding or a head that are changed at once
+CHECKED = 64  # rows of each map, and columns of each basis, that are computed again in float64
 
 
 @dataclass(frozen=True)
 class Sliced:
-    """A sliced model and what it cost."""
+    """A sliced model (None where it was only written), what it cost, and how exact it is.
 
-    model: PreTrainedModel
+    rotation_error, basis_error: see `Exactness`.
+    """
+
+    model: PreTrainedModel | None
     seconds: float
+    rotation_error: float
+    basis_error: float
+
+
+class Exactness:
+    """What float arithmetic and the stored dtype leave of folding and rotating.
+
+    rotation_error: the largest relative error (Frobenius norm) of a stored map, against float64,
+    over rows evenly spaced. basis_error: the largest entry of |Q^T Q - 1| over columns evenly
+    spaced. Both are measured on every map and basis of a slice.
+    """
+
+    def __init__(self):
+        self._rotation: list[Tensor] = []
+        self._basis: list[Tensor] = []
+
+    def rotated(
+        self, rows: Tensor, Q: Tensor, dtype: torch.dtype, fold: Callable = lambda rows: rows
+    ) -> Tensor:
+        """rows [n, d] in coordinates of the stream, folded, in the basis Q: [n, w] in `dtype`."""
+        made = _by_rows(rows, lambda part: (fold(part.float()) @ Q.float()).to(dtype))
+        some = slice(None, None, math.ceil(len(rows) / CHECKED))
+        folded = fold(rows[some].double())
+        difference = made[some].double() - folded @ Q
+        self._rotation.append(difference.norm() / folded.norm().clamp(min=1e-30))
+        return made
+
+    def basis(self, V: Tensor) -> None:
+        """Look at a basis V [d, d]."""
+        some = V[:, :: math.ceil(len(V) / CHECKED)]
+        unit = torch.eye(len(V), dtype=V.dtype, device=V.device)
+        unit = unit[:, :: math.ceil(len(V) / CHECKED)]
+        self._basis.append((V.T @ some - unit).abs().max())
+
+    @property
+    def rotation_error(self) -> float:
+        """The largest relative error of a stored map."""
+        return torch.stack(self._rotation).max().item()
+
+    @property
+    def basis_error(self) -> float:
+        """The largest deviation from an orthonormal basis."""
+        return torch.stack([torch.zeros_like(self._rotation[0]), *self._basis]).max().item()
+
+    def check(self, d: int, dtype: torch.dtype) -> None:
+        """Raise RunError where an error is larger than rounding explains.
+
+        Rounding the result to `dtype` takes its epsilon, products of d terms in float32 at most d
+        times theirs; a basis in float64 likewise.
+        """
+        limit = torch.finfo(dtype).eps + d * torch.finfo(torch.float32).eps
+        basis_limit = 100 * d * torch.finfo(torch.float64).eps
+        errors = {
+            "rotation": (self.rotation_error, limit),
+            "basis": (self.basis_error, basis_limit),
+        }
+        for name, (error, bound) in errors.items():
+            if not error <= bound:
+                raise RunError(
+                    f"the {name} error of the slice is {error:.1e}, and rounding explains "
+                    f"{bound:.1e}; the weights may overflow {str(dtype).removeprefix('torch.')}: "
+                    "use --dtype float32"
+                )
 
 
 def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sliced:
     """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
 
-    The dense model is left as it was. Raises RequestError when plan and model do not fit, RunError
-    for non-finite activations.
+    The dense model is left as it was. Raises as `sliced_weights`.
     """
-    start = time.perf_counter()
-    weights = dict(sliced_weights(model, windows, plan, Signals(model.device)))
+    start, exactness = time.perf_counter(), Exactness()
+    weights = dict(sliced_weights(model, windows, plan, Signals(model.device), exactness))
     with torch.no_grad():
         sliced = empty_sliced(model, plan)
         sliced.load_state_dict(weights, assign=True)
         sliced = sliced.to(model.device).eval()
     synchronise(model.device)
-    return Sliced(sliced, time.perf_counter() - start)
+    errors = exactness.rotation_error, exactness.basis_error
+    return Sliced(sliced, time.perf_counter() - start, *errors)
 
 
 @torch.no_grad()  # what becomes a weight is no tensor of inference_mode: those can't be fine-tuned
 def sliced_weights(
-    model: PreTrainedModel, windows: Tensor, plan: SlicePlan, x: Signals, use: Use | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    plan: SlicePlan,
+    x: Signals,
+    exactness: Exactness,
+    use: Use | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a slice by name, in the order in which the network keeps its layers.
 
@@ -65,9 +138,10 @@ def sliced_weights(
     writes the stream is centred with it (`centred`), and its bias goes into the maps that read.
     Covariances, bases and shortcuts are float64, the products that rotate weights float32.
 
-    x: an empty store for the signals. use: where the weights of a module come from, those of
-    `model` itself by default. Raises RequestError when plan and model do not fit, RunError for
-    non-finite activations.
+    x: an empty store for the signals. exactness: takes note of the rounding. use: where the
+    weights of a module come from, those of `model` itself by default. Raises RequestError when
+    plan and model do not fit and for activations that are not finite, RunError where the result is
+    less exact than rounding explains.
     """
     check_plan(model.config, plan)
     use = use or (lambda name: nullcontext(model.get_submodule(name)))
@@ -83,6 +157,7 @@ def sliced_weights(
     def bases(width: int) -> tuple[Tensor, Tensor]:
         if width < d:
             V = principal_basis(x, centred=mean_free)
+            exactness.basis(V)
         else:
             V = torch.eye(d, dtype=torch.float64, device=device)
         return V[:, :width], V[:, width:]
@@ -92,12 +167,7 @@ def sliced_weights(
         Q, R = bases(widths[0])
         for name in family.embeddings:
             table = f"{name}.weight"
-            yield (
-                table,
-                _by_rows(
-                    model.get_parameter(table), lambda E: stored(centred(E.float()) @ Q.float())
-                ),
-            )
+            yield table, exactness.rotated(model.get_parameter(table), Q, model.dtype, centred)
 
     place = 0
     for i in tqdm(range(plan.shape.layers), desc="slicing", unit="layer", leave=False):
@@ -107,7 +177,8 @@ def sliced_weights(
                     run_block(x, R, layer, block, layer_arguments[i], centred)
                 Q_next, R_next = bases(widths[place + 1])
 
-                for name, tensor in _fold(layer, block, family, Q, Q_next, centred):
+                rotated = partial(exactness.rotated, dtype=model.dtype)
+                for name, tensor in _fold(layer, block, family, Q, Q_next, centred, rotated):
                     yield f"{family.layers}.{i}.{name}", stored(tensor)
                 yield f"{family.layers}.{i}.{block.name}_shortcut", stored(Q.T @ Q_next)
                 Q, R, place = Q_next, R_next, place + 1
@@ -124,10 +195,13 @@ def sliced_weights(
         yield f"{family.head}.weight", _by_rows(head.weight, lambda W: stored(W.float() * scale))
         if head.bias is not None:
             yield f"{family.head}.bias", stored(head.bias.clone())
+    exactness.check(d, model.dtype)
 
 
 def _by_rows(table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """A table [n, ..] changed part by part: in float32 a whole one can take gigabytes."""
+    if len(table) <= ROWS:
+        return change(table)
     changed = None
     for start in range(0, len(table), ROWS):
         part = change(table[start : start + ROWS])
@@ -138,22 +212,29 @@ def _by_rows(table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _fold(
-    layer: nn.Module, block: Block, family: Family, Q: Tensor, Q_next: Tensor, centred: Callable
+    layer: nn.Module,
+    block: Block,
+    family: Family,
+    Q: Tensor,
+    Q_next: Tensor,
+    centred: Callable,
+    rotated: Callable,
 ) -> Iterator[tuple[str, Tensor]]:
     """The maps of a block in the bases before and after it, by their names in the layer."""
     norm = layer.get_submodule(block.norm)
     g, b = _scale(norm, family), getattr(norm, "bias", None)
     for name in block.reads:
         read = layer.get_submodule(name)
-        W = read.weight.float()
-        yield f"{name}.weight", (W * g) @ Q.float()
+        W = read.weight
+        yield f"{name}.weight", rotated(W, Q, fold=lambda W: W * g)
         if b is not None:
-            yield f"{name}.bias", W @ b.float() + (0.0 if read.bias is None else read.bias.float())
+            own = 0.0 if read.bias is None else read.bias.float()
+            yield f"{name}.bias", W.float() @ b.float() + own
         elif read.bias is not None:
             yield f"{name}.bias", read.bias.clone()
     for name in block.writes:
         write = layer.get_submodule(name)
-        yield f"{name}.weight", Q_next.T.float() @ centred(write.weight.float().T).T
+        yield f"{name}.weight", rotated(write.weight.T, Q_next, fold=centred).T
         if write.bias is not None:
             yield f"{name}.bias", centred(write.bias.float()) @ Q_next.float()
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from dynslice import memory, models
+from dynslice import files, memory, models
 from dynslice.errors import RequestError
 from dynslice.memory import shown
 from dynslice.plan import SlicePlan
 from dynslice.signals import Signals
-from dynslice.slicing import check_plan, empty_sliced, sliced_weights
+from dynslice.slicing import Exactness, Sliced, check_plan, empty_sliced, sliced_weights
 
 INDEX = "model.safetensors.index.json"
 LARGEST_SHARD = 5 * 2**30
@@ -52,11 +52,10 @@ def slice_to(
     dtype: torch.dtype,
     revision: str | None = None,
     budget: Budget = Budget(),
-    extra: dict[str, str] | None = None,
-) -> float:
-    """Slice a saved model into `folder`, which appears complete or not at all; the seconds it took.
+) -> Sliced:
+    """Slice a saved model into `folder`, which appears complete or not at all.
 
-    The same tensors as `slicing.slice_model` makes. extra: further text files by name.
+    The same tensors as `slicing.slice_model` makes, but no model: load it from `folder`.
     Raises RequestError as `slice_model` does, for a budget that one layer and its workspace
     exceed, and for a model without safetensors.
     """
@@ -64,11 +63,12 @@ def slice_to(
     source = Source(model, device, dtype, revision)
     check_plan(source.model.config, plan)
     room = _rooms(source.model, plan, windows, device, budget)
-    with models.appearing(folder) as unfinished:
+    with files.appearing(folder) as unfinished:
         x = Signals(device, room["device"], room["host"], unfinished.parent)
         empty = empty_sliced(source.model, plan).to(dtype)
         shards = ShardWriter(unfinished, empty, room["shard"])
-        for name, tensor in sliced_weights(source.model, windows, plan, x, source.use):
+        exactness = Exactness()
+        for name, tensor in sliced_weights(source.model, windows, plan, x, exactness, source.use):
             shards.add(name, tensor)
         shards.finish()
         empty.config.architectures = [type(empty).__name__]
@@ -76,10 +76,9 @@ def slice_to(
         empty.config.save_pretrained(unfinished)
         empty.generation_config.save_pretrained(unfinished)
         models.load_tokenizer(model, revision).save_pretrained(unfinished)
-        for name, text in (extra or {}).items():
-            (unfinished / name).write_text(text + "\n", encoding="utf-8")
     models.synchronise(device)
-    return time.perf_counter() - start
+    errors = exactness.rotation_error, exactness.basis_error
+    return Sliced(None, time.perf_counter() - start, *errors)
 
 
 class Source:

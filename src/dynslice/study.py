@@ -31,7 +31,8 @@ class Study(Design):
         """
         settings = profile.load(name, overrides)
         folder = paths.record if from_record else paths.results
-        return cls(settings, Store(folder(settings.name)), device, from_record)
+        store = Store(folder(settings.name), of_record=from_record)
+        return cls(settings, store, device, from_record)
 
     @classmethod
     def from_notebook(cls, variables: dict[str, Any]) -> "Study":
