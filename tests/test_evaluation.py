@@ -27,7 +27,7 @@ from dynslice import (
     task_table,
 )
 from dynslice import items as task_items
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError
 from dynslice.plan import Shape, constant
 from dynslice.slicing import slice_model
 from dynslice.task_table import CHOICE_TASKS, PAPER_TASKS
@@ -74,7 +74,7 @@ def test_window_that_predicts_nothing_is_refused(tokens):
 def test_non_finite_logits_are_an_error(tokens):
     model = TINY["llama"]()
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(RunError, match="log-likelihood is not finite"):
+    with pytest.raises(RequestError, match="log-likelihood is not finite"):
         evaluation.perplexity(model, tokens)
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, decoder, write_of_the_last_block
 
 from dynslice import corpora
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError
 from dynslice.plan import Shape, constant
 from dynslice.redundancy import layer_redundancy, normalise
 from dynslice.slicing import slice_model
@@ -96,7 +96,7 @@ def test_stream_without_a_pair_of_tokens_is_refused(length):
 
 def test_non_finite_activations_are_an_error_that_names_the_layer(tiny, tokens):
     write_of_the_last_block(decoder(tiny).layers[1]).weight.data[0, 0] = float("nan")
-    with pytest.raises(RunError, match="layer 1 is not finite"):
+    with pytest.raises(RequestError, match="layer 1 is not finite"):
         layer_redundancy(tiny, tokens, 24)
 
 

@@ -8,7 +8,7 @@ from conftest import TINY, projector_oracle
 from transformers import MistralConfig, MistralForCausalLM
 
 from dynslice import corpora, models
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError
 from dynslice.evaluation import perplexity
 from dynslice.plan import Shape, SlicePlan, constant, dynamic, single
 from dynslice.slicing import principal_basis, slice_model
@@ -119,7 +119,7 @@ def test_basis_is_the_leading_eigenspace():
 def test_non_finite_weights_are_named(tokens):
     model = TINY["llama"]()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(RunError, match="not finite in float"):
+    with pytest.raises(RequestError, match="not finite in float"):
         slice_model(model, tokens, constant(Shape.of(model.config), 0.25))
 
 

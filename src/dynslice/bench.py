@@ -93,6 +93,7 @@ class Subject:
     device: torch.device
     dtype: torch.dtype
     revision: str | None = None
+    seed: int = 0  # of random weights and of random tokens
 
     def load(self, layers: int | None = None) -> PreTrainedModel:
         """The model; `layers` makes one of a shape shallower."""
@@ -100,7 +101,7 @@ class Subject:
             return models.load(self.model, self.device, self.dtype, self.revision)[0]
         config = config_of(self.shape, layers)
         with torch.device(self.device):
-            torch.manual_seed(0)
+            torch.manual_seed(self.seed)
             return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -131,7 +132,7 @@ def run(
         Row("memory copy", None, f"{copy / 1e9:.3g} GB/s", None, "read and written, best of 10"),
     ]
     dense, tokenizer = subject.load(), subject.tokenizer()
-    windows = _windows(dense, tokenizer, text, count, window)
+    windows = _windows(dense, tokenizer, text, count, window, subject.seed)
     shape = Shape.of(dense.config)
     lr = layer_redundancy(dense, windows[: max(1, count // 4)], window).lr
     plans = {
@@ -195,11 +196,12 @@ def _windows(
     text: str,
     count: int,
     window: int,
+    seed: int,
 ) -> Tensor:
     if tokenizer is not None:
         split = corpora.default_split(text, None, "train")
         return corpora.windows(text, split, tokenizer, window, count)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (count, window), generator=draw)
 
 
@@ -338,7 +340,7 @@ def _throughput_rows(
     """Prefill and decoding of a sliced network: the gain measured, over the gain counted."""
     size = PREFILL if dense.device.type == "cpu" else PREFILL_GPU
     longest = dense.config.max_position_embeddings
-    ids = _windows(dense, None, "", size[0], min(size[1], longest - NEW_TOKENS))
+    ids = _windows(dense, None, "", size[0], min(size[1], longest - NEW_TOKENS), subject.seed)
     value = efficiency.speed(dense, sliced, ids, NEW_TOKENS, repeats)
     rows = []
     for step, counted, what in (
@@ -443,7 +445,7 @@ def _oracle_row(
     shape = Shape.of(model.config)
     window = min(512, model.config.max_position_embeddings)
     count = max(8, -(-8 * shape.hidden_size // window))  # 8 tokens a dimension: bases are definite
-    calibration = _windows(model, tokenizer, text, count + 1, window)
+    calibration = _windows(model, tokenizer, text, count + 1, window, subject.seed)
     calibration, unseen = calibration[:-1], calibration[-1:]
     widths = plan.constant(shape, share)
     sliced = slicing.slice_model(model, calibration, widths).model

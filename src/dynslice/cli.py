@@ -234,11 +234,12 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     evaluation.check_data(names)
     model, tokenizer = _load(options)
     amounts = (options.limit, options.batch_size, options.subset)
-    scores = evaluation.tasks(model, tokenizer, names, *amounts)
+    scores = evaluation.tasks(model, tokenizer, names, *amounts, seed=options.seed or 0)
     result = {
         "model": options.model,
         "limit": options.limit,
         "subset": options.subset,
+        "seed": options.seed or 0,
         "tasks": scores,
         "lm_eval_version": metadata.version("lm-eval"),
     }
@@ -268,7 +269,9 @@ def bench_command(options) -> tuple[dict, list[str]]:
     text = options.calibration or "sotu"
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
-    subject = bench.Subject(model, options.shape, device, dtype, options.revision)
+    subject = bench.Subject(
+        model, options.shape, device, dtype, options.revision, options.seed or 0
+    )
     if model:
         corpora.check(text, corpora.default_split(text, None, "train"))
         config = models.load_config(model, options.revision)
@@ -450,7 +453,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    common.add_argument("--seed", type=_seed, help="of whatever the command draws")
+    drawn = "of what the command draws: windows, stratified items, random weights and tokens"
+    common.add_argument("--seed", type=_seed, help=drawn)
 
     def add(name: str, run, **extra) -> argparse.ArgumentParser:
         text = run.__doc__

@@ -134,6 +134,8 @@ class Design:
         asked = {"task": task, "limit": p.tasks[task]}
         if p.task_subset != "first":
             asked["subset"] = p.task_subset
+            if p.draw_seed:
+                asked["draw_seed"] = p.draw_seed
         return Measurement("task", {**self._model, "slice": point.network, **asked})
 
     def speed_points(self) -> list[Point]:
@@ -359,7 +361,7 @@ class Design:
             add("embedding", f"dynamic, embedding cut by {sp:.0%}", "dynamic", own)
             whole = {"schedule": "embedding", "embedding_slice": 0.0, "of": constant}
             add("embedding", "constant, embedding whole", "constant", whole)
-        for seed in range(p.ablation_shuffles):
+        for seed in range(p.draw_seed, p.draw_seed + p.ablation_shuffles):
             plan = {"schedule": "shuffled", "of": dynamic, "seed": seed}
             add("shuffled", f"shuffled, draw {seed}", "shuffled", plan)
         return found

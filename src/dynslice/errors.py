@@ -8,6 +8,9 @@ from pathlib import Path
 
 
 class _InOneLine(Exception):
+    def __init__(self, sentence: str):
+        super().__init__(without_secrets(sentence))
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the sentence, not the way to it."""
         return [f"{type(self).__name__}: {self}"]
@@ -54,12 +57,9 @@ def disk_trouble(error: BaseException, place: Path, numbers=tuple(_DISK)) -> str
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error says; of those that dynslice does not raise itself also the type and place.
-
-    Credentials are blotted out.
-    """
+    """What an error says; of those that dynslice does not raise itself also the type and place."""
     if isinstance(error, RequestError | RunError):
-        return without_secrets(str(error))
+        return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be loaded
         return (
             "the GPU is out of memory; use fewer or smaller windows, a smaller batch size, the "

@@ -27,7 +27,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
     windows: token ids [n, T]; each window predicts its tokens 2 to T. Returns perplexity,
     nll_mean and nll_stderr (nats per token; standard error over windows, None for one window),
     tokens (predicted), windows, window, and nll per window.
-    Raises RequestError for windows of fewer than 2 tokens, RunError for non-finite logits.
+    Raises RequestError for windows of fewer than 2 tokens and for logits that are not finite.
     """
     count, window = windows.shape
     if window < 2:
@@ -89,6 +89,7 @@ def tasks(
     batch_size: int = 8,
     subset: str = "first",
     share_contexts: bool = True,
+    seed: int = 0,
 ) -> dict[str, dict]:
     """Zero-shot scores by lm-eval's official task definitions on the data of `task_table`.
 
@@ -98,7 +99,7 @@ def tasks(
     limit: items of each task; None takes all of them.
     batch_size: requests at once where choices cannot share their context (see `choices`).
     subset: which items a limit takes. "first": the first of each task, of each subject for MMLU
-    (lm-eval's own meaning). "stratified": drawn with a constant seed, in proportion to the
+    (lm-eval's own meaning). "stratified": drawn by `seed`, in proportion to the
     positions of the right answers; for MMLU `limit` is the total, in proportion to the sizes of
     the subjects.
     share_contexts: compute a context once for its choices; False is lm-eval's own HFLM.
@@ -120,7 +121,7 @@ def tasks(
     from dynslice.choices import SharedContextLM
     from dynslice.items import items_of
 
-    items = {name: items_of(name, limit, subset) for name in names}
+    items = {name: items_of(name, limit, subset, seed) for name in names}
     lm_class = SharedContextLM if share_contexts else HFLM
     lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     return {name: items[name].score(lm) for name in names}

@@ -52,7 +52,7 @@ def has_weights(folder: Path) -> bool:
     """Whether a snapshot holds all files of its weights: a configuration alone is soon there."""
     indices = list(folder.glob("*.index.json"))
     if not indices:
-        return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+        return any(folder.glob("model*.safetensors"))
     files = [json.loads(i.read_text(encoding="utf-8"))["weight_map"].values() for i in indices]
     return any(all((folder / name).is_file() for name in set(names)) for names in files)
 

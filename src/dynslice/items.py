@@ -22,7 +22,6 @@ from dynslice.task_table import TASKS, data_files, local_files
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 TASK_FILES = paths.CACHE / "lm_eval_tasks"
-SUBSET_SEED = 0  # the same items for every network and every run
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Items:
 
 
 @cache
-def items_of(name: str, limit: int | None, subset: str) -> Items:
+def items_of(name: str, limit: int | None, subset: str, seed: int = 0) -> Items:
     """The items of a task, loaded once per process, with requests that are built once.
 
     Drawn items are all that is left of a task's data, so that nothing walks past the others.
@@ -97,7 +96,7 @@ def items_of(name: str, limit: int | None, subset: str) -> Items:
         _build_once(task)
     if subset == "first" or limit is None:
         return Items(name, loaded, limit, None)
-    drawn = draw(loaded["tasks"], limit)
+    drawn = draw(loaded["tasks"], limit, seed)
     for task, ids in drawn.items():
         _keep_only(loaded["tasks"][task], ids)
     return Items(name, {"tasks": {task: loaded["tasks"][task] for task in drawn}}, None, drawn)
@@ -200,11 +199,11 @@ def _write_task_file(
         files.write(path, text)
 
 
-def draw(tasks: dict[str, Task], limit: int) -> dict[str, list[int]]:
+def draw(tasks: dict[str, Task], limit: int, seed: int = 0) -> dict[str, list[int]]:
     """Ascending indices of `limit` items (all, if there are fewer), by lm-eval's task names."""
     parts = strata(tasks)
     counts = _proportional(limit, [len(members) for _, members in parts])
-    rng = np.random.default_rng(SUBSET_SEED)
+    rng = np.random.default_rng(seed)
     drawn = {}
     for (task, members), count in zip(parts, counts, strict=True):
         drawn.setdefault(task, []).extend(rng.permutation(members)[:count].tolist())

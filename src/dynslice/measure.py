@@ -207,8 +207,8 @@ class Workbench:
     def _measure_task(self, config: dict) -> dict:
         name = config["task"]
         network, tokenizer = self._network(config), self.networks.tokenizer
-        subset = config.get("subset", "first")
-        value = evaluation.tasks(network, tokenizer, [name], config["limit"], subset=subset)[name]
+        drawn = {"subset": config.get("subset", "first"), "seed": config.get("draw_seed", 0)}
+        value = evaluation.tasks(network, tokenizer, [name], config["limit"], **drawn)[name]
         return {**value, "lm_eval_version": metadata.version("lm-eval")}
 
 

@@ -27,11 +27,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dynslice import assets, files, hub_models, paths
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError, in_one_line
 from dynslice.obstacles import obstacle
 from dynslice.sliced import FAMILIES, SLICED_CLASSES, Family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
 
 for _config, _model in SLICED_CLASSES.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -79,6 +81,7 @@ def load(
     when there is no such model or it can't be sliced exactly.
     """
     load_config(name, revision)
+    tokenizer = load_tokenizer(name, revision)
     if spread and torch.cuda.is_available() and (device.type == "cpu" or device.index is not None):
         raise RequestError(
             f"device {str(device)!r} names one place, and a spread network takes all GPUs; leave "
@@ -88,20 +91,35 @@ def load(
     options = {"device_map": "auto", "offload_folder": str(_offloaded(name))} if spread else {}
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, revision=revision, **options
+            model, told = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                revision=revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **SAFE,
             )
-        except (OSError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:  # shapes that do not fit, too
             raise RequestError(
-                f"the weights of model {name!r} cannot be loaded ({str(error).splitlines()[0]}); "
-                "save the model anew"
+                f"the weights of model {name!r} cannot be loaded from safetensors "
+                f"({in_one_line(error)}); save the model anew with transformers"
             ) from error
+    if lacking := sorted(told["missing_keys"]):  # transformers makes them up
+        raise RequestError(
+            f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
+            "save the model anew with transformers"
+        )
     model = model if spread else model.to(device)
     if model.device.type == "meta":
         raise RequestError(
             f"no memory has room for the embedding of model {name!r}; use a machine with more"
         )
-    return model.eval(), load_tokenizer(name, revision)
+    for key, weight in model.named_parameters():
+        check_weight(weight, key, name)
+    return model.eval(), tokenizer
 
 
 def _offloaded(name: str) -> Path:
@@ -113,7 +131,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """The tokenizer of a model, without its weights. Raises RequestError when it has none."""
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision)
+            return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision, **SAFE)
     except (OSError, ValueError) as error:
         raise RequestError(
             f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
@@ -129,11 +147,11 @@ def load_config(name: str, revision: str | None = None):
         )
     source = resolve(name, revision)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, **SAFE)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(
             f"model {name!r} has a config.json that transformers cannot read "
-            f"({str(error).splitlines()[0]}); save the model anew"
+            f"({in_one_line(error)}); save the model anew"
         ) from error
     check_family(config)
     return config
@@ -350,9 +368,19 @@ def quiet() -> Iterator[None]:
 
 
 def check_finite(values: torch.Tensor, where: str) -> None:
-    """Raise RunError naming `where` when a tensor holds NaN or Inf."""
+    """Raise RequestError naming `where` when a tensor holds NaN or Inf."""
     if not torch.isfinite(values).all():
-        raise RunError(
+        raise RequestError(
             f"{where} is not finite in {str(values.dtype).removeprefix('torch.')}; check the "
             "weights, or use --dtype float32 or bfloat16 if the model overflows float16"
+        )
+
+
+def check_weight(weight: torch.Tensor, key: str, model: str) -> None:
+    """Raise RequestError when a weight holds NaN or Inf; what is on disk only is let through."""
+    if weight.device.type != "meta" and not torch.isfinite(weight).all():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise RequestError(
+            f"weight {key} of model {model!r} is not finite in {dtype}; take a sound checkpoint, "
+            "or --dtype float32 or bfloat16 if it overflows float16"
         )

@@ -183,11 +183,20 @@ class SlicePlan:
         optional = {"embedding_width": values.get("embedding_width")}
         names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
         try:
-            return cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
+            plan = cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
+            computed = {"slice_percentage": math.fsum(plan.final_slice) / shape.layers}
         except (KeyError, TypeError) as error:
             raise RequestError(
                 f"the plan is incomplete ({error}); make it anew with `dynslice plan`"
             ) from error
+        computed |= {name: getattr(plan, name) for name in ("mean_slice", "parameters")}
+        for name, value in computed.items():
+            if not math.isclose(values.get(name, value), value, rel_tol=1e-9, abs_tol=1e-9):
+                raise RequestError(
+                    f"the plan says {name} {values[name]}, its layers give {value}: it was "
+                    "altered; make it anew with `dynslice plan`"
+                )
+        return plan
 
     @classmethod
     def read(cls, path: str | Path) -> "SlicePlan":
@@ -310,11 +319,19 @@ def read_json(path: str | Path, what: str) -> dict:
 def lr_of(values: dict) -> list[float]:
     """The LR per layer in the JSON of `dynslice lr`. Raises RequestError when it is none."""
     try:
-        scores = [float(layer["lr"]) for layer in values["layers"]]
+        layers = values["layers"]
+        scores = [float(layer["lr"]) for layer in layers]
+        told = [float(layer["normalised"]) for layer in layers if "normalised" in layer]
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError("the LR file lists no layers; make it with `dynslice lr`") from error
     if not scores or not all(map(math.isfinite, scores)):
         raise RequestError("the LR file holds no finite scores; make it with `dynslice lr`")
+    pairs = zip(told, normalise(tuple(scores)), strict=bool(told))
+    if not all(math.isclose(*pair, rel_tol=1e-9, abs_tol=1e-9) for pair in pairs):
+        raise RequestError(
+            "the scores of the LR file and their normalised values do not fit together: it was "
+            "altered; make it anew with `dynslice lr`"
+        )
     return scores
 
 

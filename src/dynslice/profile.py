@@ -1,6 +1,7 @@
 """Profiles: everything that a run can be told, as flat keys that --set and papermill override."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,10 @@ class Profile(BaseModel):
         default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
     )
     dtype: Literal["float32", "bfloat16", "float16"]
-    seed: int = Field(description="draws the calibration and evaluation windows")
+    seed: int = Field(ge=0, description="draws the calibration and evaluation windows")
+    draw_seed: int = Field(
+        default=0, ge=0, description="draws the items of a stratified subset, and the shuffles"
+    )
 
     slice_percentages: list[float] = Field(min_length=1, description="SP: constant and dynamic")
     slice_bases: list[float] = Field(description="SB of the dynamic plans, where below SP")
@@ -114,6 +118,11 @@ class Profile(BaseModel):
             if not 0 <= share < 1:
                 raise ValueError(f"slice share {share} is outside 0 to 1")
         task_table.check(self.tasks)
+        parts = self.name.split("/")
+        if not all(re.fullmatch(r"[\w.-]+", part) and part.strip(".") for part in parts):
+            raise ValueError(
+                f"name {self.name!r} becomes a folder: use letters, digits, '.', '_' and '-'"
+            )
         self._check_names()
         if self.placement != "resident" and self.speed_slice_percentages:
             raise ValueError(

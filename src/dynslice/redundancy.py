@@ -94,8 +94,8 @@ def layer_redundancy(
     stride: distance of the windows in tokens, recorded with the result.
     last_layer: `raw` compares with the output of the last layer, the definition; `normed` with
     that output after the final norm, as the published code does (METHOD, trap 1).
-    Raises RequestError for an unknown `last_layer` or a sliced model (its stream changes width),
-    RunError for non-finite activations.
+    Raises RequestError for an unknown `last_layer`, a sliced model (its stream changes width), and
+    activations that are not finite.
     """
     if last_layer not in LAST_LAYER:
         raise RequestError(f"last_layer {last_layer!r} is unknown; use {' or '.join(LAST_LAYER)}")

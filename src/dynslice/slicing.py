@@ -151,8 +151,10 @@ def sliced_weights(
     centred = _centring(model, family)
     mean_free = subtracts_mean(model.get_submodule(family.final_norm))
 
-    def stored(weight: Tensor) -> Tensor:
-        return weight.to(model.dtype).contiguous()
+    def stored(weight: Tensor, name: str) -> tuple[str, Tensor]:
+        weight = weight.to(model.dtype).contiguous()
+        check_finite(weight, f"weight {name} of the slice")
+        return name, weight
 
     def bases(width: int) -> tuple[Tensor, Tensor]:
         if width < d:
@@ -167,7 +169,8 @@ def sliced_weights(
         Q, R = bases(widths[0])
         for name in family.embeddings:
             table = f"{name}.weight"
-            yield table, exactness.rotated(model.get_parameter(table), Q, model.dtype, centred)
+            E = model.get_parameter(table)
+            yield stored(exactness.rotated(E, Q, model.dtype, centred), table)
 
     place = 0
     for i in tqdm(range(plan.shape.layers), desc="slicing", unit="layer", leave=False):
@@ -179,22 +182,24 @@ def sliced_weights(
 
                 rotated = partial(exactness.rotated, dtype=model.dtype)
                 for name, tensor in _fold(layer, block, family, Q, Q_next, centred, rotated):
-                    yield f"{family.layers}.{i}.{name}", stored(tensor)
-                yield f"{family.layers}.{i}.{block.name}_shortcut", stored(Q.T @ Q_next)
+                    yield stored(tensor, f"{family.layers}.{i}.{name}")
+                shortcut = f"{family.layers}.{i}.{block.name}_shortcut"
+                yield stored(Q.T @ Q_next, shortcut)
                 Q, R, place = Q_next, R_next, place + 1
             for name, parameter in _left_alone(layer, family):
-                yield f"{family.layers}.{i}.{name}", stored(parameter.clone())
+                yield stored(parameter.clone(), f"{family.layers}.{i}.{name}")
 
     with use(family.final_norm) as final_norm, use(family.head) as head:
         scale = torch.ones(d, device=device)
         if subtracts_mean(final_norm):  # stays as it is
             for name, parameter in final_norm.named_parameters():
-                yield f"{family.final_norm}.{name}", stored(parameter.clone())
+                yield stored(parameter.clone(), f"{family.final_norm}.{name}")
         else:
             scale = _scale(final_norm, family)
-        yield f"{family.head}.weight", _by_rows(head.weight, lambda W: stored(W.float() * scale))
+        folded = _by_rows(head.weight, lambda W: (W.float() * scale).to(model.dtype))
+        yield stored(folded, f"{family.head}.weight")
         if head.bias is not None:
-            yield f"{family.head}.bias", stored(head.bias.clone())
+            yield stored(head.bias.clone(), f"{family.head}.bias")
     exactness.check(d, model.dtype)
 
 
@@ -295,7 +300,8 @@ def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
     del doubles
     check_finite(covariance, "the residual stream")
     if centred:
-        covariance -= covariance.trace() / len(covariance)  # d t 1 1^T / d: below all others
+        # d t 1 1^T / d: below all others
+        covariance -= (covariance.trace() or 1.0) / len(covariance)
     _, vectors = torch.linalg.eigh(covariance, UPLO="U")  # eigenvalues ascending
     return vectors.flip(-1)
 

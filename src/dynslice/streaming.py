@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from dynslice import files, memory, models
-from dynslice.errors import RequestError
+from dynslice.errors import RequestError, in_one_line
 from dynslice.memory import shown
 from dynslice.plan import SlicePlan
 from dynslice.signals import Signals
@@ -89,7 +89,7 @@ class Source:
     ):
         config = models.load_config(name, revision)
         models.require_dense(config, "slicing")
-        self.device, self.dtype = device, dtype
+        self.name, self.device, self.dtype = name, device, dtype
         self._files = _weight_files(name, revision)
         with init_empty_weights(include_buffers=False), models.quiet():
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -117,9 +117,11 @@ class Source:
             try:
                 with safe_open(self._files[stored], framework="pt") as file:
                     # A copy: products of memory that a file is mapped to round differently.
-                    yield file.get_tensor(stored).to(self.device, self.dtype, copy=True)
+                    weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
             except (OSError, SafetensorError) as error:
                 raise RequestError(_broken(self._files[stored], error)) from error
+            models.check_weight(weight, stored, self.name)
+            yield weight
 
     def _stored_name(self, name: str) -> str:
         """The name of a weight in the checkpoint: a tied head is the embedding."""
@@ -203,8 +205,13 @@ def _weight_files(name: str, revision: str | None) -> dict[str, Path]:
                 "command again, what was downloaded is kept"
             ) from error
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return {weight: folder / file for weight, file in index["weight_map"].items()}
+        try:
+            parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            if any(Path(file).name != file for file in parts.values()):
+                raise ValueError("it names files in other folders")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RequestError(_broken(folder / INDEX, error)) from error
+        return {weight: folder / file for weight, file in parts.items()}
     whole = folder / "model.safetensors"
     if not whole.is_file():
         raise RequestError(
@@ -219,7 +226,7 @@ def _weight_files(name: str, revision: str | None) -> dict[str, Path]:
 
 
 def _broken(path: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0]
+    reason = in_one_line(error)
     return f"the weights in {path.name} cannot be read ({reason}); save the model anew"
 
 
