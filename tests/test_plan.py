@@ -2,11 +2,12 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from dynslice.errors import RequestError
-from dynslice.plan import Shape, SlicePlan, constant, dynamic, lr_of, matched
+from dynslice.plan import Shape, SlicePlan, constant, dynamic, lr_of, matched, single
 from dynslice.redundancy import normalise
 
 SMOLLM2 = Shape(
@@ -98,6 +99,14 @@ def test_excess_is_shared_in_proportion_to_the_scores():
     assert last == pytest.approx(0, abs=1e-12)
 
 
+def test_excess_is_shared_by_scores_that_hardly_differ():
+    plan = dynamic(SMALL, [1.0, 2e-320, 1e-320, 0.0], 0.3)
+    limit = 1 - 8 / 64
+    rest = 4 * 0.3 - limit
+    assert plan.final_slice == pytest.approx([limit, 2 / 3 * rest, rest / 3, 0.0], abs=1e-3)
+    assert mean(plan.final_slice) == pytest.approx(0.3, abs=1e-12)
+
+
 def test_everything_at_the_limit_is_a_plan():
     limit = 1 - 8 / 64
     assert dynamic(SMALL, [0.9, 0.1, 0.5, 0.3], limit).widths == (8,) * 4
@@ -164,6 +173,21 @@ BAD_REQUESTS = {
     ),
     "negative base": (lambda: dynamic(SMALL, [1, 2, 3, 4], 0.2, -0.1), "base -0.1 is outside"),
     "LR of another model": (lambda: dynamic(SMALL, [1, 2, 3], 0.2), "LR has 3 layers, the model 4"),
+    "LR that is no number": (
+        lambda: dynamic(SMALL, [1, 2, float("nan"), 4], 0.2),
+        "LR of layer 2 is nan",
+    ),
+    "LR without bound": (
+        lambda: dynamic(SMALL, [1, 2, 3, float("inf")], 0.2),
+        "LR of layer 3 is inf",
+    ),
+    "LR beyond a float": (lambda: dynamic(SMALL, [-1e308, 1e308, 0, 0], 0.2), "LR from -1e.308"),
+    "layer that is not there": (lambda: single(SMALL, 4, 0.25), "layer 4 is outside 0 to 3"),
+    "layer from the end": (lambda: single(SMALL, -1, 0.25), "layer -1 is outside 0 to 3"),
+    "match in multiples of zero": (
+        lambda: matched(replace(constant(SMALL, 0.25), round_to=0)),
+        "round_to 0 does not divide",
+    ),
     "too few widths": (lambda: with_widths([64] * 3), "3 widths, the model 4 layers"),
     "width above d": (lambda: with_widths([64, 72, 64, 64]), "from 64 to 72, the hidden size is"),
     "width of zero": (lambda: with_widths([64, 0, 64, 64]), "from 0 to 64, the hidden size is 64"),
@@ -201,6 +225,12 @@ def test_plan_without_a_part_of_its_shape_is_refused():
     del values["shape"]["vocab_size"]
     with pytest.raises(RequestError, match=r"incomplete.*vocab_size"):
         SlicePlan.from_dict(values)
+
+
+@pytest.mark.parametrize("shape", [None, 5, "wide", []])
+def test_plan_with_something_else_for_a_shape_is_refused(shape):
+    with pytest.raises(RequestError, match="shape of the model is incomplete"):
+        SlicePlan.from_dict({**constant(SMALL, 0.25).to_dict(), "shape": shape})
 
 
 @pytest.mark.parametrize(
