@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 
 from dynslice.errors import RequestError
-from dynslice.plan import Shape, SlicePlan, constant, dynamic, lr_of, matched, single
+from dynslice.plan import (
+    Shape,
+    SlicePlan,
+    constant,
+    dynamic,
+    lr_of,
+    matched,
+    shuffled,
+    single,
+    with_embedding,
+)
 from dynslice.redundancy import normalise
 
 SMOLLM2 = Shape(
@@ -69,8 +79,8 @@ def test_final_slice_follows_the_papers_formula_where_nothing_is_capped():
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.25, 0.333, 0.9])
 def test_base_equal_to_percentage_is_constant_slicing(share):
-    lr = [random.Random(1).random() for _ in range(30)]
-    plan = dynamic(SMOLLM2, lr, share, share)
+    rng = random.Random(1)
+    plan = dynamic(SMOLLM2, [rng.random() for _ in range(30)], share, share)
     assert plan.final_slice == pytest.approx([share] * 30, abs=1e-15)
     assert plan.widths == constant(SMOLLM2, share).widths
 
@@ -138,8 +148,9 @@ def test_unsliced_plan_stores_the_dense_network_untied_with_shortcuts_and_withou
 
 @pytest.mark.parametrize(("sp", "sb"), [(0.2, 0.0), (0.25, 0.1), (0.3, 0.0), (0.4, 0.2)])
 def test_matched_plan_stores_as_much_within_a_thousandth(sp, sb):
-    lr = [random.Random(2).random() ** 3 for _ in range(30)]
-    plan = dynamic(SMOLLM2, lr, sp, sb)
+    rng = random.Random(2)
+    plan = dynamic(SMOLLM2, [0.0, *(rng.random() ** 3 for _ in range(29))], sp, sb)
+    assert plan.parameters > 1.01 * constant(SMOLLM2, sp).parameters  # the embedding stays wide
     match = matched(plan)
     assert match.schedule == "constant"
     assert max(match.widths) - min(match.widths) <= 8
@@ -158,6 +169,23 @@ def test_matched_plan_meets_every_size_within_a_thousandth():
 def test_matched_plan_of_a_constant_plan_is_that_plan():
     plan = constant(SMOLLM2, 0.25)
     assert matched(plan).widths == plan.widths
+
+
+def test_shuffled_widths_depend_on_the_seed_and_the_embedding_keeps_its_own():
+    plan = dynamic(SMOLLM2, [i / 30 for i in range(30)], 0.25)
+    draws = [shuffled(plan, seed) for seed in range(3)]
+    assert len({draw.widths for draw in [plan, *draws]}) == 4
+    for draw in draws:
+        assert sorted(draw.widths) == sorted(plan.widths)
+        assert draw.attention_widths == (plan.widths[0], *draw.widths[1:])
+        assert draw.parameters == pytest.approx(plan.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.0, 576), (0.25, 432), (0.3, 400), (0.9, 56)])
+def test_embedding_has_its_own_width_where_it_is_given_one(share, width):
+    plan = with_embedding(constant(SMOLLM2, 0.25), share)
+    assert plan.attention_widths == (width, *[432] * 29)
+    assert plan.mlp_widths == (432,) * 30
 
 
 BAD_REQUESTS = {
