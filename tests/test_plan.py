@@ -2,11 +2,22 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from dynslice.errors import RequestError
-from dynslice.plan import Shape, SlicePlan, constant, dynamic, lr_of, matched
+from dynslice.plan import (
+    Shape,
+    SlicePlan,
+    constant,
+    dynamic,
+    lr_of,
+    matched,
+    shuffled,
+    single,
+    with_embedding,
+)
 from dynslice.redundancy import normalise
 
 SMOLLM2 = Shape(
@@ -68,8 +79,8 @@ def test_final_slice_follows_the_papers_formula_where_nothing_is_capped():
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.25, 0.333, 0.9])
 def test_base_equal_to_percentage_is_constant_slicing(share):
-    lr = [random.Random(1).random() for _ in range(30)]
-    plan = dynamic(SMOLLM2, lr, share, share)
+    rng = random.Random(1)
+    plan = dynamic(SMOLLM2, [rng.random() for _ in range(30)], share, share)
     assert plan.final_slice == pytest.approx([share] * 30, abs=1e-15)
     assert plan.widths == constant(SMOLLM2, share).widths
 
@@ -96,6 +107,14 @@ def test_excess_is_shared_in_proportion_to_the_scores():
     assert plan.final_slice[0] == 1 - 8 / 64
     assert second == pytest.approx(2 * third, rel=1e-12)
     assert last == pytest.approx(0, abs=1e-12)
+
+
+def test_excess_is_shared_by_scores_that_hardly_differ():
+    plan = dynamic(SMALL, [1.0, 2e-320, 1e-320, 0.0], 0.3)
+    limit = 1 - 8 / 64
+    rest = 4 * 0.3 - limit
+    assert plan.final_slice == pytest.approx([limit, 2 / 3 * rest, rest / 3, 0.0], abs=1e-3)
+    assert mean(plan.final_slice) == pytest.approx(0.3, abs=1e-12)
 
 
 def test_everything_at_the_limit_is_a_plan():
@@ -129,8 +148,9 @@ def test_unsliced_plan_stores_the_dense_network_untied_with_shortcuts_and_withou
 
 @pytest.mark.parametrize(("sp", "sb"), [(0.2, 0.0), (0.25, 0.1), (0.3, 0.0), (0.4, 0.2)])
 def test_matched_plan_stores_as_much_within_a_thousandth(sp, sb):
-    lr = [random.Random(2).random() ** 3 for _ in range(30)]
-    plan = dynamic(SMOLLM2, lr, sp, sb)
+    rng = random.Random(2)
+    plan = dynamic(SMOLLM2, [0.0, *(rng.random() ** 3 for _ in range(29))], sp, sb)
+    assert plan.parameters > 1.01 * constant(SMOLLM2, sp).parameters  # the embedding stays wide
     match = matched(plan)
     assert match.schedule == "constant"
     assert max(match.widths) - min(match.widths) <= 8
@@ -151,6 +171,23 @@ def test_matched_plan_of_a_constant_plan_is_that_plan():
     assert matched(plan).widths == plan.widths
 
 
+def test_shuffled_widths_depend_on_the_seed_and_the_embedding_keeps_its_own():
+    plan = dynamic(SMOLLM2, [i / 30 for i in range(30)], 0.25)
+    draws = [shuffled(plan, seed) for seed in range(3)]
+    assert len({draw.widths for draw in [plan, *draws]}) == 4
+    for draw in draws:
+        assert sorted(draw.widths) == sorted(plan.widths)
+        assert draw.attention_widths == (plan.widths[0], *draw.widths[1:])
+        assert draw.parameters == pytest.approx(plan.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.0, 576), (0.25, 432), (0.3, 400), (0.9, 56)])
+def test_embedding_has_its_own_width_where_it_is_given_one(share, width):
+    plan = with_embedding(constant(SMOLLM2, 0.25), share)
+    assert plan.attention_widths == (width, *[432] * 29)
+    assert plan.mlp_widths == (432,) * 30
+
+
 BAD_REQUESTS = {
     "multiple does not divide": (lambda: constant(SMALL, 0.25, 7), "round_to 7 does not divide"),
     "multiple of zero": (lambda: constant(SMALL, 0.25, 0), "round_to 0 does not divide"),
@@ -164,6 +201,21 @@ BAD_REQUESTS = {
     ),
     "negative base": (lambda: dynamic(SMALL, [1, 2, 3, 4], 0.2, -0.1), "base -0.1 is outside"),
     "LR of another model": (lambda: dynamic(SMALL, [1, 2, 3], 0.2), "LR has 3 layers, the model 4"),
+    "LR that is no number": (
+        lambda: dynamic(SMALL, [1, 2, float("nan"), 4], 0.2),
+        "LR of layer 2 is nan",
+    ),
+    "LR without bound": (
+        lambda: dynamic(SMALL, [1, 2, 3, float("inf")], 0.2),
+        "LR of layer 3 is inf",
+    ),
+    "LR beyond a float": (lambda: dynamic(SMALL, [-1e308, 1e308, 0, 0], 0.2), "LR from -1e.308"),
+    "layer that is not there": (lambda: single(SMALL, 4, 0.25), "layer 4 is outside 0 to 3"),
+    "layer from the end": (lambda: single(SMALL, -1, 0.25), "layer -1 is outside 0 to 3"),
+    "match in multiples of zero": (
+        lambda: matched(replace(constant(SMALL, 0.25), round_to=0)),
+        "round_to 0 does not divide",
+    ),
     "too few widths": (lambda: with_widths([64] * 3), "3 widths, the model 4 layers"),
     "width above d": (lambda: with_widths([64, 72, 64, 64]), "from 64 to 72, the hidden size is"),
     "width of zero": (lambda: with_widths([64, 0, 64, 64]), "from 0 to 64, the hidden size is 64"),
@@ -201,6 +253,12 @@ def test_plan_without_a_part_of_its_shape_is_refused():
     del values["shape"]["vocab_size"]
     with pytest.raises(RequestError, match=r"incomplete.*vocab_size"):
         SlicePlan.from_dict(values)
+
+
+@pytest.mark.parametrize("shape", [None, 5, "wide", []])
+def test_plan_with_something_else_for_a_shape_is_refused(shape):
+    with pytest.raises(RequestError, match="shape of the model is incomplete"):
+        SlicePlan.from_dict({**constant(SMALL, 0.25).to_dict(), "shape": shape})
 
 
 @pytest.mark.parametrize(

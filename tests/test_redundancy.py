@@ -1,5 +1,7 @@
 """LR against its definition on kept hidden states."""
 
+import math
+
 import pytest
 import torch
 from conftest import TINY, decoder, write_of_the_last_block
@@ -7,7 +9,7 @@ from conftest import TINY, decoder, write_of_the_last_block
 from dynslice import corpora
 from dynslice.errors import RequestError
 from dynslice.plan import Shape, constant
-from dynslice.redundancy import layer_redundancy, normalise
+from dynslice.redundancy import SCORES, layer_redundancy, normalise, scores_of
 from dynslice.slicing import slice_model
 
 LAYERS = 3
@@ -40,6 +42,25 @@ def test_lr_is_the_mean_cosine_of_input_and_output(tiny, tokens):
     x = kept_states(tiny, tokens)
     expected = [cosines(x[i], x[i + 1]).mean().item() for i in range(LAYERS)]
     assert layer_redundancy(tiny, tokens, 24).lr == pytest.approx(expected, abs=1e-6)
+
+
+def test_angular_distance_and_update_norm_are_those_of_their_definitions(tiny, tokens):
+    x = kept_states(tiny, tokens)
+    got = layer_redundancy(tiny, tokens, 24)
+    angles = [cosines(x[i], x[i + 1]).arccos().mean().item() / math.pi for i in range(LAYERS)]
+    updates = [
+        ((x[i + 1] - x[i]).norm(dim=-1) / x[i].norm(dim=-1)).mean().item() for i in range(LAYERS)
+    ]
+    assert got.angular_distance == pytest.approx(angles, abs=1e-6)
+    assert got.update_norm == pytest.approx(updates, rel=1e-5)
+
+
+def test_scores_are_high_where_a_layer_changes_little():
+    little = {"lr": 0.9, "angular_distance": 0.1, "update_norm": 0.3}
+    much = {"lr": 0.2, "angular_distance": 0.4, "update_norm": 1.5}
+    expected = {"cosine": [0.9, 0.2], "angular": [0.9, 0.6], "update": [-0.3, -1.5]}
+    for score in SCORES:
+        assert scores_of([little, much], score) == expected[score]
 
 
 @torch.inference_mode()

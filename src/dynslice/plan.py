@@ -79,8 +79,9 @@ class Shape:
     @classmethod
     def from_dict(cls, values: dict) -> "Shape":
         """From the JSON form. Raises RequestError naming what is missing."""
+        values = values if isinstance(values, dict) else {}
         needed = [name for name in cls.__dataclass_fields__ if name != "position_rows"]
-        missing = [name for name in needed if name not in (values or {})]
+        missing = [name for name in needed if name not in values]
         if missing:
             raise RequestError(
                 f"the shape of the model is incomplete (no {missing[0]}); make the file anew with "
@@ -229,13 +230,11 @@ def dynamic(
 
     SLR_i = (SP - SB) n_i / mean(n) and FS_i = SB + SLR_i, so that mean(FS) = SP. Where FS_i
     would leave less than one rounding unit of the width, it is capped there and the excess goes
-    to the other layers in proportion to their n_i.
+    to the other layers in proportion to their n_i. Raises RequestError for LR of another number
+    of layers, or that is not finite.
     """
     _check_request(shape, slice_percentage, slice_base, round_to)
-    if len(lr) != shape.layers:
-        raise RequestError(
-            f"LR has {len(lr)} layers, the model {shape.layers}; measure LR on the same model"
-        )
+    _check_scores(shape, lr)
     limit = 1 - round_to / shape.hidden_size
     slices = _share_out(normalise(tuple(lr)), slice_percentage, slice_base, limit)
     return _rounded("dynamic", shape, slice_percentage, slice_base, slices, round_to)
@@ -248,6 +247,7 @@ def matched(plan: SlicePlan) -> SlicePlan:
     evenly over the layers. The first layer also sets the width of the embedding; where its step
     is too coarse to come within 0.05 %, that layer alone is rounded the other way.
     """
+    _check_request(plan.shape, 0.0, 0.0, plan.round_to)
 
     def miss(candidate: SlicePlan) -> int:
         return abs(candidate.parameters - plan.parameters)
@@ -262,9 +262,11 @@ def single(shape: Shape, layer: int, slice_percentage: float, round_to: int = 8)
     """One layer cut by a share, all others whole: what that layer alone is sensitive to.
 
     The embedding, and with it the attention input of layer 0, stays whole: layer 0 is cut before
-    its MLP only, every other layer at both of its places.
+    its MLP only, every other layer at both of its places. Raises RequestError for no such layer.
     """
     _check_request(shape, slice_percentage, slice_percentage, round_to)
+    if layer not in range(shape.layers):
+        raise RequestError(f"layer {layer} is outside 0 to {shape.layers - 1}; count from 0")
     cut = constant(shape, slice_percentage, round_to).widths[0]
     d = shape.hidden_size
     return SlicePlan(
@@ -364,7 +366,8 @@ def _share_out(
         if not sum(weight.values()):  # only layers with n = 0 are left to take the excess
             weight = dict.fromkeys(free, 1.0)
         total = sum(weight.values())
-        slices = {i: slice_base + budget * weight[i] / total for i in free}
+        # The quotient first: a product with scores of 1e-320 would be lost.
+        slices = {i: slice_base + budget * (weight[i] / total) for i in free}
         over = {i for i in free if slices[i] > limit}
         if not over:
             return tuple(slices.get(i, limit) for i in range(len(n)))
@@ -416,6 +419,20 @@ def _check_request(shape: Shape, slice_percentage: float, slice_base: float, rou
         raise RequestError(
             f"slice base {slice_base} is outside 0 to the slice percentage {slice_percentage}; "
             "the base cannot exceed the average"
+        )
+
+
+def _check_scores(shape: Shape, lr: Sequence[float]) -> None:
+    if len(lr) != shape.layers:
+        raise RequestError(
+            f"LR has {len(lr)} layers, the model {shape.layers}; measure LR on the same model"
+        )
+    for i, score in enumerate(lr):
+        if not math.isfinite(score):
+            raise RequestError(f"LR of layer {i} is {score}; measure LR anew with `dynslice lr`")
+    if not math.isfinite(max(lr) - min(lr)):
+        raise RequestError(
+            f"LR from {min(lr)} to {max(lr)} is no redundancy; measure LR anew with `dynslice lr`"
         )
 
 

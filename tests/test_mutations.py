@@ -1,0 +1,300 @@
+"""The important tests can fail: each is run on a package with one wrong line, and must notice.
+
+A mutation replaces text in the source of one function, for the length of one test. The same test
+passes on the package as it is.
+"""
+
+import inspect
+import textwrap
+from dataclasses import dataclass
+from types import CodeType
+
+import pytest
+import test_compare
+import test_corpora
+import test_evaluation
+import test_plan
+import test_redundancy
+import test_results
+import test_slicing
+import torch
+from conftest import TINY
+from prose import paragraphs
+
+from dynslice import (
+    assets,
+    compare,
+    corpora,
+    design,
+    evaluation,
+    models,
+    plan,
+    redundancy,
+    results,
+    sliced,
+    slicing,
+)
+from dynslice.profile import load
+from dynslice.results import Store
+
+# Tests that fail: an assertion, or pytest's "did not raise".
+NOTICED = (AssertionError, pytest.fail.Exception)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One function of the package with `right` replaced by `wrong` in its source."""
+
+    function: object
+    right: str
+    wrong: str
+
+    def code(self):
+        source = textwrap.dedent(inspect.getsource(self.function))
+        assert source.count(self.right) == 1, f"{self.right!r} is not once in {self.function}"
+        changed = compile(source.replace(self.right, self.wrong), "<mutation>", "exec")
+        return next(
+            code
+            for code in changed.co_consts
+            if isinstance(code, CodeType) and code.co_name == self.function.__name__
+        )
+
+    def apply(self, monkeypatch):
+        """For whoever holds the function already, too: its code changes, not its name."""
+        monkeypatch.setattr(self.function, "__code__", self.code())
+
+
+def mutation(function, right, wrong):
+    """Of a function, also behind a decorator, or of a property."""
+    return Mutation(inspect.unwrap(getattr(function, "fget", function)), right, wrong)
+
+
+class Given:
+    """The fixtures that the tests take, made anew for each call."""
+
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder, capsys
+        folder.mkdir()
+
+    @property
+    def tokens(self):
+        return torch.randint(2, 97, (6, 24), generator=torch.Generator().manual_seed(3))
+
+    @property
+    def store(self):
+        store = Store(self.folder / "results")
+        store.put(test_results.RESULT)
+        return store
+
+    @property
+    def invented(self):
+        settings = load("smoke", test_compare.SETTINGS)
+        store = Store(self.folder / "invented")
+        return test_compare.Invented(settings, store, "cpu", from_record=True).fill()
+
+    @property
+    def text(self):
+        path = self.folder / "text.txt"
+        path.write_text(paragraphs(20), encoding="utf-8")
+        return str(path)
+
+    @property
+    def tokenizer(self):
+        assets.fetch()
+        return models.load_tokenizer("embedded:tiny-random")
+
+
+def equals_projectors(family, widths=(9, 40, 24)):
+    return lambda given: test_slicing.test_sliced_model_equals_dense_model_with_projectors(
+        TINY[family](), given.tokens, widths, None
+    )
+
+
+def keeps_logits(family):
+    return lambda given: test_slicing.test_full_widths_leave_logits_unchanged(
+        TINY[family](), given.tokens
+    )
+
+
+# (mutation, the test that must notice), by what goes wrong
+TABLE = {
+    "eigenvectors smallest first": (
+        mutation(slicing.principal_basis, "vectors.flip(-1)", "vectors"),
+        lambda _: test_slicing.test_basis_is_the_leading_eigenspace(),
+    ),
+    "eigenvectors of the smallest signals in a network": (
+        mutation(slicing.principal_basis, "vectors.flip(-1)", "vectors"),
+        equals_projectors("llama"),
+    ),
+    "covariance of the last batch alone": (
+        mutation(slicing.principal_basis, "if covariance is None", "if True"),
+        lambda _: test_slicing.test_basis_is_the_leading_eigenspace(),
+    ),
+    "RMS over the sliced width": (
+        mutation(sliced.RootMeanSquare.forward, "/ self.hidden_size", "/ x.shape[-1]"),
+        equals_projectors("llama"),
+    ),
+    "eps of the norm forgotten": (
+        mutation(sliced.RootMeanSquare.forward, "self.eps", "1e-2"),
+        keeps_logits("llama"),
+    ),
+    "shortcut as if the basis stayed": (
+        mutation(slicing.sliced_weights, "Q.T @ Q_next", "torch.eye(len(Q.T), len(Q_next.T))"),
+        equals_projectors("llama"),
+    ),
+    "residual connection left out": (
+        mutation(
+            sliced.SlicedLayerMixin.forward,
+            'hidden_states @ getattr(self, f"{block.name}_shortcut") + output',
+            "output",
+        ),
+        keeps_logits("llama"),
+    ),
+    "scale of the norm not folded": (
+        mutation(slicing._fold, "(W * g) @ Q.float()", "W @ Q.float()"),
+        keeps_logits("llama"),
+    ),
+    "scale of the final norm not folded": (
+        mutation(slicing.sliced_weights, "W.float() * scale", "W.float()"),
+        keeps_logits("llama"),
+    ),
+    "bases from the unsliced signals": (
+        mutation(slicing.run_block, "stream -= stream @ cut @ cut.T", "pass"),
+        equals_projectors("llama"),
+    ),
+    "offset of Gemma's norms forgotten": (
+        mutation(slicing._scale, " + family.norm_offset", ""),
+        keeps_logits("gemma"),
+    ),
+    "stream of OPT not centred": (
+        mutation(slicing._centring, "x - x.mean(dim=-1, keepdim=True)", "x"),
+        keeps_logits("opt"),
+    ),
+    "bias of OPT's norms forgotten": (
+        mutation(slicing._fold, "W @ b.float()", "0 * W @ b.float()"),
+        keeps_logits("opt"),
+    ),
+    "shortcuts not counted": (
+        mutation(plan.SlicePlan.parameters, "total + self.shortcut_parameters", "total"),
+        lambda given: test_slicing.test_stored_tensors_match_the_plans_count(
+            TINY["llama"](), given.tokens
+        ),
+    ),
+    "no cap on a slice": (
+        mutation(plan._share_out, "slices[i] > limit", "False"),
+        lambda _: test_plan.test_every_final_slice_lies_between_base_and_limit(),
+    ),
+    "excess of a capped layer lost": (
+        mutation(plan._share_out, " - len(capped) * limit", " - len(capped) * slice_percentage"),
+        lambda _: test_plan.test_mean_final_slice_is_the_slice_percentage(),
+    ),
+    "slice base ignored": (
+        mutation(
+            plan.dynamic, "slice_percentage, slice_base, limit)", "slice_percentage, 0, limit)"
+        ),
+        lambda _: test_plan.test_final_slice_follows_the_papers_formula_where_nothing_is_capped(),
+    ),
+    "each width rounded on its own": (
+        mutation(
+            plan._rounded,
+            "math.floor(round(exact, 9) + 0.5) - taken",
+            "round(shape.hidden_size * (1 - share) / round_to)",
+        ),
+        lambda _: test_plan.test_widths_are_multiples_that_keep_the_mean(8),
+    ),
+    "shuffled without its seed": (
+        mutation(plan.shuffled, "default_rng(seed)", "default_rng(0)"),
+        lambda _: (
+            test_plan.test_shuffled_widths_depend_on_the_seed_and_the_embedding_keeps_its_own()
+        ),
+    ),
+    "matched by the mean width": (
+        mutation(
+            plan._nearest,
+            "min(map(with_units, (low, high)), key=lambda p: abs(p.parameters - plan.parameters))",
+            "with_units(sum(plan.widths) // plan.round_to)",
+        ),
+        lambda _: test_plan.test_matched_plan_stores_as_much_within_a_thousandth(0.3, 0.0),
+    ),
+    "normalised without the minimum": (
+        mutation(redundancy.normalise, "(value - low) / (high - low)", "value / high"),
+        lambda _: test_redundancy.test_normalised_scores_span_zero_to_one(),
+    ),
+    "LR of another layer": (
+        mutation(
+            redundancy.layer_redundancy,
+            "register_forward_hook(hook(i)",
+            "register_forward_hook(hook(i - 1)",
+        ),
+        lambda given: test_redundancy.test_lr_is_the_mean_cosine_of_input_and_output(
+            TINY["llama"](), given.tokens
+        ),
+    ),
+    "LR against the normed state": (
+        mutation(redundancy.layer_redundancy, 'if last_layer == "normed"', "if last_layer"),
+        lambda given: test_redundancy.test_lr_is_the_mean_cosine_of_input_and_output(
+            TINY["llama"](), given.tokens
+        ),
+    ),
+    "perplexity shifted by one token": (
+        mutation(evaluation._losses, "last_hidden_state[:, :-1]", "last_hidden_state[:, 1:]"),
+        lambda given: test_evaluation.test_perplexity_is_that_of_the_definition(
+            TINY["llama"](), given.tokens
+        ),
+    ),
+    "windows drawn without their seed": (
+        mutation(corpora.drawn, "default_rng(seed)", "default_rng(0)"),
+        lambda given: (
+            test_corpora.test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(
+                given.text, given.tokenizer
+            )
+        ),
+    ),
+    "documents shuffled without their seed": (
+        mutation(corpora.tokens, "default_rng(seed)", "default_rng(0)"),
+        lambda given: test_corpora.test_seed_shuffles_documents(given.tokenizer),
+    ),
+    "key without the config": (
+        mutation(results.Measurement.key, '"config": self.config, ', ""),
+        lambda _: test_results.test_key_depends_on_everything_asked({"seed": 2}),
+    ),
+    "key of the plan alone": (
+        mutation(results.Measurement.key, "self.config,", 'self.config["plan"],'),
+        lambda _: test_results.test_key_depends_on_everything_asked({"text": "wikipedia"}),
+    ),
+    "a broken result is trusted": (
+        mutation(results.Store.get, "if result.measurement.key != measurement.key", "if False"),
+        lambda given: test_results.test_broken_file_is_reported_and_set_aside(
+            "answers another request", given.store, given.capsys
+        ),
+    ),
+    "bootstrap that ignores the pairs": (
+        mutation(compare._relative, "a - b", "a - np.roll(b, 1)"),
+        lambda given: test_compare.test_a_perplexity_change_is_paired(given.invented),
+    ),
+    "selection on the reported windows": (
+        mutation(design.Design.selection_request, '"validation"', "p.eval_split"),
+        lambda given: test_compare.test_selection_windows_are_of_the_validation_split(
+            given.invented
+        ),
+    ),
+    "SB chosen by what is reported": (
+        mutation(
+            compare.chosen,
+            "selection_change(study, *pair[:2])",
+            'perplexity_change(study, *pair[:2], "sotu")',
+        ),
+        lambda given: test_compare.test_sb_is_chosen_on_validation_windows_alone(given.invented),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_wrong_line_is_noticed(name, tmp_path, monkeypatch, capsys):
+    wrong, test = TABLE[name]
+    test(Given(tmp_path / "right", capsys))
+    with monkeypatch.context() as patch:
+        wrong.apply(patch)
+        with pytest.raises(NOTICED):
+            test(Given(tmp_path / "wrong", capsys))
+    test(Given(tmp_path / "right again", capsys))
