@@ -15,6 +15,22 @@ started=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'run_all.sh: %s\n' "$*" >&2; exit 1; }
 
+# What takes long in the set-up is a process group beside this shell, which hears signals at once.
+stopped() {
+    trap '' INT TERM
+    kill -KILL -- -"$!" 2>/dev/null || true # whatever it leaves, the next run clears away
+    printf '\nrun_all.sh: interrupted; give the same command again to go on\n' >&2
+    exit "$1"
+}
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
+interruptible() {
+    set -m
+    "$@" &
+    set +m
+    wait $!
+}
+
 # The active environment, if dynslice and all that it needs are installed there.
 satisfied() {
     [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python tools/check_environment.py 2>/dev/null
@@ -36,6 +52,7 @@ find_python() {
 install() {
     local total
     total=$(grep -c '==' requirements.lock)
+    rm -f .venv/.complete # from here on it is not
     .venv/bin/python -m pip install --disable-pip-version-check --no-color \
         -r requirements.lock 2>&1 | tee .venv/install.log | awk -v total="$total" -v tty="$1" '
             /^(Collecting|Processing|Requirement already).*\(from -r requirements.lock/ { n++
@@ -50,6 +67,15 @@ install() {
         >>.venv/install.log 2>&1 || fail "dynslice could not be installed; see .venv/install.log"
 }
 
+# One run sets up, others wait for it. The lock is the system's, and ends with who holds it.
+lock() {
+    exec 9>.setting-up
+    "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || {
+        echo "another run sets up; waiting for it"
+        interruptible "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+    }
+}
+
 say "1/3 environment"
 if satisfied; then
     python=$(command -v python)
@@ -57,19 +83,27 @@ if satisfied; then
 else
     python=.venv/bin/python
     wanted=$(cat requirements.lock pyproject.toml | cksum)
-    if [ "$(cat .venv/.complete 2>/dev/null)" = "$wanted" ]; then
+    complete() { [ "$(cat .venv/.complete 2>/dev/null)" = "$wanted" ]; }
+    if ! complete; then
+        interpreter=$(find_python)
+        lock "$interpreter"
+    fi
+    if complete; then
         echo ".venv is complete"
     else
-        interpreter=$(find_python)
         echo "making .venv with $interpreter ($("$interpreter" --version))"
-        "$interpreter" -m venv .venv || fail "could not make .venv; on Debian, install python3-venv"
-        install "$([ -t 1 ] && echo 1 || true)"
+        # An installation that was interrupted can be broken in ways that pip does not see.
+        [ -f .venv/.complete ] || rm -rf .venv
+        interruptible "$interpreter" -m venv .venv ||
+            fail "could not make .venv; on Debian, install python3-venv, and look for room on the disk"
+        interruptible install "$([ -t 1 ] && echo 1 || true)"
         echo "$wanted" >.venv/.complete
     fi
+    exec 9>&-
 fi
 
 say "2/3 model, texts and benchmarks"
-"$python" -m dynslice assets fetch
+interruptible "$python" -m dynslice assets fetch
 echo "set-up took $((SECONDS - started)) s"
 
 if [ "${1:-}" = "--test" ]; then

@@ -151,7 +151,7 @@ TABLE = {
         keeps_logits("llama"),
     ),
     "scale of the norm not folded": (
-        mutation(slicing._fold, "(W * g) @ Q.float()", "W @ Q.float()"),
+        mutation(slicing._fold, "fold=lambda W: W * g", "fold=lambda W: W"),
         keeps_logits("llama"),
     ),
     "scale of the final norm not folded": (
@@ -171,7 +171,7 @@ TABLE = {
         keeps_logits("opt"),
     ),
     "bias of OPT's norms forgotten": (
-        mutation(slicing._fold, "W @ b.float()", "0 * W @ b.float()"),
+        mutation(slicing._fold, "W.float() @ b.float()", "0 * W.float() @ b.float()"),
         keeps_logits("opt"),
     ),
     "shortcuts not counted": (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY, decoder
 
-from dynslice.errors import RequestError, RunError
+from dynslice.errors import RequestError
 from dynslice.plan import Shape, constant
 from dynslice.slicing import principal_basis, slice_model
 
@@ -84,7 +84,7 @@ def test_direction_of_the_mean_comes_last(name):
 def test_signals_that_are_not_finite_have_no_basis(value):
     x = normal(80, D)
     x[40, 3] = NOT_FINITE[value]
-    with pytest.raises((RequestError, RunError), match="not finite"):
+    with pytest.raises(RequestError, match="not finite"):
         principal_basis([x])
 
 
@@ -241,14 +241,14 @@ def test_weights_that_are_not_finite_are_refused(family, name, value):
     model = TINY[family]()
     number_of(model, name).fill_(NOT_FINITE[value])
     windows = torch.arange(2, 98).view(4, 24) % 97
-    with pytest.raises((RequestError, RunError), match="not finite"):
+    with pytest.raises(RequestError, match="not finite"):
         slice_model(model, windows, constant(Shape.of(model.config), 0.25))
 
 
 @pytest.mark.parametrize(("case", "family", "dtype"), OVERFLOWS, ids=str)
 def test_weights_beyond_float16_are_refused(case, family, dtype):
     model, windows = build(family, case, dtype)
-    with pytest.raises((RequestError, RunError), match="not finite"):
+    with pytest.raises(RequestError, match="not finite"):
         slice_model(model, windows, constant(Shape.of(model.config), 0.5))
 
 
@@ -257,11 +257,10 @@ def test_activations_that_overflow_are_refused(family, tokens):
     """Finite weights, but the squares in a LayerNorm are beyond float32."""
     model = TINY[family]()
     scaled(1e37)(model)
-    with pytest.raises((RequestError, RunError), match="not finite"):
+    with pytest.raises(RequestError, match="not finite"):
         slice_model(model, tokens, constant(Shape.of(model.config), 0.25))
 
 
-@pytest.mark.xfail(strict=True, reason="only signals are looked at, not the weights of the slice")
 @pytest.mark.parametrize(
     ("name", "slice_percentage"),
     [
@@ -274,5 +273,5 @@ def test_activations_that_overflow_are_refused(family, tokens):
 def test_weights_that_no_calibration_signal_meets_are_refused(name, slice_percentage, tokens):
     model = TINY["mistral"]()
     model.get_parameter(f"{name}.weight").data.view(-1)[7] = float("nan")
-    with pytest.raises((RequestError, RunError), match="not finite"):
+    with pytest.raises(RequestError, match="not finite"):
         slice_model(model, tokens, constant(Shape.of(model.config), slice_percentage))

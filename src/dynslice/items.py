@@ -18,6 +18,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from dynslice import paths
+from dynslice.files import write
 from dynslice.task_table import TASKS, data_files, local_files
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
@@ -196,7 +197,7 @@ def _write_task_file(
     }
     text, path = yaml.safe_dump(settings), TASK_FILES / f"{name}.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        files.write(path, text)
+        write(path, text)  # others may be reading
 
 
 def draw(tasks: dict[str, Task], limit: int, seed: int = 0) -> dict[str, list[int]]:

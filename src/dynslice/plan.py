@@ -185,18 +185,21 @@ class SlicePlan:
         names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
         try:
             plan = cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
-            computed = {"slice_percentage": math.fsum(plan.final_slice) / shape.layers}
-        except (KeyError, TypeError) as error:
+            computed = {name: getattr(plan, name) for name in ("mean_slice", "parameters")}
+            computed["slice_percentage"] = math.fsum(plan.final_slice) / shape.layers
+            told = [(name, values[name], computed[name]) for name in computed if name in values]
+            altered = [
+                row for row in told if not math.isclose(*row[1:], rel_tol=1e-9, abs_tol=1e-9)
+            ]
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise RequestError(
                 f"the plan is incomplete ({error}); make it anew with `dynslice plan`"
             ) from error
-        computed |= {name: getattr(plan, name) for name in ("mean_slice", "parameters")}
-        for name, value in computed.items():
-            if not math.isclose(values.get(name, value), value, rel_tol=1e-9, abs_tol=1e-9):
-                raise RequestError(
-                    f"the plan says {name} {values[name]}, its layers give {value}: it was "
-                    "altered; make it anew with `dynslice plan`"
-                )
+        for name, said, found in altered:
+            raise RequestError(
+                f"the plan says {name} {said}, its layers give {found}: it was altered; make it "
+                "anew with `dynslice plan`"
+            )
         return plan
 
     @classmethod
