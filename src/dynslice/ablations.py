@@ -8,7 +8,7 @@ from scipy import stats
 
 from dynslice import compare, report
 from dynslice.compare import Difference
-from dynslice.design import Point
+from dynslice.design import Point, percent
 from dynslice.redundancy import SCORES, scores_of
 from dynslice.report import COLUMN_WIDTH, MARKERS
 from dynslice.study import Study
@@ -297,7 +297,7 @@ def sensitivity_prose(table: pd.DataFrame, study: Study) -> str:
     }
     p = study.profile
     return (
-        f"Each layer cut alone by {p.single_layer_slice:.0%} ({p.eval_texts[0]}, "
+        f"Each layer cut alone by {percent(p.single_layer_slice)} ({p.eval_texts[0]}, "
         f"{p.single_layer_eval_windows} validation windows): the rank correlation of LR with the "
         f"loss is {_interval(within)} over the {len(inner)} layers between the first and the last: "
         f"{says[within.direction]}. Over all {len(table)} it is {_interval(rho)}: "

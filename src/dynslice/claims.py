@@ -6,7 +6,7 @@ import pandas as pd
 
 from dynslice import ablations, compare, paths, report
 from dynslice.compare import BASES, EQUAL_SIZE, EQUAL_SLICE, Difference, Pair
-from dynslice.design import Point
+from dynslice.design import Point, percent
 from dynslice.study import Study
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
@@ -243,7 +243,7 @@ def _margins(averages: pd.DataFrame) -> list[str]:
     return [
         f"Margin of the right choice, dynamic minus constant at {basis}, average of the tasks: "
         + "; ".join(
-            f"SP {row['SP']:.0%} {row['margin (nats)']:+.3f} nats "
+            f"SP {percent(row['SP'])} {row['margin (nats)']:+.3f} nats "
             f"[{row['margin low']:+.3f}, {row['margin high']:+.3f}]"
             for row in rows.to_dict("records")
         )

@@ -9,11 +9,12 @@ import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from dynslice import compare, paths
+from dynslice.design import percent
 from dynslice.study import Study
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
 MARKERS = "D^vsP*<>"
-SHARES = ["SP", "SB", "mean slice", "SB chosen on validation", "best SB in hindsight"]
+ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
 
 
 # Layer redundancy
@@ -49,9 +50,10 @@ def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:
     left.legend(frameon=False)
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.bar(table.index, 100 * base, color="0.7", label=f"slice base, {base:.0%}")
+    right.bar(table.index, 100 * base, color="0.7", label=f"slice base, {percent(base)}")
     right.bar(table.index, 100 * table["SLR"], bottom=100 * base, color="C0", label="SLR")
-    right.axhline(100 * target, color="k", linestyle="--", linewidth=1, label=f"mean, {target:.0%}")
+    mean = f"mean, {percent(target)}"
+    right.axhline(100 * target, color="k", linestyle="--", linewidth=1, label=mean)
     right.set(xlabel="layer", ylabel="final slice (% of the width)", ylim=(0, 150 * target))
     right.legend(frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1.2)
     figure.tight_layout()
@@ -166,7 +168,7 @@ def sweep_figure(comparison: pd.DataFrame) -> plt.Figure:
         for axis, sp in zip(row, percentages, strict=True):
             here = comparison[(comparison["text"] == text) & (comparison["SP"] == sp)]
             _sweep_panel(axis, here, sp)
-            axis.set_title(f"{text}, SP {sp:.0%}")
+            axis.set_title(f"{text}, SP {percent(sp)}")
         row[0].set_ylabel("change of perplexity (%)")
     for axis in axes[-1]:
         axis.set_xlabel("slice base (% of the width)")
@@ -444,17 +446,23 @@ def interval_note(table: pd.DataFrame) -> str:
 
 def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """The table as text: floats with so many decimals, shares as percentages, `-` for nothing."""
+    share_texts = dict.fromkeys(ASKED_SHARES, percent) | {"mean slice": lambda v: f"{100 * v:.3g}%"}
 
     def text(value: object) -> object:
         if value is None or value != value:  # NaN
             return "-"
         return f"{value:.{digits}f}" if isinstance(value, float) else value
 
-    shares = table.columns.intersection(SHARES)
-    percent = table[shares].map(
-        lambda v: f"{100 * v:.3g}%" if isinstance(v, float) and v == v else v  # NaN != NaN
-    )
-    return table.assign(**percent).map(text)
+    shares = {
+        name: [form(v) if _is_number(v) else v for v in table[name]]
+        for name, form in share_texts.items()
+        if name in table
+    }
+    return table.assign(**shares).map(text)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and value == value  # NaN != NaN
 
 
 def device_line(study: Study) -> str:
@@ -500,9 +508,8 @@ def constant_and_dynamic(
     points_with_intervals(axis, factor * constant[x], constant, y, "o-", "C0", "constant")
     dynamic = table[table["schedule"] == "dynamic"].groupby("SB")
     for marker, (sb, rows) in zip(MARKERS, dynamic, strict=False):
-        points_with_intervals(
-            axis, factor * rows[x], rows, y, marker, "C1", f"dynamic, SB {sb:.0%}"
-        )
+        label = f"dynamic, SB {percent(sb)}"
+        points_with_intervals(axis, factor * rows[x], rows, y, marker, "C1", label)
 
 
 def points_with_intervals(
