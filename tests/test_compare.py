@@ -266,6 +266,24 @@ def test_intervals_hold_the_mean_and_shrink_with_more_windows():
     assert compare.interval(np.zeros(5)) == (0.0, 0.0)
 
 
+def test_a_single_item_counts_and_is_not_resampled():
+    many = RNG.standard_normal(50)
+    low, high = compare.interval(many)
+    one = compare.interval(many, np.array([3.0]))
+    assert one == pytest.approx(((low + 3.0) / 2, (high + 3.0) / 2))
+    assert compare.interval(np.array([3.0])) == (3.0, 3.0)
+
+
+def test_an_accuracy_of_zero_has_no_ratio(invented):
+    for point in invented.task_points():
+        for task in TASKS:
+            request = invented.task_request(point, task)
+            alter(invented, request, lambda value: {**value, "correct": [0] * ITEMS})
+    spoken = claims.claims_prose(invented)
+    assert "+0.0 points [+0.0, +0.0]: **not supported**" in spoken
+    assert "as a ratio" not in spoken
+
+
 def test_tasks_weigh_alike_whatever_their_items(invented):
     a, b = invented.task_points()[:2]
     for task, count, right in (("piqa", 30, 1), ("arc_easy", 10, 0)):

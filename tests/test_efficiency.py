@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CPU, TINY, projector_oracle
 
-from dynslice import bench, costs, efficiency, paths
+from dynslice import bench, costs, efficiency, paths, report
 from dynslice.design import Point
 from dynslice.plan import Shape, constant
 from dynslice.slicing import slice_model
@@ -229,6 +229,12 @@ def test_a_gain_is_the_ratio_of_medians_and_stands_beside_what_was_counted():
     text = costs.speed_prose(speeds()[0])
     assert "In **2 of 4** rows" in text
     assert "decode of constant, SP 30%: 1.00 x where 1.25 x was counted" in text
+
+
+def test_tiny_ratios_and_counts_keep_their_digits():
+    table = pd.DataFrame({"step": ["a check", "a gain"], "ratio": [3.2e-5, 0.9876]})
+    assert report.rounded(table)["ratio"].tolist() == ["3.2e-05", "0.99"]
+    assert [costs._flop(count) for count in (2.69e8, 4.76e5)] == ["0.269 GFLOP", "0.476 MFLOP"]
 
 
 def test_equal_work_is_told_from_equal_size():

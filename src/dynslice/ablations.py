@@ -1,5 +1,7 @@
 """Tables, figures and sentences of the ablations (notebook 04), from results."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -8,13 +10,16 @@ from scipy import stats
 
 from dynslice import compare, report
 from dynslice.compare import Difference
-from dynslice.design import Point
-from dynslice.redundancy import SCORES, scores_of
+from dynslice.design import Point, percent
+from dynslice.redundancy import scores_of
 from dynslice.report import COLUMN_WIDTH, MARKERS
 from dynslice.study import Study
 
+_AGAINST_LR = ("against LR order (%)", "low, LR", "high, LR")
 FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
 NONE = "This profile asks for no such ablation."
+OF_SCORES = {"angular": "angular distance", "update": "update norm"}  # what a score is made of
+QUESTIONS = ("last layer", "score", "rounding", "embedding", "calibration text")
 
 
 # LR itself
@@ -27,20 +32,25 @@ def lr_table(study: Study) -> pd.DataFrame:
         request = study.lr_request(last_layer=end)
         columns[f"{request.config['text']}, last layer {end}"] = _lr(study, request)
     layers = study.get(study.lr_request()).value["layers"]
-    if study.profile.ablation_scores:
-        columns["angular distance"] = [layer["angular_distance"] for layer in layers]
-        columns["update norm"] = [layer["update_norm"] for layer in layers]
+    for name in _other_scores(study):
+        columns[OF_SCORES[name]] = [layer[OF_SCORES[name].replace(" ", "_")] for layer in layers]
     table = pd.DataFrame(columns)
     table.index.name = "layer"
     return table
+
+
+def _other_scores(study: Study) -> list[str]:
+    """The scores beside the cosine, which is LR itself, that the profile asks for."""
+    return [score for score in study.profile.ablation_scores if score in OF_SCORES]
 
 
 def lr_figure(table: pd.DataFrame) -> plt.Figure:
     """LR by layer, a curve per text and definition."""
     report.style()
     figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 2.6))
-    curves = [name for name in table if name not in ("angular distance", "update norm")]
-    for name, marker, line in zip(curves, MARKERS, ["-", "--", ":", "-.", "-"] * 2, strict=False):
+    curves = [name for name in table if name not in OF_SCORES.values()]
+    looks = zip(cycle(MARKERS), cycle(["-", "--", ":", "-.", "-"]), strict=False)
+    for name, (marker, line) in zip(curves, looks, strict=False):
         axis.plot(table.index, table[name], line, marker=marker, markersize=3, label=name)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="layer", ylabel="layer redundancy (cosine)")
@@ -74,7 +84,7 @@ def lr_agreement(study: Study) -> pd.DataFrame:
         add("text", request.config["text"], _lr(study, request))
     for end in study.profile.ablation_last_layers:
         add("last layer", end, _lr(study, study.lr_request(last_layer=end)))
-    for score in SCORES[1:] if study.profile.ablation_scores else []:
+    for score in _other_scores(study):
         layers = study.get(own).value["layers"]
         add("score", score, scores_of(layers, score), same_scale=False)
     return pd.DataFrame(rows)
@@ -147,6 +157,13 @@ def ablation_table(study: Study) -> pd.DataFrame:
                 _ablation_row(study, ablation.question, ablation.point, reference[schedule], text)
             )
     return pd.DataFrame(rows)
+
+
+def changes_prose(table: pd.DataFrame) -> str:
+    """What every change by itself does, under the name of what is changed (Markdown)."""
+    if table.empty:
+        return ""
+    return "\n\n".join(f"**{q.capitalize()}**\n\n{ablation_prose(table, q)}" for q in QUESTIONS)
 
 
 def ablation_prose(table: pd.DataFrame, question: str) -> str:
@@ -229,10 +246,10 @@ def seed_prose(table: pd.DataFrame) -> str:
 
 def overfit_table(study: Study) -> pd.DataFrame:
     """Constant slicing by calibration size: perplexity on its calibration windows and on test."""
-    if not study.ablations():
+    points = [a.point for a in study.ablations() if a.question == "calibration size"]
+    if not points:
         return pd.DataFrame()
     text = study.profile.eval_texts[0]
-    points = [a.point for a in study.ablations() if a.question == "calibration size"]
     rows = []
     for point in [study.ablated()[0], *points]:
         calibration = point.network["calibration"]
@@ -297,7 +314,7 @@ def sensitivity_prose(table: pd.DataFrame, study: Study) -> str:
     }
     p = study.profile
     return (
-        f"Each layer cut alone by {p.single_layer_slice:.0%} ({p.eval_texts[0]}, "
+        f"Each layer cut alone by {percent(p.single_layer_slice)} ({p.eval_texts[0]}, "
         f"{p.single_layer_eval_windows} validation windows): the rank correlation of LR with the "
         f"loss is {_interval(within)} over the {len(inner)} layers between the first and the last: "
         f"{says[within.direction]}. Over all {len(table)} it is {_interval(rho)}: "
@@ -386,6 +403,13 @@ def shuffle_prose(table: pd.DataFrame) -> str:
         f"({changes.min():+.1f} to {changes.max():+.1f} %). {kept.min()} to {kept.max()} layers "
         f"keep their width in them, and the embedding does in all. "
     ]
+    if len(draws) == 1:
+        change = Difference(*(draws.iloc[0][n] for n in _AGAINST_LR))
+        lines = [
+            f"One random order of the same widths has a perplexity that is {change.format('%')} "
+            f"against the order by LR; layers that keep their width in it: {kept.iloc[0]}, and "
+            "the embedding. "
+        ]
     if worse == len(draws):
         lines.append(
             f"If the order did not matter, LR's would come first of {len(draws) + 1} with "
@@ -397,7 +421,7 @@ def shuffle_prose(table: pd.DataFrame) -> str:
         lines.append("**The order by LR is not shown to matter.**")
     alike = table[table["order of the widths"].str.contains("embedding")]
     for row in alike.to_dict("records"):
-        change = Difference(*(row[n] for n in ("against LR order (%)", "low, LR", "high, LR")))
+        change = Difference(*(row[n] for n in _AGAINST_LR))
         lines.append(
             f" All layers alike with the embedding whole ({row['parameters (M)']:.1f} M parameters "
             f"beside {table.iloc[0]['parameters (M)']:.1f} M) has a perplexity that is "

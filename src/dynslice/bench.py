@@ -30,7 +30,7 @@ from dynslice import (
     slicing,
     streaming,
 )
-from dynslice.design import unique
+from dynslice.design import percent, unique
 from dynslice.efficiency import alternate, seconds_of
 from dynslice.errors import RequestError
 from dynslice.plan import Shape, SlicePlan
@@ -135,9 +135,10 @@ def run(
     windows = _windows(dense, tokenizer, text, count, window, subject.seed)
     shape = Shape.of(dense.config)
     lr = layer_redundancy(dense, windows[: max(1, count // 4)], window).lr
+    at = f"SP {percent(slice_percentage)}"
     plans = {
-        f"constant, SP {slice_percentage:.0%}": plan.constant(shape, slice_percentage),
-        f"dynamic, SP {slice_percentage:.0%}, SB 0%": plan.dynamic(shape, lr, slice_percentage),
+        f"constant, {at}": plan.constant(shape, slice_percentage),
+        f"dynamic, {at}, SB 0%": plan.dynamic(shape, lr, slice_percentage),
     }
     rows += _calibration_rows(dense, windows, plans, repeats, rate)
     rows.append(_memory_row(subject, dense, windows, next(iter(plans.values()))))

@@ -6,7 +6,7 @@ import pandas as pd
 
 from dynslice import ablations, compare, paths, report
 from dynslice.compare import BASES, EQUAL_SIZE, EQUAL_SLICE, Difference, Pair
-from dynslice.design import Point
+from dynslice.design import Point, percent
 from dynslice.study import Study
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
@@ -19,7 +19,8 @@ class Outcome:
     """One claim, on one basis of comparison, beside what was measured of it.
 
     change: from constant to dynamic slicing, None where nothing was measured; in percent of
-    perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy.
+    perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy
+    where that is not zero.
     """
 
     claim: str
@@ -46,9 +47,10 @@ class Outcome:
         """The change with its interval, as text."""
         if self.change is None:
             return "-"
-        if self.ratio is None:
+        if self.metric == "perplexity":
             return self.change.format("%")
-        return f"{self.change.format('points')}, as a ratio {self.ratio.estimate:+.1f} %"
+        points = self.change.format("points")
+        return points + (f", as a ratio {self.ratio.estimate:+.1f} %" if self.ratio else "")
 
 
 def verdict(change: Difference | None, published: float) -> str:
@@ -143,7 +145,8 @@ def _perplexities(study: Study, basis: str) -> list[Measured]:
         if pair is None:
             pair, how = compare.best(study, basis, text), IN_HINDSIGHT
         change = compare.perplexity_change(study, *pair[:2], text) if pair else None
-        found.append((text, pair[0].label if pair else "-", how, change, None))
+        named = (pair[0].label, how) if pair else ("-", "-")
+        found.append((text, *named, change, None))
     return found
 
 
@@ -162,8 +165,9 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
     how = ON_VALIDATION if study.profile.selection_windows else IN_HINDSIGHT
     how = how if len(pairs) > 1 else "the only one with tasks"
     change = compare.accuracy_change(study, *pair[:2], tasks)
-    scale = 100 / compare.accuracy(study, pair[1], tasks)
-    ratio = Difference(*(scale * x for x in (change.estimate, change.low, change.high)))
+    ratio, whole = None, compare.accuracy(study, pair[1], tasks)
+    if whole:
+        ratio = Difference(*(100 / whole * x for x in (change.estimate, change.low, change.high)))
     return [(on, pair[0].label, how, change, ratio)]
 
 
@@ -172,10 +176,14 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
 
 def findings(study: Study) -> str:
     """What a record says of the paper's idea: the claims, then what the ablations say of it."""
+    found = [_finding(outcome) for outcome in outcomes(study) if outcome.change]
+    none = (
+        f"**{NOT_TESTED.capitalize()}**: this profile compares no dynamic with a constant network."
+    )
     lines = [
         "**The claims, by rule**, each as the change from constant to dynamic slicing:",
         "",
-        *(f"- {_finding(outcome)}" for outcome in outcomes(study) if outcome.change),
+        *(f"- {line}" for line in found or [none]),
         "",
         "**What else a reader should know:**",
         "",
@@ -243,7 +251,7 @@ def _margins(averages: pd.DataFrame) -> list[str]:
     return [
         f"Margin of the right choice, dynamic minus constant at {basis}, average of the tasks: "
         + "; ".join(
-            f"SP {row['SP']:.0%} {row['margin (nats)']:+.3f} nats "
+            f"SP {percent(row['SP'])} {row['margin (nats)']:+.3f} nats "
             f"[{row['margin low']:+.3f}, {row['margin high']:+.3f}]"
             for row in rows.to_dict("records")
         )

@@ -177,10 +177,14 @@ def interval(*samples: np.ndarray) -> tuple[float, float]:
         mean = float(np.mean([sample.mean() for sample in samples]))
         return mean, mean
 
-    def mean_of_means(*resampled: np.ndarray, axis: int) -> np.ndarray:
-        return np.mean([r.mean(axis=axis) for r in resampled], axis=0)
+    several = [sample for sample in samples if len(sample) > 1]  # one item has no resamples
+    alone = float(sum(sample[0] for sample in samples if len(sample) == 1))
 
-    bounds = bootstrap(samples, mean_of_means, paired=False)
+    def mean_of_means(*resampled: np.ndarray, axis: int) -> np.ndarray:
+        means = np.sum([r.mean(axis=axis) for r in resampled], axis=0)
+        return (means + alone) / len(samples)
+
+    bounds = bootstrap(tuple(several), mean_of_means, paired=False)
     return float(bounds.low), float(bounds.high)
 
 

@@ -93,7 +93,7 @@ def _speed_row(point: Point, value: dict, step: str) -> dict:
     peak = value["stored_bytes"]["sliced"] + value["prefill_extra_bytes"]["sliced"]
     flops = value["prefill_flops"]["sliced"] / value["prefill_tokens"]
     needs = {
-        "prefill": f"{flops / 1e9:.3f} GFLOP",
+        "prefill": _flop(flops),
         "decode": f"{value['decode_bytes']['sliced'] / 1e6:.0f} MB",
     }
     return {
@@ -112,6 +112,11 @@ def _speed_row(point: Point, value: dict, step: str) -> dict:
     }
 
 
+def _flop(count: float) -> str:
+    """Operations with three decimals, in the unit that shows them."""
+    return f"{count / 1e9:.3f} GFLOP" if count >= 1e8 else f"{count / 1e6:.3f} MFLOP"
+
+
 def dense_prose(study: Study) -> str:
     """The dense model's own figures, and what was run."""
     if not study.speed_points():
@@ -126,7 +131,7 @@ def dense_prose(study: Study) -> str:
     return (
         f"Prefill is one pass over {p.speed_windows} windows of {p.speed_window} tokens, decoding "
         f"generates {p.speed_new_tokens} tokens at batch 1; medians of {p.speed_repeats} repeats "
-        f"after one that is not timed. The dense model needs {flops / 1e9:.3f} GFLOP a token of "
+        f"after one that is not timed. The dense model needs {_flop(flops)} a token of "
         f"prefill, reads {value['decode_bytes']['dense'] / 1e6:.0f} MB for each decoded one, and "
         f"holds {peak / 1e6:.0f} MB at the peak of prefill."
     )
@@ -255,6 +260,5 @@ def readme_block(name: str = "SmolLM2-135M on a CPU") -> str:
     bench = benches()[name]
     table = bench_table(bench)
     table = table[table["met"] != "-"][["step", "ratio", "limit", "met", "ratio is"]]
-    ratio = [f"{r:.1e}" if r < 0.01 else f"{r:.2f}" for r in table["ratio"]]
-    rows = table.assign(ratio=ratio).to_markdown(index=False, disable_numparse=True)
+    rows = report.rounded(table).to_markdown(index=False, disable_numparse=True)
     return f"{bench_prose(name, bench)}\n\n{rows}\n\n{unmeasured_prose()}"

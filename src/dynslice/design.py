@@ -28,14 +28,15 @@ class Point:
     @property
     def label(self) -> str:
         """Short name for tables and figures."""
-        at = f"SP {self.slice_percentage:.0%}"
+        at = f"SP {percent(self.slice_percentage)}"
+        under = f"{at}, SB {percent(self.slice_base)}"
         return (
             self.variant
             or {
                 "dense": "dense",
                 "constant": f"constant, {at}",
-                "dynamic": f"dynamic, {at}, SB {self.slice_base:.0%}",
-                "matched": f"constant, size of dynamic {at}, SB {self.slice_base:.0%}",
+                "dynamic": f"dynamic, {under}",
+                "matched": f"constant, size of dynamic {under}",
             }[self.schedule]
         )
 
@@ -358,7 +359,7 @@ class Design:
             add("rounding", f"widths rounded to {unit}", "dynamic", plan)
         if p.ablation_embedding:
             own = {"schedule": "embedding", "embedding_slice": sp, "of": dynamic}
-            add("embedding", f"dynamic, embedding cut by {sp:.0%}", "dynamic", own)
+            add("embedding", f"dynamic, embedding cut by {percent(sp)}", "dynamic", own)
             whole = {"schedule": "embedding", "embedding_slice": 0.0, "of": constant}
             add("embedding", "constant, embedding whole", "constant", whole)
         for seed in range(p.draw_seed, p.draw_seed + p.ablation_shuffles):
@@ -394,6 +395,11 @@ class Design:
             for point in (dynamic, matched)
         ]
         return [*sizes, *texts, *seeds]
+
+
+def percent(share: float) -> str:
+    """A share that a profile asks for as text: 25%, 12.5%; two that differ read differently."""
+    return f"{100 * share:.4g}%"
 
 
 def unique(requests: list[Measurement]) -> list[Measurement]:

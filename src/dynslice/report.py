@@ -1,6 +1,10 @@
 """Tables and figures of redundancy, perplexity and tasks from results; nothing is measured here."""
 
+import math
+from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,11 +13,14 @@ import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from dynslice import compare, files, paths
+from dynslice.design import percent
 from dynslice.study import Study
+from dynslice.task_table import TASKS, TaskRow
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
 MARKERS = "D^vsP*<>"
-SHARES = ["SP", "SB", "mean slice", "SB chosen on validation", "best SB in hindsight"]
+LEGEND_COLUMNS = 4
+ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
 
 
 # Layer redundancy
@@ -37,22 +44,42 @@ def redundancy_table(study: Study) -> pd.DataFrame:
     return table
 
 
+def last_layer_prose(study: Study) -> str:
+    """What the last layer is compared by, as Markdown."""
+    if study.profile.lr_last_layer == "raw":
+        return (
+            "The last layer is compared by its **raw** output, as the definition says. The "
+            "published code compares with the state after the final norm, which can make the last "
+            'layer look far less redundant than it is; set `lr_last_layer = "normed"` above to '
+            "see it."
+        )
+    return (
+        "The last layer is compared by the state **after the final norm**, as the published code "
+        "does, which can make it look far less redundant than it is. The definition says its raw "
+        'output; set `lr_last_layer = "raw"` above to see it.'
+    )
+
+
 def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:
     """Left LR by layer and text; right the slice FS of each layer, base and rest."""
     style()
     base, target = study.profile.figure_slice_base, study.profile.figure_slice_percentage
     figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.4))
-    lr_columns = [name for name in table.columns if name.startswith("LR")]
-    for column, marker, line in zip(lr_columns, "os^Dv", ["-", "--", ":", "-.", "-"], strict=False):
+    looks = zip(cycle("os^Dv"), cycle(["-", "--", ":", "-.", "-"]), strict=False)
+    for column, (marker, line) in zip(
+        [c for c in table if c.startswith("LR")], looks, strict=False
+    ):
         left.plot(table.index, table[column], line, marker=marker, markersize=3, label=column)
     left.set(xlabel="layer", ylabel="layer redundancy (cosine)")
     left.legend(frameon=False)
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.bar(table.index, 100 * base, color="0.7", label=f"slice base, {base:.0%}")
+    right.bar(table.index, 100 * base, color="0.7", label=f"slice base, {percent(base)}")
     right.bar(table.index, 100 * table["SLR"], bottom=100 * base, color="C0", label="SLR")
-    right.axhline(100 * target, color="k", linestyle="--", linewidth=1, label=f"mean, {target:.0%}")
-    right.set(xlabel="layer", ylabel="final slice (% of the width)", ylim=(0, 150 * target))
+    mean = f"mean, {percent(target)}"
+    right.axhline(100 * target, color="k", linestyle="--", linewidth=1, label=mean)
+    top = 100 * max(1.5 * target, 1.2 * table["FS"].max(), 0.01)  # the legend above the bars
+    right.set(xlabel="layer", ylabel="final slice (% of the width)", ylim=(0, top))
     right.legend(frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1.2)
     figure.tight_layout()
     return figure
@@ -118,9 +145,10 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
     """Perplexity against mean slice (as published) and against stored parameters."""
     style()
     texts = table["text"].unique()
-    figure, axes = plt.subplots(
-        len(texts), 2, figsize=(2 * COLUMN_WIDTH, 2.5 * len(texts)), squeeze=False, sharey="row"
-    )
+    bases = table[table["schedule"] == "dynamic"]["SB"].nunique()
+    legend = max(0.4, 0.2 * math.ceil((2 + bases) / LEGEND_COLUMNS))  # inches
+    size = (2 * COLUMN_WIDTH, 2.5 * len(texts) + legend - 0.4)
+    figure, axes = plt.subplots(len(texts), 2, figsize=size, squeeze=False, sharey="row")
     for row, text in zip(axes, texts, strict=True):
         here = table[table["text"] == text]
         for axis, x, factor in ((row[0], "mean slice", 100), (row[1], "parameters (M)", 1)):
@@ -128,8 +156,8 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
         row[0].set(xlabel="mean slice (% of the width)", ylabel=f"perplexity ({text})")
         row[1].set(xlabel="stored parameters (millions)")
     handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", ncols=4, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
+    figure.legend(*handles, loc="upper center", ncols=LEGEND_COLUMNS, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - legend / figure.get_figheight()))
     return figure
 
 
@@ -139,9 +167,14 @@ def size_prose(table: pd.DataFrame) -> str:
     dense = networks[networks["schedule"] == "dense"]["parameters (M)"].iloc[0]
     sliced = networks[networks["schedule"] != "dense"]["parameters (M)"]
     more = int((sliced > dense).sum())
+    why = "slicing unties a tied embedding and adds the shortcut matrices"
+    if len(sliced) == 1:
+        return f"The sliced network stores {sliced.iloc[0]:.1f} M parameters, the dense model " + (
+            f"{dense:.1f} M: {why}."
+        )
     return (
         f"Of the {len(sliced)} sliced networks **{more} store more parameters than the dense "
-        f"model** ({dense:.1f} M): slicing unties the embedding and adds the shortcut matrices. "
+        f"model** ({dense:.1f} M): {why}. "
         f"They store {sliced.min():.1f} to {sliced.max():.1f} M."
     )
 
@@ -166,7 +199,7 @@ def sweep_figure(comparison: pd.DataFrame) -> plt.Figure:
         for axis, sp in zip(row, percentages, strict=True):
             here = comparison[(comparison["text"] == text) & (comparison["SP"] == sp)]
             _sweep_panel(axis, here, sp)
-            axis.set_title(f"{text}, SP {sp:.0%}")
+            axis.set_title(f"{text}, SP {percent(sp)}")
         row[0].set_ylabel("change of perplexity (%)")
     for axis in axes[-1]:
         axis.set_xlabel("slice base (% of the width)")
@@ -208,11 +241,14 @@ def selection_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*names, "low, hindsight", "high, hindsight"])
 
 
-def selection_prose(table: pd.DataFrame) -> str:
+def selection_prose(table: pd.DataFrame, study: Study) -> str:
     """What choosing on validation windows changes, as Markdown."""
-    if table.empty:
+    if study.profile.selection_windows is None:
         return "This profile chooses no SB: its `selection_windows` is null."
+    if table.empty:
+        return "This profile chooses no SB: it has no dynamic network."
     lines = []
+    reported = f"{study.profile.eval_split or 'the reported'} windows"
     for basis, rows in table.groupby("against constant at", sort=False):
         counts = rows["dynamic is"].value_counts()
         found = ", ".join(f"{word} in {count}" for word, count in counts.items())
@@ -220,7 +256,7 @@ def selection_prose(table: pd.DataFrame) -> str:
         inflation = (rows["perplexity (%)"] - rows["in hindsight (%)"]).max()
         lines.append(
             f"- At **{basis}**, with SB chosen on validation windows, the perplexity of dynamic "
-            f"slicing is, of {len(rows)} comparison{plural} on test windows: {found}. "
+            f"slicing is, of {len(rows)} comparison{plural} on {reported}: {found}. "
             f"The best SB in hindsight would look better by up to {inflation:.1f} points."
         )
     return "\n".join(lines)
@@ -269,6 +305,45 @@ def task_table(study: Study) -> pd.DataFrame:
             margin_low, margin_high = compare.interval(*margins) if margins else (None, None)
             rows[-1] |= {"margin low": margin_low, "margin high": margin_high}
     return pd.DataFrame(rows)
+
+
+def task_prose(study: Study) -> str:
+    """What the scores of the profile's tasks are, and what guessing gives, as Markdown."""
+    tasks = {name: TASKS[name] for name in study.profile.tasks}
+    if not tasks:
+        return "This profile runs no tasks."
+    guess: dict[int, list[str]] = {}
+    for row in tasks.values():
+        if row.choices:
+            guess.setdefault(row.choices, []).append(row.title)
+    chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in guess.items()]
+    arc = "; lm-eval's own ARC uses the test split, so ARC scores are not those of a leaderboard"
+    generated = ", or the metric that stands beside a task" * any(r.metric for r in tasks.values())
+    return (
+        f"In percent (`acc` of lm-eval{generated}), with the bootstrap interval over items. "
+        f"{_splits_of(tasks)}{arc * any(row.title == 'ARC' for row in tasks.values())}."
+    ) + (
+        f" Guessing gives {_listed(chances)}: a score near that says that the network no longer "
+        "knows the task."
+    ) * bool(chances)
+
+
+def _splits_of(tasks: dict[str, TaskRow]) -> str:
+    """Where the items of the tasks come from; a sentence without its full stop."""
+    tested = [row.title for row in tasks.values() if row.split == "test"]
+    if not tested:
+        return "The items come from the validation splits"
+    if len(tested) == len(tasks):
+        return "The items come from the test splits"
+    return (
+        f"The items come from the validation splits, and for {_listed(tested)} from the test split"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    """`a, b and c`, each name once."""
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
@@ -390,6 +465,8 @@ def difference_figure(comparison: pd.DataFrame, column: str, label: str) -> plt.
         axis.set_title(f"against constant at {basis}")
         quantity, _, unit = column.rstrip(")").partition(" (")
         axis.set_xlabel(f"change of {quantity} ({unit})")
+    if not comparison[[column, "low", "high"]].to_numpy(dtype=float).any():
+        axes[0, 0].set_xlim(-1, 1)  # nothing but zeros gives no scale
     figure.tight_layout()
     return figure
 
@@ -444,17 +521,40 @@ def interval_note(table: pd.DataFrame) -> str:
 
 def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """The table as text: floats with so many decimals, shares as percentages, `-` for nothing."""
+    share_texts = dict.fromkeys(ASKED_SHARES, percent) | {"mean slice": lambda v: f"{100 * v:.3g}%"}
 
     def text(value: object) -> object:
         if value is None or value != value:  # NaN
             return "-"
         return f"{value:.{digits}f}" if isinstance(value, float) else value
 
-    shares = table.columns.intersection(SHARES)
-    percent = table[shares].map(
-        lambda v: f"{100 * v:.3g}%" if isinstance(v, float) and v == v else v  # NaN != NaN
-    )
-    return table.assign(**percent).map(text)
+    if "ratio" in table:  # of a check, it can be far below what decimals show
+        tiny = [f"{r:.1e}" if _is_number(r) and 0 < abs(r) < 0.01 else r for r in table["ratio"]]
+        table = table.assign(ratio=tiny)
+
+    shares = {
+        name: table[name].map(_of_numbers(form))
+        for name, form in share_texts.items()
+        if name in table
+    }
+    return table.assign(**shares).map(text)
+
+
+def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
+    """What a notebook displays of a table: its text, or a sentence where it is empty."""
+    from IPython.display import Markdown
+
+    if table.empty:
+        return Markdown(otherwise) if otherwise else None
+    return rounded(table, digits)
+
+
+def _of_numbers(form: Callable[[float], str]) -> Callable[[object], object]:
+    return lambda value: form(value) if _is_number(value) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and value == value  # NaN != NaN
 
 
 def device_line(study: Study) -> str:
@@ -480,7 +580,7 @@ def lm_eval_line(study: Study) -> str:
     """Which version of lm-eval scored the tasks."""
     requests = [r for r in study.task_requests() if r.kind == "task"]
     versions = sorted({study.get(r).value["lm_eval_version"] for r in requests})
-    return f"Scored by lm-eval {', '.join(versions) or '-'}."
+    return f"Scored by lm-eval {', '.join(versions)}." if versions else "No task was scored."
 
 
 def _folder(study: Study) -> Path:
@@ -499,10 +599,10 @@ def constant_and_dynamic(
     constant = table[table["schedule"].isin(["constant", "matched"])]
     points_with_intervals(axis, factor * constant[x], constant, y, "o-", "C0", "constant")
     dynamic = table[table["schedule"] == "dynamic"].groupby("SB")
-    for marker, (sb, rows) in zip(MARKERS, dynamic, strict=False):
-        points_with_intervals(
-            axis, factor * rows[x], rows, y, marker, "C1", f"dynamic, SB {sb:.0%}"
-        )
+    looks = cycle(product(("C1", "C3", "C4", "C2"), MARKERS))  # as many as there are SB
+    for (colour, marker), (sb, rows) in zip(looks, dynamic, strict=False):
+        label = f"dynamic, SB {percent(sb)}"
+        points_with_intervals(axis, factor * rows[x], rows, y, marker, colour, label)
 
 
 def points_with_intervals(

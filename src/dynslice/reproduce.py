@@ -135,7 +135,9 @@ def _run_one(
     measuring = time.perf_counter() - start
 
     parameters = {"profile": profile, "from_record": from_record}
-    parameters |= {"device": study.device, **overrides}
+    # A notebook's own None keeps the profile's value, and its texts are read as YAML.
+    given = {name: "null" if value is None else value for name, value in overrides.items()}
+    parameters |= {"device": study.device, **given}
     rendered = paths.rendered(study.profile.name)
     with files.claim(rendered / ".rendering", _say_waiting):
         for position, path in enumerate(notebooks.values(), start=1):

@@ -83,7 +83,7 @@ class Study(Design):
 
 def _from_text(name: str, value: Any) -> Any:
     field = Profile.model_fields.get(name)
-    is_text = field is not None and field.annotation in (str, str | None)
+    is_text = field is not None and field.annotation in (str, str | None) and value != "null"
     return profile.parse_value(value, name) if isinstance(value, str) and not is_text else value
 
 

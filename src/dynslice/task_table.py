@@ -6,6 +6,7 @@ Kept apart from `items`, so that nothing needs lm-eval to know a task.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dynslice import assets, hub_texts
 from dynslice.errors import RequestError
@@ -22,8 +23,9 @@ class TaskRow:
     fetched wheel; None where they come from the hub. hub: repository, files and revision there.
     metric: of a generation task, the main one, by lm-eval's name and filter; None for multiple
     choice. tokens: of one item, its context shared by its choices (see TASKS). items: how many
-    there are.
-    settings: what our data need changed in the definition.
+    there are. settings: what our data need changed in the definition. title: the name to read;
+    both parts of ARC share it. choices: of an item, as nearly all have; None where an answer is
+    generated. split: the one that is scored.
     """
 
     definition: str | Path
@@ -33,6 +35,9 @@ class TaskRow:
     tokens: float | None = None
     items: int | None = None
     settings: dict = field(default_factory=dict)
+    title: str = ""
+    choices: int | None = None
+    split: Literal["validation", "test"] = "validation"
 
 
 # The first six are those of the paper. `tokens` is the mean over all items of the local data of
@@ -45,38 +50,77 @@ class TaskRow:
 # answer: without examples a model does not know to say "The answer is". The repositories of XL-Sum
 # and MLQA are scripts.
 TASKS = {
-    "hellaswag": TaskRow("hellaswag/hellaswag.yaml", "hellaswag/none", tokens=164.2, items=10042),
+    "hellaswag": TaskRow(
+        "hellaswag/hellaswag.yaml",
+        "hellaswag/none",
+        tokens=164.2,
+        items=10042,
+        title="HellaSwag",
+        choices=4,
+    ),
     "winogrande": TaskRow(
-        "winogrande/default.yaml", "winogrande/winogrande_xl", tokens=43.0, items=1267
+        "winogrande/default.yaml",
+        "winogrande/winogrande_xl",
+        tokens=43.0,
+        items=1267,
+        title="WinoGrande",
+        choices=2,
     ),
-    "arc_easy": TaskRow("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", tokens=40.4, items=570),
+    "arc_easy": TaskRow(
+        "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", tokens=40.4, items=570, title="ARC", choices=4
+    ),
     "arc_challenge": TaskRow(
-        "arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", tokens=49.9, items=299
+        "arc/arc_challenge.yaml",
+        "ai2_arc/ARC-Challenge",
+        tokens=49.9,
+        items=299,
+        title="ARC",
+        choices=4,
     ),
-    "piqa": TaskRow("piqa/piqa.yaml", "piqa/plain_text", tokens=57.2, items=1838),
-    "mmlu": TaskRow("mmlu/default", "hails/mmlu_no_train", tokens=125.9, items=14042),
+    "piqa": TaskRow(
+        "piqa/piqa.yaml", "piqa/plain_text", tokens=57.2, items=1838, title="PIQA", choices=2
+    ),
+    "mmlu": TaskRow(
+        "mmlu/default",
+        "hails/mmlu_no_train",
+        tokens=125.9,
+        items=14042,
+        title="MMLU",
+        choices=4,
+        split="test",
+    ),
     "boolq": TaskRow(
         "super_glue/boolq/default.yaml",
         "boolq/none",
         tokens=145.4,
         items=3270,
         settings={"doc_to_target": "{{ answer | int }}"},
+        title="BoolQ",
+        choices=2,
     ),
-    "social_iqa": TaskRow("siqa/siqa.yaml", "social_i_qa/none", tokens=37.7, items=1954),
+    "social_iqa": TaskRow(
+        "siqa/siqa.yaml", "social_i_qa/none", tokens=37.7, items=1954, title="Social IQa", choices=3
+    ),
     "gsm8k_cot": TaskRow(
         "gsm8k/gsm8k-cot.yaml",
         hub=("openai/gsm8k", "main/test-*.parquet", None),
         metric="exact_match,flexible-extract",
+        title="GSM8K",
+        split="test",
     ),
     "xlsum_en": TaskRow(
         OWN / "xlsum_en.yaml",
         hub=("csebuetnlp/xlsum", "english/test/*.parquet", CONVERTED),
         metric="rougeL",
+        title="XL-Sum",
+        split="test",
     ),
     "mlqa_en": TaskRow(
         "mlqa/mlqa_en_en.yaml",
         hub=("facebook/mlqa", "mlqa.en.en/test/*.parquet", CONVERTED),
         metric="f1",
+        title="MLQA",
+        split="test",
     ),
 }
 PAPER_TASKS = tuple(TASKS)[:6]

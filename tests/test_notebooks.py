@@ -1,0 +1,317 @@
+"""The notebooks with other parameters: nothing in them holds for one model or one grid alone."""
+
+import getpass
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+from nbclient import NotebookClient
+from papermill.parameterize import parameterize_notebook
+
+from dynslice import ablations, claims, compare, models, paths, profile, report
+from dynslice.design import percent
+from dynslice.errors import RequestError
+from dynslice.study import Study
+
+SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+SMOKE = profile.load("smoke")
+
+# Everything differs from the profile `smoke`; a single item has nothing to resample.
+CHANGED = {
+    "model": "embedded:tiny-mistral",
+    "seed": 7,
+    "slice_percentages": [0.125, 0.5],
+    "slice_bases": [0.0625],
+    "round_to": 4,
+    "lr_text": "mmlu",
+    "lr_max_tokens": 896,
+    "lr_last_layer": "normed",
+    "lr_compare_texts": [],
+    "calibration_text": "mmlu",
+    "calibration_windows": 6,
+    "eval_texts": ["mmlu"],
+    "eval_windows": 7,
+    "eval_window": 96,
+    "selection_windows": 5,
+    "tasks": {"piqa": 5, "arc_easy": 1},
+    "task_slice_percentages": [0.125],
+    "task_slice_bases": [0.0625],
+    "speed_slice_percentages": [0.125],
+    "speed_slice_bases": [0.0625],
+    "speed_window": 48,
+    "figure_slice_percentage": 0.375,
+    "figure_slice_base": 0.1875,
+    "ablation_slice_percentage": 0.375,
+    "ablation_slice_base": 0.0625,
+    "ablation_last_layers": ["raw"],
+    "ablation_scores": ["angular"],
+    "ablation_round_to": [16],
+    "ablation_shuffles": 1,
+    "ablation_calibration_windows": [3],
+    "ablation_calibration_texts": ["wikipedia"],
+    "ablation_calibration_seeds": [11],
+    "ablation_lr_tokens": [640],
+    "single_layer_slice": 0.375,
+}
+
+# As little as a profile can ask for.
+BARE = {
+    "slice_percentages": [0.375],
+    "slice_bases": [],
+    "lr_compare_texts": [],
+    "eval_windows": 1,
+    "selection_windows": None,
+    "tasks": {},
+    "task_slice_percentages": [],
+    "task_slice_bases": [],
+    "speed_slice_percentages": [],
+    "speed_slice_bases": [],
+    "figure_slice_percentage": 0.0,
+    "figure_slice_base": 0.0,
+    "ablation_slice_percentage": None,
+    "ablation_last_layers": [],
+    "ablation_scores": [],
+    "ablation_round_to": [],
+    "ablation_embedding": False,
+    "ablation_shuffles": 0,
+    "ablation_calibration_windows": [],
+    "ablation_calibration_texts": [],
+    "ablation_calibration_seeds": [],
+    "ablation_lr_tokens": [],
+    "single_layer_slice": None,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("changed")
+
+
+@pytest.fixture(scope="module")
+def changed(folder):
+    """Every notebook by `dynslice reproduce` with other parameters: cells by notebook."""
+    command = [sys.executable, "-m", "dynslice", "reproduce", "--profile", "smoke"]
+    for key, value in CHANGED.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    environment = {**os.environ, "DYNSLICE_OUTPUT": str(folder)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    rendered = sorted((folder / "notebooks/rendered/smoke").glob("*.ipynb"))
+    assert [path.name for path in rendered] == [path.name for path in SOURCES]
+    return [nbformat.read(path, 4) for path in rendered]
+
+
+def with_parameters(source, parameters):
+    """A notebook's source as papermill gives it parameters."""
+    notebook = papermill.iorw.load_notebook_node(str(source))
+    return parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Every notebook of the least that can be asked for, one after another in one kernel."""
+    output = tmp_path_factory.mktemp("bare")
+    # A None in a notebook keeps the profile's value, the text null does not.
+    given = {key: "null" if value is None else value for key, value in BARE.items()}
+    whole = nbformat.v4.new_notebook()
+    for source in SOURCES:
+        whole.cells += with_parameters(source, {"profile": "smoke", **given}).cells
+        whole.cells.append(nbformat.v4.new_code_cell("%reset -f"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "OUTPUT", output)
+        patch.setenv("DYNSLICE_OUTPUT", str(output))
+        study = Study.open("smoke", **BARE)
+        study.ensure(study.requests())
+        done = sorted(output.rglob("*-*.json"))
+        NotebookClient(whole, kernel_name="python3", timeout=300).execute()
+    assert sorted(output.rglob("*-*.json")) == done  # the notebooks asked for nothing else
+    return [whole]
+
+
+def said(notebooks):
+    """What the code cells show as text, figures apart: (id of the cell, text)."""
+    cells = [cell for notebook in notebooks for cell in notebook.cells]
+    return [
+        (cell.get("id"), text)
+        for cell in cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        for text in (output.get("text"), *_texts_of(output.get("data", {})))
+        if text is not None
+    ]
+
+
+def _texts_of(data):
+    return [data.get(f"text/{form}") for form in ("markdown", "plain", "html", "latex")]
+
+
+def of_the_run(notebooks):
+    """All that is said of the run: the benchmarks of the machines speak of models of their own."""
+    cells = [c for n in notebooks for c in n.cells if c.cell_type == "code"]
+    apart = {cell["id"] for cell in cells if "costs.bench" in cell.source}
+    apart |= {cell["id"] for cell in cells if "costs.unmeasured" in cell.source}
+    assert len(apart) == 2
+    return "\n".join(text for name, text in said(notebooks) if name not in apart)
+
+
+def private():
+    """Names of this machine that a rendered notebook must not hold, words of the project apart."""
+    found = {str(paths.ROOT), str(paths.CACHE), sys.prefix, str(Path.home())}
+    names = {getpass.getuser(), platform.node(), platform.node().partition(".")[0]}
+    ours = [*SOURCES, *Path(report.__file__).parent.glob("*.py")]
+    words = set(re.findall(r"[\w-]+", " ".join(path.read_text() for path in ours).lower()))
+    return found | {name for name in names if len(name) > 3 and name.lower() not in words}
+
+
+@pytest.mark.parametrize("run", ["changed", "bare"])
+def test_notebooks_show_no_trouble_and_no_machine(run, request):
+    notebooks = request.getfixturevalue(run)
+    for notebook in notebooks:
+        outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+        assert {o.output_type for o in outputs} <= {"stream", "display_data", "execute_result"}
+        assert {o.get("name", "stdout") for o in outputs} == {"stdout"}
+        assert "widgets" not in notebook.metadata
+    texts = [text for _, text in said(notebooks)]
+    metadata = [n.metadata for n in notebooks] + [c.metadata for n in notebooks for c in n.cells]
+    for text in [*texts, json.dumps(metadata)]:
+        for trouble in ("Warning", "Traceback", "Empty DataFrame", "%%", "None"):
+            assert trouble not in text
+        assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
+        assert not re.search(r"(?<![\w.<])/(?:[\w.-]+/)+[\w.-]+", text), text
+        for name in private():
+            assert not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text), name
+
+
+def test_changed_parameters_are_those_that_the_notebooks_speak_of(changed):
+    text = of_the_run(changed)
+    for share in ("SP 12.5%, SB 6.25%", "SP 50%, SB 6.25%", "SP 37.5%, SB 6.25%"):
+        assert f"dynamic, {share}" in text
+        assert f"constant, size of dynamic {share}" in text
+    for words in (
+        "embedding cut by 37.5%",
+        "on embedded:tiny-mistral",
+        "(mmlu)",
+        "calibrated on wikipedia",
+        "SP 37.5%, 3 windows",
+        "seed 11",
+        "widths rounded to 16",
+        "last layer raw",
+        "score angular",
+        "after the final norm",
+        "windows of 48 tokens",
+        "Guessing gives 50 % on PIQA and 25 % on ARC",
+    ):
+        assert words in text
+    for words in ("SmolLM2", "tiny-random", "sotu", "update", "hellaswag", "MMLU", "draw 1"):
+        assert words not in text
+
+
+def test_percentages_models_and_layers_are_those_of_the_run(changed, folder):
+    text = of_the_run(changed)
+    settings = profile.load("smoke", CHANGED)
+    shares = {0.0, compare.CONFIDENCE}
+    for name, value in settings.model_dump().items():
+        if re.search(r"slice_(percentages?|bases?)$|_slice$", name):
+            shares |= set(value) if isinstance(value, list) else {value}
+    tables = folder / "figures/smoke"
+    reached = pd.read_csv(tables / "perplexity.csv")["mean slice"]
+    allowed = {percent(share) for share in shares} | {f"{100 * s:.3g}%" for s in reached}
+    assert set(re.findall(r"\d[\d.]*%", text)) <= allowed
+    assert set(re.findall(r"embedded:[\w.-]*\w", text)) == {settings.model}
+    held = "\n".join(path.read_text() for path in paths.PUBLISHED.glob("*.csv"))
+    for name in re.findall(r"\b[\w-]+/[\w.-]*(?:[Ll]lama|[Mm]istral|opt|SmolLM)[\w.-]*\w", text):
+        assert name in held
+    layers = models.load_config(settings.model).num_hidden_layers
+    assert set(re.findall(r"(\d+) layers\b", text)) == {str(layers)}
+
+
+def test_sources_hold_no_number_of_a_run():
+    """Percentages, layer counts and models belong to the code cells, whose text is the run's."""
+    for path in SOURCES:
+        notebook = nbformat.read(path, 4)
+        prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+        assert set(re.findall(r"\d+ ?%", prose)) <= {"10 %"}  # the band of the figure of speeds
+        assert not re.search(r"\d+ layers|SmolLM|embedded:|sotu|wikipedia", prose)
+        named = set(re.findall(r"Llama[\w-]*|Mistral[\w-]*", prose))
+        assert named <= ({"Llama3-8B", "Mistral-7B"} if path.stem.startswith("06") else set())
+        code = [c for c in notebook.cells if c.cell_type == "code"]
+        injected = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+        for cell in (c for c in code if c not in injected):
+            assert not re.search(r"0\.\d|embedded:|sotu|wikipedia|\bSP \d", cell.source)
+
+
+def test_what_was_not_asked_for_is_said_in_a_sentence(bare):
+    """And nothing else stands there: no tables but those of LR, perplexity, size and claims."""
+    text = of_the_run(bare)
+    assert "The sliced network stores" in text
+    assert "dynamic, SP" not in text
+    code = [cell for cell in bare[0].cells if cell.cell_type == "code"]
+    tables = [c.id for c in code for o in c.outputs if "text/html" in o.get("data", {})]
+    assert [name for name in tables if name != "05-14"] == ["01-06", "02-05", "05-04"]
+    for sentence, times in {
+        "This profile compares no dynamic with a constant network by perplexity.": 1,
+        "This profile compares no dynamic with a constant network by average accuracy.": 1,
+        "This profile chooses no SB: its `selection_windows` is null.": 1,
+        "This profile runs no tasks.": 1,
+        "No task was scored.": 1,
+        "times no network": 1,
+        "this profile compares no dynamic with a constant network.": 1,
+        claims.NOT_TESTED: 9,
+        ablations.NONE: 8,
+    }.items():
+        assert text.count(sentence) >= times, sentence
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_an_unknown_parameter_is_refused_with_the_nearest_name(source, tmp_path):
+    asked = {"profile": "smoke", "slice_percentage": "0.5"}
+    with pytest.raises(papermill.PapermillExecutionError) as refused:
+        papermill.execute_notebook(
+            str(source), str(tmp_path / source.name), asked, progress_bar=False
+        )
+    assert refused.value.ename == RequestError.__name__
+    assert "'slice_percentage' is unknown" in refused.value.evalue
+    assert "nearest valid name is 'slice_percentages'" in refused.value.evalue
+
+
+def test_figures_name_shares_and_curves_as_asked(changed, folder):
+    tables = folder / "figures/smoke"
+    sweep = report.sweep_figure(pd.read_csv(tables / "perplexity_comparison.csv"))
+    assert [axis.get_title() for axis in sweep.axes] == ["mmlu, SP 12.5%", "mmlu, SP 50%"]
+    levels = pd.read_csv(tables / "perplexity.csv")
+    assert "dynamic, SB 6.25%" in legends(report.perplexity_figure(levels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "OUTPUT", folder)
+        study = Study.open("smoke", **CHANGED)
+        figure = report.redundancy_figure(report.redundancy_table(study), study)
+    assert {"slice base, 18.75%", "mean, 37.5%"} <= legends(figure)
+    assert 100 * pd.read_csv(tables / "layer_redundancy.csv")["FS"].max() < top(figure)
+
+
+def test_figures_draw_every_slice_base(changed, folder):
+    table = pd.read_csv(folder / "figures/smoke/perplexity.csv")
+    bases = [base / 100 for base in range(20)]
+    dynamic = table[table["schedule"] == "dynamic"].iloc[0]
+    rows = pd.DataFrame([{**dynamic, "SB": base} for base in bases])
+    many = pd.concat([table[table["schedule"] != "dynamic"], rows])
+    figure = report.perplexity_figure(many)
+    assert {f"dynamic, SB {percent(base)}" for base in bases} <= legends(figure)
+    looks = {(line.get_marker(), line.get_color()) for line in figure.axes[0].lines}
+    assert len(looks) >= len(bases)
+
+
+def legends(figure):
+    found = [*figure.legends, *(axis.get_legend() for axis in figure.axes)]
+    return {text.get_text() for legend in found if legend for text in legend.get_texts()}
+
+
+def top(figure):
+    return figure.axes[-1].get_ylim()[1]
