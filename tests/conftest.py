@@ -14,6 +14,17 @@ from dynslice import assets, models
 CPU = torch.device("cpu")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How many faults were survived: what passing tests counted by `record_property`."""
+    totals = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, count in report.user_properties:
+            totals[name] = totals.get(name, 0) + count
+    if totals:
+        told = ", ".join(f"{name}: {count}" for name, count in sorted(totals.items()))
+        terminalreporter.write_line(f"faults: {told}")
+
+
 _WITH_KEY_VALUE_HEADS = {"num_key_value_heads": 2, "intermediate_size": 80}
 
 
