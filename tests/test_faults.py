@@ -301,6 +301,22 @@ def test_the_claim_of_a_killed_run_is_free(runs):
     assert not list((store.folder / ".claims").iterdir())
 
 
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_holds_is_kept(tmp_path):
+    leave = (
+        "import os, sys; from pathlib import Path; from dynslice import files\n"
+        "with files.scratch(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", leave, tmp_path], check=False)
+    [left] = tmp_path.iterdir()
+    with files.scratch(tmp_path) as held:
+        assert left.is_dir()  # too young: its process may be about to lock it
+        for folder in (left, held.parent):
+            os.utime(folder, (0, 0))
+        files.sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == [held.parent]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("by", ["ENOSPC", "EROFS"])
 @pytest.mark.parametrize("at", [1, 30, 90])
 def test_a_disk_that_refuses_ends_the_run_in_one_sentence(

@@ -31,6 +31,7 @@ from dynslice import (
     plan,
     redundancy,
     results,
+    scores,
     sliced,
     slicing,
 )
@@ -217,7 +218,7 @@ TABLE = {
         lambda _: test_plan.test_matched_plan_stores_as_much_within_a_thousandth(0.3, 0.0),
     ),
     "normalised without the minimum": (
-        mutation(redundancy.normalise, "(value - low) / (high - low)", "value / high"),
+        mutation(scores.normalise, "(value - low) / (high - low)", "value / high"),
         lambda _: test_redundancy.test_normalised_scores_span_zero_to_one(),
     ),
     "LR of another layer": (

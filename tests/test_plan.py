@@ -18,7 +18,7 @@ from dynslice.plan import (
     single,
     with_embedding,
 )
-from dynslice.redundancy import normalise
+from dynslice.scores import normalise
 
 SMOLLM2 = Shape(
     hidden_size=576,

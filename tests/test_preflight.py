@@ -1,7 +1,6 @@
 """The plan of a run before it starts: estimates, and what stands in the way."""
 
 import json
-import os
 
 import psutil
 import pytest
@@ -13,8 +12,6 @@ from dynslice import (
     hub_models,
     hub_texts,
     models,
-    networks,
-    paths,
     preflight,
     reproduce,
 )
@@ -219,15 +216,3 @@ def test_one_models_failure_does_not_keep_the_next_from_running(monkeypatch):
     with pytest.raises(RunError, match=r"tiny-llama-3: a measure.*\n.*tiny-mistral: a measure"):
         reproduce.run("rehearsal", {}, device="cpu")
     assert ran == ["embedded:tiny-llama-3", "embedded:tiny-mistral"]
-
-
-def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "CACHE", tmp_path)
-    folder = tmp_path / "sliced"
-    kept = folder / f"{networks._owner()}-{os.getpid()}-abc"
-    gone = folder / f"{networks._owner()}-{2**22 + 1}-abc"  # no process has that number
-    for path in (kept, gone):
-        path.mkdir(parents=True)
-    networks.sweep()
-    assert kept.is_dir()
-    assert not gone.exists()

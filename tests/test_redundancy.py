@@ -9,7 +9,8 @@ from conftest import TINY, decoder, write_of_the_last_block
 from dynslice import corpora
 from dynslice.errors import RequestError
 from dynslice.plan import Shape, constant
-from dynslice.redundancy import SCORES, layer_redundancy, normalise, scores_of
+from dynslice.redundancy import layer_redundancy
+from dynslice.scores import SCORES, normalise, scores_of
 from dynslice.slicing import slice_model
 
 LAYERS = 3

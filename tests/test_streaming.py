@@ -15,9 +15,10 @@ from conftest import CPU, TINY
 
 from dynslice import efficiency, memory, models, streaming
 from dynslice.errors import RequestError
+from dynslice.exactness import Exactness
 from dynslice.plan import Shape, SlicePlan, constant
 from dynslice.signals import Signals
-from dynslice.slicing import Exactness, slice_model, sliced_weights
+from dynslice.slicing import slice_model, sliced_weights
 
 MIB = 2**20
 

@@ -1,6 +1,8 @@
 """A study computes what is missing, once, and its verdicts follow from its results."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -175,3 +177,18 @@ def test_a_text_too_short_for_its_windows_is_refused_before_measuring():
 def test_built_in_profiles_can_run(name):
     assets.fetch()
     study.check(Study.open(name).profile)
+
+
+def test_a_report_of_stored_results_needs_no_torch():
+    """It takes seconds to load, in the kernel of each notebook."""
+    code = (
+        "import sys\n"
+        "from dynslice import ablations, claims, compare, costs, published, report\n"
+        "from dynslice.study import Study\n"
+        "study = Study.open('quick', from_record=True)\n"
+        "assert not study.missing(study.requests())\n"
+        "assert len(claims.readme_block(study)) > 100\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

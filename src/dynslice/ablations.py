@@ -11,8 +11,8 @@ from scipy import stats
 from dynslice import compare, report
 from dynslice.compare import Difference
 from dynslice.design import Point, percent
-from dynslice.redundancy import scores_of
 from dynslice.report import COLUMN_WIDTH, MARKERS
+from dynslice.scores import scores_of
 from dynslice.study import Study
 
 _AGAINST_LR = ("against LR order (%)", "low, LR", "high, LR")

@@ -7,20 +7,25 @@ document), or `<split>.jsonl`, `.json`, `.json.gz` or `.parquet` (a document a r
 in shards and in a folder `data`, as in a snapshot of a hub repository.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from dynslice import assets, hub_texts
 from dynslice.errors import RequestError
 from dynslice.hub_texts import HUB, SPLITS
+
+if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def _sotu() -> dict[str, list[str]]:
@@ -186,6 +191,8 @@ def tokens(
     seed: shuffle the documents first, so that a limited stream draws from the whole split.
     Raises RequestError as `documents`, and when nothing is left to tokenise.
     """
+    import torch
+
     texts = documents(text, split, revision)
     if seed is not None:
         texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
@@ -240,6 +247,8 @@ def drawn(
     Without a seed: the first consecutive blocks. With one: blocks drawn without replacement
     from all blocks of the stream.
     """
+    import torch
+
     chosen = blocks(stream, window, count, name)  # refuses a text that is too short
     if seed is None or count is None:
         return chosen
@@ -278,6 +287,8 @@ def batches(
 
 
 def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
+    import torch
+
     group = 16  # documents a call: the tokenizer works on them in parallel
     for start in range(0, len(texts), group):
         part = [text + "\n\n" for text in texts[start : start + group]]

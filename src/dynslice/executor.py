@@ -279,9 +279,6 @@ def _by_ray(
         )(Worker)
         arguments = (settings, store, device, max(cpus, 1), os.getcwd())
         _hand_out(agenda, ray, lambda: remote.remote(*arguments), count)
-    from dynslice.networks import sweep
-
-    sweep()  # killed workers left theirs
 
 
 def _hand_out(agenda: Agenda, ray: Any, make: Callable, count: int) -> None:

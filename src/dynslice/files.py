@@ -21,34 +21,33 @@ from dynslice.errors import DiskError, RequestError, disk_trouble
 
 CHECKSUMS = "checksums.json"
 _SCRATCH = ".unfinished-"
+_LOCK = "lock"  # beside the folder "new" that is given
 _YOUNG = 60  # seconds for which a scratch folder may not be locked yet
 
 
 @contextmanager
-def scratch(parent: Path, name: str = "") -> Iterator[Path]:
-    """An empty folder in `parent`, gone when the context ends. Raises DiskError where it can't be.
-
-    name: of a folder inside that is made and given instead.
-    """
+def scratch(parent: Path) -> Iterator[Path]:
+    """An empty folder below `parent`, gone when the context ends. Raises DiskError."""
     with explained(parent):
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
-        with (
-            tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH) as folder,
-            _open(folder) as fd,
-        ):
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH)
+        with made as folder, _open(Path(folder) / _LOCK) as fd:
             _lock(fd)
-            inside = Path(folder) / name
-            inside.mkdir(exist_ok=True)
+            inside = Path(folder) / "new"
+            inside.mkdir()
             yield inside
 
 
 def sweep(parent: Path) -> None:
     """Remove the scratch folders that killed processes left in `parent`."""
     for left in parent.glob(f"{_SCRATCH}*"):
-        with suppress(OSError), _open(left) as fd:  # or another process was faster
-            if time.time() - os.fstat(fd).st_mtime > _YOUNG and _lock(fd):
-                shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # or another process was faster
+            if time.time() - left.stat().st_mtime < _YOUNG:
+                continue
+            with _open(left / _LOCK) as fd:
+                if _lock(fd):
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
     A folder that is there already is replaced.
     """
-    with scratch(folder.parent, name="new") as unfinished:
+    with scratch(folder.parent) as unfinished:
         yield unfinished
         if folder.is_dir():
             os.replace(folder, unfinished.parent / "old")
@@ -98,8 +97,8 @@ def claim(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
 def is_claimed(path: Path) -> bool:
     """Whether a living process holds `path`."""
     try:
-        with _open(path) as fd:
-            return not _lock(fd)
+        with _open(path, create=False) as fd:
+            return _lock(fd) is False
     except OSError:
         return False
 
@@ -108,7 +107,7 @@ def _held(path: Path, waiting: Callable[[], None]) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
-            if not _lock(fd):
+            if _lock(fd) is False:
                 waiting()
                 fcntl.flock(fd, fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -119,18 +118,20 @@ def _held(path: Path, waiting: Callable[[], None]) -> int:
         os.close(fd)  # its holder has removed it
 
 
-def _lock(fd: int) -> bool:
-    """Whether the lock of an open file is ours now; it ends with the process."""
+def _lock(fd: int) -> bool | None:
+    """Whether the lock of an open file is ours now, until the process ends; None without locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a file system that has none: whoever asks goes on
+        return None
     return True
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
+def _open(path: Path, create: bool = True) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0))
     try:
         yield fd
     finally:

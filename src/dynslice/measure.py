@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from dynslice import corpora, efficiency, evaluation, models, plan, redundancy
+from dynslice import corpora, efficiency, evaluation, models, plan, redundancy, scores
 from dynslice.errors import RequestError, RunError, in_one_line
 from dynslice.networks import Networks
 from dynslice.plan import SlicePlan
@@ -111,8 +111,8 @@ class Workbench:
                 return plan.constant(shape, **amounts)
             case "dynamic":
                 layers = self._stored(Measurement("lr", request["lr"])).value["layers"]
-                scores = redundancy.scores_of(layers, request.get("score", "cosine"))
-                return plan.dynamic(shape, scores, **amounts)
+                lr = scores.scores_of(layers, request.get("score", "cosine"))
+                return plan.dynamic(shape, lr, **amounts)
             case "matched":
                 return plan.matched(self._plan(request["to"]))
             case "shuffled":

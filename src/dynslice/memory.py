@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dynslice.corpora import tokens_per_batch
 from dynslice.efficiency import META, layers_workspace
+from dynslice.exactness import ROWS
 from dynslice.models import family_of
 from dynslice.plan import SlicePlan
-from dynslice.slicing import ROWS
 
 FLOAT32, FLOAT64 = 4, 8
 

@@ -1,19 +1,14 @@
 """The networks of a study in memory: the dense model, and the slice of it that is worked on."""
 
-import os
-import platform
-import shutil
-import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dynslice import models, paths, slicing, streaming
+from dynslice import files, models, paths, slicing, streaming
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
 from dynslice.slicing import Sliced
@@ -34,7 +29,7 @@ class Networks:
         self.device = device
         self.dtype = models.pick_dtype(settings.dtype, device)
         self._dense: PreTrainedModel | None = None
-        self._files: tempfile.TemporaryDirectory | None = None
+        self._files = ExitStack()
 
     @property
     def resident(self) -> bool:
@@ -75,8 +70,8 @@ class Networks:
         self._dense = None
         models.free_memory()
         # Its files stay until the next slice: accelerate may read weights from them.
-        self._files = tempfile.TemporaryDirectory(dir=sweep(), prefix=f"{_owner()}-{os.getpid()}-")
-        folder = Path(self._files.name) / "model"
+        self._files.close()
+        folder = self._files.enter_context(files.scratch(paths.CACHE / "sliced"))
         source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
         outcome = streaming.slice_to(folder, *source, budget=self._budget())
         return replace(outcome, model=self._load(str(folder)))
@@ -88,18 +83,3 @@ class Networks:
     def _load(self, name: str, revision: str | None = None) -> PreTrainedModel:
         spread = self.settings.placement == "spread"
         return models.load(name, self.device, self.dtype, revision, spread)[0]
-
-
-def sweep() -> Path:
-    """The folder of sliced networks in work, less those that killed processes left behind."""
-    folder = paths.CACHE / "sliced"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_owner()}-*"):  # of other hosts we do not know who lives
-        pid = left.name.removeprefix(f"{_owner()}-").partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    return folder
-
-
-def _owner() -> str:
-    return f"sliced-{platform.node()}"

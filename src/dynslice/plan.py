@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dynslice.errors import RequestError
 from dynslice.models import family_of, require_dense
-from dynslice.redundancy import normalise
+from dynslice.scores import normalise
 from dynslice.sliced import has_bias, subtracts_mean
 
 SCHEDULES = ("constant", "dynamic")

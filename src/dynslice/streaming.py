@@ -23,10 +23,11 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from dynslice import files, memory, models
 from dynslice.errors import RequestError, in_one_line
+from dynslice.exactness import Exactness
 from dynslice.memory import shown
 from dynslice.plan import SlicePlan
 from dynslice.signals import Signals
-from dynslice.slicing import Exactness, Sliced, check_plan, empty_sliced, sliced_weights
+from dynslice.slicing import Sliced, check_plan, empty_sliced, sliced_weights
 
 INDEX = "model.safetensors.index.json"
 LARGEST_SHARD = 5 * 2**30
