@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dynslice import paths
+from dynslice import interrupt, paths
 from dynslice.design import unique
 from dynslice.errors import (
     WRITING,
@@ -382,6 +382,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         try:
             ray.init(address=address or "local", **quiet, **({} if address else small))
+            interrupt.heed_again()  # or Ray would end the process in its own way
             yield ray
         finally:
             ray.shutdown()

@@ -39,6 +39,12 @@ def heeded() -> Iterator[None]:
         teller.close()
 
 
+def heed_again() -> None:
+    """Take SIGTERM back from a library that took it for itself."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _raise)
+
+
 def status(stop: KeyboardInterrupt) -> int:
     """The exit status that tells which signal it was."""
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
