@@ -20,6 +20,7 @@ from dynslice import (
     assets,
     corpora,
     evaluation,
+    head,
     hub_texts,
     models,
     profile,
@@ -87,7 +88,7 @@ def whole_logits_nll(model, windows):
 
 def test_perplexity_is_that_of_the_whole_logits(tiny, tokens):
     # 6 x 23 positions: more than one chunk of the head, and the last one short.
-    assert evaluation.LOGIT_CHUNK < 6 * 23 < 2 * evaluation.LOGIT_CHUNK
+    assert head.LOGIT_CHUNK < 6 * 23 < 2 * head.LOGIT_CHUNK
     want = whole_logits_nll(tiny, tokens).tolist()
     assert evaluation.perplexity(tiny, tokens)["nll"] == pytest.approx(want, rel=1e-6)
 
@@ -99,7 +100,7 @@ def test_perplexity_never_holds_more_logits_than_a_chunk(tokens):
     )
     evaluation.perplexity(model, tokens)
     assert sum(rows) == 6 * 23
-    assert max(rows) <= evaluation.LOGIT_CHUNK
+    assert max(rows) <= head.LOGIT_CHUNK
 
 
 def test_models_that_cap_their_logits_run_whole(tokens):
@@ -120,9 +121,9 @@ def test_models_that_cap_their_logits_run_whole(tokens):
     model = Gemma2ForCausalLM(config).eval()
     want = whole_logits_nll(model, tokens).tolist()
     assert evaluation.perplexity(model, tokens)["nll"] == pytest.approx(want, rel=1e-6)
-    assert not evaluation.has_plain_head(config)
+    assert not head.has_plain_head(config)
     for name in ("logits_scaling", "logit_scale"):
-        assert not evaluation.has_plain_head(SimpleNamespace(**{name: 0.5}))
+        assert not head.has_plain_head(SimpleNamespace(**{name: 0.5}))
 
 
 # Choices that share a context
@@ -304,7 +305,7 @@ def test_requests_are_built_and_tokenised_once_for_all_networks(subset, tiny_ran
     model, tokenizer = tiny_random
     built, encoded = [], []
     task_items.items_of.cache_clear()
-    task = task_items.items_of("piqa", 5, subset).loaded["tasks"]["piqa"]
+    task = task_items.items_of("piqa", 5, subset, 0).loaded["tasks"]["piqa"]
     construct, encode = task.construct_requests, type(tokenizer).__call__
     monkeypatch.setattr(task, "construct_requests", lambda **k: built.append(k) or construct(**k))
     monkeypatch.setattr(
@@ -522,9 +523,19 @@ def test_a_stratified_limit_is_the_number_of_items(name, drawn):
     assert [int(margin > 0) for margin in score["margin"]] == score["correct"]
 
 
+def test_the_seed_draws_other_items_and_no_seed_the_same(tiny_random):
+    def items(**seed):
+        return evaluation.tasks(*tiny_random, ["piqa"], 5, subset="stratified", **seed)["piqa"][
+            "items"
+        ]
+
+    assert items() == items(seed=0)
+    assert len({tuple(items(seed=seed)) for seed in range(3)}) == 3
+
+
 def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
     whole = evaluation.tasks(*tiny_random, ["piqa"], limit=9)["piqa"]
-    monkeypatch.setattr(task_items, "draw", lambda tasks, limit: {"piqa": [1, 5, 8]})
+    monkeypatch.setattr(task_items, "draw", lambda tasks, limit, seed: {"piqa": [1, 5, 8]})
     part = evaluation.tasks(*tiny_random, ["piqa"], limit=3, subset="stratified")["piqa"]
     assert "items" not in whole
     assert part["items"] == [1, 5, 8]

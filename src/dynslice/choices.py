@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from dynslice.evaluation import has_plain_head, head_chunks
+from dynslice.head import has_plain_head, head_chunks
 
 Tokens = tuple[int, ...]
 Answer = tuple[

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from dynslice import assets, corpora, efficiency, memory, models, paths, plan, shapes
 from dynslice.design import Design
 from dynslice.errors import RequestError
-from dynslice.evaluation import LOGIT_CHUNK
+from dynslice.head import LOGIT_CHUNK
 from dynslice.hub_texts import HUB
 from dynslice.results import Measurement
 from dynslice.task_table import TASKS
