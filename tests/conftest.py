@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from dynslice import assets, models
+from dynslice import assets, cli, models
 
 CPU = torch.device("cpu")
 
@@ -120,6 +120,22 @@ def dynslice():
             **options,
         )
         return finished.returncode, finished.stdout, finished.stderr
+
+    return run
+
+
+@pytest.fixture
+def ask(capfd):
+    """Run the command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            status = cli.main(list(map(str, arguments)))
+        except SystemExit as stop:  # argparse's own way out
+            status = stop.code
+        said = capfd.readouterr()
+        return status, said.out, said.err
 
     return run
 

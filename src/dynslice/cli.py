@@ -7,6 +7,7 @@ while running. Results go to stdout, as one JSON object with --json; progress go
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -254,12 +255,13 @@ def tasks_command(options) -> tuple[dict, list[str]]:
 
 def bench_command(options) -> tuple[dict, list[str]]:
     """Time every step beside its physical yardstick, and check its result by an oracle."""
-    from dynslice import bench, corpora, models
+    from dynslice import bench, corpora, models, shapes
     from dynslice.plan import Shape, constant
 
     _check_output(options.out)
     if options.shape:
         bench.check_shape(options.shape)
+        constant(Shape.of(shapes.config_of(options.shape)), options.slice_percentage)
         for name in ("model", "revision", "calibration"):
             if getattr(options, name) is not None:
                 raise RequestError(
@@ -331,7 +333,7 @@ def _budget(options, device) -> Any:
     for flag, gib in given.items():
         if gib is not None and not options.stream:
             raise RequestError(f"{flag} {gib} is a budget of streamed slicing; add --stream")
-        if gib is not None and not 0 < gib < float("inf"):
+        if gib is not None and not 0 < gib < 2**30:
             raise RequestError(f"{flag} {gib} is no memory; give GiB, such as 8")
     if options.device_memory is not None and device.type == "cpu":
         raise RequestError("--device-memory is that of a GPU; on a CPU give --host-memory")
@@ -343,7 +345,8 @@ def _plan_from_options(options) -> Any:
     from dynslice import models, plan
 
     if getattr(options, "match_parameters", None):
-        others = ("slice_percentage", "slice_base", "lr", "round_to", "schedule", "model")
+        others = ("slice_percentage", "slice_base", "lr", "round_to", "schedule")
+        others += ("model", "revision")
         _refuse_beside(options, "--match-parameters", *others)
         return plan.matched(plan.SlicePlan.read(options.match_parameters))
     if options.slice_percentage is None:
@@ -353,6 +356,11 @@ def _plan_from_options(options) -> Any:
     schedule = getattr(options, "schedule", None) or _default_schedule(options)
     if options.model:
         shape = plan.Shape.of(models.load_config(options.model, options.revision))
+    elif options.revision is not None:
+        raise RequestError(
+            f"--revision {options.revision} is that of a model of the hub; give --model too, or "
+            "leave it out"
+        )
     elif lr:
         shape = plan.Shape.from_dict(lr.get("shape"))
     else:
@@ -362,6 +370,11 @@ def _plan_from_options(options) -> Any:
             raise RequestError(
                 f"--slice-base {options.slice_base} has no meaning in a constant plan; leave it "
                 "out, or use --schedule dynamic with --lr"
+            )
+        if lr and options.model:
+            raise RequestError(
+                f"--lr {options.lr} has no meaning in a constant plan; leave it out, or use "
+                "--schedule dynamic"
             )
         return plan.constant(shape, options.slice_percentage, round_to)
     if lr is None:
@@ -404,6 +417,8 @@ def _check_output(path: str | None) -> None:
         raise RequestError(
             f"output {path!r} cannot be written; make the folder {_shown(folder)} or name another"
         )
+    if "\0" in path or (Path(path).exists() and not Path(path).is_file()):
+        raise RequestError(f"output {path!r} is a folder or device, or no name; name a file")
 
 
 def _write_json(path: str | Path | None, values: dict) -> None:
@@ -428,13 +443,19 @@ def _positive(text: str) -> int:
     return _at_least(1, text)
 
 
+def _window(text: str) -> int:
+    return _at_least(2, text)
+
+
 def _seed(text: str) -> int:
-    return _at_least(0, text)
+    return _at_least(0, text, below=2**32)  # what every random generator takes
 
 
-def _at_least(least: int, text: str) -> int:
-    if not text.lstrip("-").isdigit() or int(text) < least:
+def _at_least(least: int, text: str, below: int = 2**63) -> int:
+    if not re.fullmatch("-?[0-9]{1,99}", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+    if int(text) >= below:
+        raise argparse.ArgumentTypeError(f"{text} is too large; give less than {below}")
     return int(text)
 
 
@@ -442,7 +463,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without the usage text before it."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        sentence = " ".join(message.split())  # what was typed may have several lines
+        self.exit(2, f"{self.prog}: {sentence}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -488,7 +510,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="train, validation [default of a corpus] or test")
     sub.add_argument("--max-tokens", type=_positive)
-    sub.add_argument("--window", type=_positive, default=1024, help="tokens [1024]")
+    sub.add_argument("--window", type=_window, default=1024, help="tokens [1024]")
     sub.add_argument("--stride", type=_positive, default=256, help="tokens [256]")
     sub.add_argument("--last-layer", choices=["raw", "normed"], default="raw")
     sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
@@ -508,7 +530,7 @@ def _parser() -> argparse.ArgumentParser:
     add_amounts(sub)
     sub.add_argument("--calibration", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--windows", type=_windows, default=128, help="count, or all [128]")
-    sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
+    sub.add_argument("--window", type=_window, default=2048, help="tokens [2048]")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument(
         "--stream", action="store_true", help="read the model layer by layer, write it by shards"
@@ -522,7 +544,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
     sub.add_argument("--split", help="validation [default of a corpus], test or train")
     sub.add_argument("--windows", type=_windows, default=None, help="count, or all [all]")
-    sub.add_argument("--window", type=_positive, default=2048, help="tokens [2048]")
+    sub.add_argument("--window", type=_window, default=2048, help="tokens [2048]")
 
     sub = add("tasks", tasks_command)
     add_model(sub)
@@ -544,7 +566,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", metavar="T", help="corpus name, UTF-8 file or directory [sotu]"
     )
     sub.add_argument("--windows", type=_positive, default=16, help="count [16]")
-    sub.add_argument("--window", type=_positive, default=512, help="tokens [512]")
+    sub.add_argument("--window", type=_window, default=512, help="tokens [512]")
     sub.add_argument("--slice-percentage", type=float, default=0.25, metavar="SP")
     sub.add_argument("--repeats", type=_positive, default=3, help="timed repeats [3]")
     sub.add_argument("--out", metavar="FILE", help="also write the JSON here")

@@ -264,7 +264,7 @@ def sliding(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:
     """
     if len(stream) < 2:
         raise RequestError(f"the text holds {len(stream)} token; LR needs at least 2")
-    return stream.unfold(0, min(window, len(stream)), stride)
+    return stream.unfold(0, min(window, len(stream)), min(stride, len(stream)))
 
 
 def tokens_per_batch(device: torch.device, logits: bool = False) -> int:

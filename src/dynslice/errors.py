@@ -19,6 +19,9 @@ class _InOneLine(Exception):
 class RequestError(_InOneLine, ValueError):
     """A request that cannot be served: names the setting, its value and the mend (exit 2)."""
 
+    def __init__(self, sentence: str):
+        super().__init__(" ".join(sentence.split()))  # what it quotes may have several lines
+
 
 class RunError(_InOneLine, RuntimeError):
     """A failure while running a request that looked sound (exit 1)."""
@@ -67,7 +70,8 @@ def in_one_line(error: BaseException) -> str:
         )
     if sentence := disk_trouble(error, Path()):
         return without_secrets(sentence)
-    text = without_secrets((str(error).strip().splitlines() or ["no message"])[0])
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = without_secrets(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"

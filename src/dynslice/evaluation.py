@@ -10,7 +10,7 @@ from dynslice import task_table
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.head import has_plain_head, head_chunks
-from dynslice.models import check_finite
+from dynslice.models import check_finite, check_tokens
 from dynslice.task_table import data_files
 
 SUBSETS = ("first", "stratified")
@@ -28,12 +28,13 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
     count, window = windows.shape
     if window < 2:
         raise RequestError(f"window {window} predicts no token; use at least 2")
+    check_tokens(model.config, windows)
     nll = []
     whole = not has_plain_head(model.config)
     for ids in batches(windows, "perplexity", model.device, logits=whole):
         nll.append(_losses(model, ids).double().view(len(ids), -1).mean(dim=1))
     nll = torch.cat(nll)
-    check_finite(nll, "the log-likelihood")
+    check_finite(nll, "the log-likelihood", model.dtype)
     stderr = (nll.std() / math.sqrt(count)).item() if count > 1 else None
     return {
         "perplexity": nll.mean().exp().item(),

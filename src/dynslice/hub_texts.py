@@ -4,6 +4,7 @@ Files of a hub corpus are downloaded into the hub's own cache and read from ther
 corpus which was read once needs no network again, and a revision means the same either way.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -311,6 +312,7 @@ def rows(files: list[Path]) -> Iterator[dict[str, Any]]:
     """The rows of data files of one format, one after the other; only what is asked for is read."""
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
     kind = _FORMATS[files[0].name.removesuffix(".gz").rpartition(".")[2]]
     try:
         names = [str(path) for path in files]

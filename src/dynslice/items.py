@@ -5,6 +5,8 @@ Imported lazily by `evaluation.tasks`, because lm-eval's tasks take time that on
 
 import logging
 import math
+import shutil
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,13 +14,16 @@ from pathlib import Path
 import datasets
 import lm_eval
 import numpy as np
+import torch
 import yaml
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from dynslice import paths
+from dynslice.errors import in_one_line
 from dynslice.files import write
+from dynslice.models import check_finite
 from dynslice.task_table import TASKS, data_files, local_files
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
@@ -54,13 +59,15 @@ class Items:
         samples = [sample for samples in by_task.values() for sample in samples]
         # Where some subjects of MMLU are left out, lm-eval reports no score of their group.
         scores = outcome["results"].get(self.name) or _pooled_accuracy(samples)
+        accuracies, margins = ("acc", "acc_norm"), [_margin(sample) for sample in samples]
+        check_finite(torch.tensor(margins), f"the log-likelihood of task {self.name!r}")
         return {
-            **{key: scores.get(f"{key},none") for key in ("acc", "acc_norm")},
-            **{f"{key}_stderr": scores.get(f"{key}_stderr,none") for key in ("acc", "acc_norm")},
+            **{key: scores.get(f"{key},none") for key in accuracies},
+            **{f"{key}_stderr": _number(scores, f"{key}_stderr,none") for key in accuracies},
             "n": len(samples),
             "correct": [int(sample["acc"]) for sample in samples],
             "correct_norm": [int(s["acc_norm"]) for s in samples if "acc_norm" in s] or None,
-            "margin": [_margin(sample) for sample in samples],
+            "margin": margins,
         }
 
     def _of_generation(self, outcome: dict) -> dict:
@@ -77,7 +84,7 @@ class Items:
             "n": len(samples),
             "metric": TASKS[self.name].metric,
             "metrics": {key: x for key, x in values.items() if "_stderr" not in key},
-            "metrics_stderr": {k: x if isinstance(x, float) else None for k, x in errors.items()},
+            "metrics_stderr": {key: _number(errors, key) for key in errors},
             "score": [float(sample[metric]) for sample in samples],
         }
 
@@ -155,7 +162,15 @@ def load(name: str) -> dict:
         TASK_FILES.mkdir(parents=True, exist_ok=True)
         _write_task_file(name, OFFICIAL / row.definition, files, row.settings)
         _task_manager.cache_clear()  # it lists the files when it is made
-    loaded = _task_manager().load([name])
+    copies = paths.CACHE / "datasets"
+    try:
+        loaded = _task_manager().load([name])
+    except Exception as error:  # of datasets and Arrow, each its own
+        if not copies.is_dir():
+            raise
+        print(f"{copies.name} is made anew: {in_one_line(error)}", file=sys.stderr)
+        shutil.rmtree(copies, ignore_errors=True)
+        loaded = _task_manager().load([name])
     if row.hub is None:
         for task in loaded["tasks"].values():
             task.dataset = _verified(task)
@@ -245,6 +260,11 @@ def _pooled_accuracy(samples: list[dict]) -> dict[str, float | None]:
     """The accuracy over all items and its standard error, by lm-eval's names."""
     n, p = len(samples), float(np.mean([sample["acc"] for sample in samples]))
     return {"acc,none": p, "acc_stderr,none": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}
+
+
+def _number(scores: dict, name: str) -> float | None:
+    """A standard error; lm-eval says N/A where there is none, as for a single item."""
+    return scores[name] if isinstance(scores.get(name), float) else None
 
 
 def _margin(sample: dict) -> float:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -33,6 +34,7 @@ from dynslice.sliced import FAMILIES, SLICED_CLASSES, Family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+INDEX = "model.safetensors.index.json"
 SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
 
 for _config, _model in SLICED_CLASSES.values():
@@ -88,6 +90,7 @@ def load(
             "--device out, or do not spread it"
         )
     source = resolve(name, revision)
+    check_weights(name, revision)
     options = {"device_map": "auto", "offload_folder": str(_offloaded(name))} if spread else {}
     with quiet():
         try:
@@ -97,16 +100,22 @@ def load(
                 revision=revision,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
                 **SAFE,
             )
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
-        except (OSError, SafetensorError, RuntimeError) as error:  # shapes that do not fit, too
+        except Exception as error:  # of safetensors and of each part that a config describes
             raise RequestError(
                 f"the weights of model {name!r} cannot be loaded from safetensors "
                 f"({in_one_line(error)}); save the model anew with transformers"
             ) from error
+    for key, found, wanted in sorted(told["mismatched_keys"]):
+        raise RequestError(
+            f"weight {key} of model {name!r} is of shape {list(found)}, its config.json asks for "
+            f"{list(wanted)}; save the model anew with transformers"
+        )
     if lacking := sorted(told["missing_keys"]):  # transformers makes them up
         raise RequestError(
             f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
@@ -132,7 +141,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision, **SAFE)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the library says of files that are none
         raise RequestError(
             f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
         ) from error
@@ -148,7 +157,12 @@ def load_config(name: str, revision: str | None = None):
     source = resolve(name, revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, **SAFE)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of the library's own checks, a dozen types
+        if "custom code" in str(error):
+            raise RequestError(
+                f"model {name!r} comes with code of its own (auto_map in its config.json), which "
+                "is never run; name a model of a family that transformers has"
+            ) from error
         raise RequestError(
             f"model {name!r} has a config.json that transformers cannot read "
             f"({in_one_line(error)}); save the model anew"
@@ -167,7 +181,9 @@ def resolve(name: str, revision: str | None = None) -> str:
         return str(_embedded(name.removeprefix("embedded:")))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise RequestError(f"model {name!r} is a directory without config.json")
+            raise RequestError(
+                f"model {name!r} is a directory without config.json; name that of a saved model"
+            )
         if reason := files.damage(Path(name)):
             raise RequestError(
                 f"model {name!r} is damaged: {reason}; slice or save it anew (or delete "
@@ -182,6 +198,42 @@ def resolve(name: str, revision: str | None = None) -> str:
     raise RequestError(
         f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and {reason}"
     )
+
+
+def check_weights(name: str, revision: str | None = None) -> None:
+    """Raise RequestError as `weight_files` for a model that is in a folder here."""
+    if Path(source := resolve(name, revision)).is_dir():
+        weight_files(Path(source), name)
+
+
+def weight_files(folder: Path, name: str) -> dict[str, Path]:
+    """The safetensors file of each weight that a folder of model `name` holds.
+
+    Raises RequestError for a folder without safetensors (pickles are never read), and for files
+    that are broken or lead out of the folder.
+    """
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if not whole.is_file() and not index.is_file():
+        raise RequestError(
+            f"model {name!r} has no safetensors, and other files of weights are not read; save it "
+            "anew with transformers"
+        )
+    path = whole if whole.is_file() else index
+    try:
+        if path == whole:
+            with safe_open(whole, framework="pt") as file:
+                return dict.fromkeys(file.keys(), whole)
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(file).name != file for file in parts.values()):
+            raise ValueError("it names files in other folders")
+        if lost := sorted(file for file in {*parts.values()} if not (folder / file).is_file()):
+            raise ValueError(f"{lost[0]} is missing")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RequestError(
+            f"the weights of model {name!r} cannot be read from {path.name} "
+            f"({in_one_line(error)}); save the model anew with transformers"
+        ) from error
+    return {weight: folder / file for weight, file in parts.items()}
 
 
 def is_directory(name: str) -> bool:
@@ -367,12 +419,34 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def check_finite(values: torch.Tensor, where: str) -> None:
-    """Raise RequestError naming `where` when a tensor holds NaN or Inf."""
+def check_finite(values: torch.Tensor, where: str, dtype: torch.dtype | None = None) -> None:
+    """Raise RequestError naming `where` when a tensor holds NaN or Inf.
+
+    dtype: of the network that they come from, by default that of the values.
+    """
     if not torch.isfinite(values).all():
         raise RequestError(
-            f"{where} is not finite in {str(values.dtype).removeprefix('torch.')}; check the "
-            "weights, or use --dtype float32 or bfloat16 if the model overflows float16"
+            f"{where} is not finite in {str(dtype or values.dtype).removeprefix('torch.')}; check "
+            "the weights, or use --dtype float32 or bfloat16 if the model overflows float16"
+        )
+
+
+def check_window(config, window: int) -> None:
+    """Raise RequestError when a window has more tokens than the model has positions."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and window > most:
+        raise RequestError(
+            f"window {window} is longer than the {most} positions of the model; use at most {most}"
+        )
+
+
+def check_tokens(config, windows: torch.Tensor) -> None:
+    """Raise RequestError when token windows [n, T] are no input for a model."""
+    check_window(config, windows.shape[1])
+    if windows.numel() and (largest := int(windows.max())) >= config.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token {largest}, and the vocabulary of the model has "
+            f"{config.vocab_size}; save the tokenizer beside the model that it belongs to"
         )
 
 

@@ -13,6 +13,8 @@ def obstacle(config: PretrainedConfig) -> str | None:
     Slicing is exact where each block reads the stream through one norm and linear maps, and writes
     it by linear maps whose outputs are added as they are.
     """
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        return "it has no layers"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised, and folding and rotating needs plain ones"
     model_type = config.model_type.removeprefix("sliced_")

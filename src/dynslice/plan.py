@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynslice.errors import RequestError
+from dynslice.errors import RequestError, in_one_line
 from dynslice.models import family_of, require_dense
 from dynslice.scores import normalise
 from dynslice.sliced import has_bias, subtracts_mean
@@ -43,8 +43,14 @@ class Shape:
         """Read the shape off a dense config, through a model without storage."""
         require_dense(config, "a plan")
         family = family_of(config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # of each part that a config describes
+            raise RequestError(
+                f"the config.json of the model describes no network ({in_one_line(error)}); save "
+                "the model anew with transformers"
+            ) from error
         layers = model.get_submodule(family.layers)
         head = model.get_submodule(family.head)
         get = layers[0].get_submodule
@@ -88,7 +94,17 @@ class Shape:
                 "`dynslice lr` or `dynslice plan`"
             )
         given = {name: _tuples(values[name]) for name in needed}
-        return cls(**given, position_rows=values.get("position_rows", 0))
+        given["position_rows"] = values.get("position_rows", 0)
+        counts = [x for value in given.values() for x in _listed(value)]
+        if not all(type(x) is int and x >= 0 for x in counts) or not (
+            len(_listed(given["reads"])) == len(_listed(given["writes"])) > 0
+            and min(given["hidden_size"], given["layers"], given["dense_parameters"]) > 0
+        ):
+            raise RequestError(
+                f"the shape of the model {given} is not one of whole numbers; make the file anew "
+                "with `dynslice lr` or `dynslice plan`"
+            )
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,22 @@ class SlicePlan:
                 f"plan has widths from {min(every)} to {max(every)}, the hidden size "
                 f"is {d}; widths must lie between 1 and {d}"
             )
+
+    def _check_settings(self) -> None:
+        """Raise RequestError for settings that no schedule could have had."""
+        d, slices = self.shape.hidden_size, self.final_slice
+        sound = {
+            "schedule": isinstance(self.schedule, str),
+            "round_to": type(self.round_to) is int and self.round_to > 0 and d % self.round_to == 0,
+            "slice_base": 0 <= self.slice_base <= 1,
+            "final_slice": len(slices) == len(self.widths) and all(0 <= x <= 1 for x in slices),
+        }
+        for name, is_sound in sound.items():
+            if not is_sound:
+                raise RequestError(
+                    f"the plan has {name} {getattr(self, name)!r}, which fits no plan; make it "
+                    "anew with `dynslice plan`"
+                )
 
     @property
     def attention_widths(self) -> tuple[int, ...]:
@@ -185,7 +217,9 @@ class SlicePlan:
         names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
         try:
             plan = cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
+            plan._check_settings()
             computed = {name: getattr(plan, name) for name in ("mean_slice", "parameters")}
+            computed["parameters_dense"] = shape.dense_parameters
             computed["slice_percentage"] = math.fsum(plan.final_slice) / shape.layers
             told = [(name, values[name], computed[name]) for name in computed if name in values]
             altered = [
@@ -314,8 +348,10 @@ def read_json(path: str | Path, what: str) -> dict:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{what} file {str(path)!r} cannot be read; check the path") from error
-    except ValueError as error:
-        raise RequestError(f"{what} file {str(path)!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            f"{what} file {str(path)!r} is not JSON ({error}); make it anew with `dynslice`"
+        ) from error
     if not isinstance(values, dict):
         raise RequestError(f"{what} file {str(path)!r} holds no JSON object; make it anew")
     return values
@@ -329,8 +365,15 @@ def lr_of(values: dict) -> list[float]:
         told = [float(layer["normalised"]) for layer in layers if "normalised" in layer]
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError("the LR file lists no layers; make it with `dynslice lr`") from error
+    if [layer.get("index", i) for i, layer in enumerate(layers)] != list(range(len(scores))):
+        raise RequestError("the LR file lists its layers out of order; make it with `dynslice lr`")
     if not scores or not all(map(math.isfinite, scores)):
         raise RequestError("the LR file holds no finite scores; make it with `dynslice lr`")
+    if max(map(abs, scores)) > 1 + 1e-6:
+        raise RequestError(
+            f"the LR file holds scores from {min(scores)} to {max(scores)}, and LR is a cosine; "
+            "make it with `dynslice lr`"
+        )
     pairs = zip(told, normalise(tuple(scores)), strict=bool(told))
     if not all(math.isclose(*pair, rel_tol=1e-9, abs_tol=1e-9) for pair in pairs):
         raise RequestError(
@@ -437,6 +480,10 @@ def _check_scores(shape: Shape, lr: Sequence[float]) -> None:
         raise RequestError(
             f"LR from {min(lr)} to {max(lr)} is no redundancy; measure LR anew with `dynslice lr`"
         )
+
+
+def _listed(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _tuples(value):

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dynslice import paths, task_table
 from dynslice.errors import RequestError
 from dynslice.hub_texts import HUB
+
+_Count = Annotated[int, Field(ge=1)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
 
 
 class Profile(BaseModel):
@@ -43,9 +46,9 @@ class Profile(BaseModel):
         default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
     )
     dtype: Literal["float32", "bfloat16", "float16"]
-    seed: int = Field(ge=0, description="draws the calibration and evaluation windows")
-    draw_seed: int = Field(
-        default=0, ge=0, description="draws the items of a stratified subset, and the shuffles"
+    seed: _Seed = Field(description="draws the calibration and evaluation windows")
+    draw_seed: _Seed = Field(
+        default=0, description="draws the items of a stratified subset, and the shuffles"
     )
 
     slice_percentages: list[float] = Field(min_length=1, description="SP: constant and dynamic")
@@ -72,7 +75,7 @@ class Profile(BaseModel):
         ge=1, description="validation windows of the first text that choose SB; null: no choice"
     )
 
-    tasks: dict[str, int | None] = Field(
+    tasks: dict[str, _Count | None] = Field(
         description="task: limit of items (per subject for MMLU), null takes all"
     )
     task_subset: Literal["first", "stratified"] = Field(
@@ -97,13 +100,17 @@ class Profile(BaseModel):
     ablation_scores: list[Literal["cosine", "angular", "update"]] = Field(
         description="redundancy scores other than the cosine"
     )
-    ablation_round_to: list[int] = Field(description="other roundings of the widths")
+    ablation_round_to: list[_Count] = Field(description="other roundings of the widths")
     ablation_embedding: bool = Field(description="embedding width apart from layer 0's")
-    ablation_shuffles: int = Field(ge=0, description="draws of the same widths in random order")
-    ablation_calibration_windows: list[int] = Field(description="other calibration sizes")
+    ablation_shuffles: int = Field(
+        ge=0, le=1000, description="draws of the same widths in random order"
+    )
+    ablation_calibration_windows: list[_Count] = Field(description="other calibration sizes")
     ablation_calibration_texts: list[str] = Field(description="other calibration texts")
-    ablation_calibration_seeds: list[int] = Field(description="seeds beside the profile's")
-    ablation_lr_tokens: list[int] = Field(description="other lengths of the LR text")
+    ablation_calibration_seeds: list[_Seed] = Field(description="seeds beside the profile's")
+    ablation_lr_tokens: list[Annotated[int, Field(ge=2)]] = Field(
+        description="other lengths of the LR text"
+    )
     single_layer_slice: float | None = Field(description="share cut from one layer; null: none")
     single_layer_calibration_windows: int = Field(ge=1)
     single_layer_eval_windows: int = Field(ge=1)
@@ -123,6 +130,9 @@ class Profile(BaseModel):
             raise ValueError(
                 f"name {self.name!r} becomes a folder: use letters, digits, '.', '_' and '-'"
             )
+        for key, values in self:
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"{key} {values} names something twice: leave one of them")
         self._check_names()
         if self.placement != "resident" and self.speed_slice_percentages:
             raise ValueError(
@@ -222,7 +232,7 @@ def parse_value(text: str, key: str) -> Any:
         raise RequestError(f"value {text!r} of {key} is not YAML; quote it") from error
 
 
-def _check_key(key: str) -> None:
+def _check_key(key: Any) -> None:  # YAML has keys of other types too
     if key not in Profile.model_fields:
-        near = difflib.get_close_matches(key, Profile.model_fields, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(str(key), Profile.model_fields, n=1, cutoff=0.0)[0]
         raise RequestError(f"profile key {key!r} is unknown; the nearest valid name is {near!r}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
-from dynslice.models import check_finite, family_of, require_dense
+from dynslice.models import check_finite, check_tokens, family_of, require_dense
 from dynslice.scores import normalise
 
 LAST_LAYER = ("raw", "normed")
@@ -71,6 +71,7 @@ def layer_redundancy(
     if last_layer not in LAST_LAYER:
         raise RequestError(f"last_layer {last_layer!r} is unknown; use {' or '.join(LAST_LAYER)}")
     require_dense(model.config, "layer redundancy")
+    check_tokens(model.config, windows)
     family = family_of(model.config)
     layers = list(model.get_submodule(family.layers))
     after = [nn.Identity()] * len(layers)
@@ -101,7 +102,7 @@ def layer_redundancy(
         for handle in handles:
             handle.remove()
     for i, totals in enumerate(sums.T):
-        check_finite(totals, f"layer redundancy of layer {i}")
+        check_finite(totals, f"layer redundancy of layer {i}", model.dtype)
     count, window = windows.shape
     lr, angular_distance, update_norm = map(tuple, (sums / windows.numel()).tolist())
     return LayerRedundancy(

@@ -18,7 +18,7 @@ from dynslice.errors import RequestError, RunError
 from dynslice.executor import check as check_executor
 from dynslice.profile import load as load_profile
 from dynslice.results import Measurement, Result, Store
-from dynslice.study import Study, check
+from dynslice.study import Study, check_inputs, check_settings
 
 # What each notebook needs measured, by its number.
 NEEDS = {
@@ -115,9 +115,10 @@ def _prepare(study: Study, requests: list[Measurement], executor: str, address: 
     from dynslice import assets, preflight
 
     assets.fetch()
+    check_settings(study.profile)
     if obstacles := preflight.forecast(study, missing, executor, address).obstacles:
         raise RequestError(obstacles[0])
-    check(study.profile)
+    check_inputs(study.profile)
 
 
 def _run_one(

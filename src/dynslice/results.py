@@ -88,7 +88,7 @@ class Store:
             result = Result(**row)
             if result.measurement.key != measurement.key:
                 raise ValueError("it answers another request")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if self.of_record:
                 print(f"{path.name} of the record is broken ({error}); restore it", file=sys.stderr)
                 return None

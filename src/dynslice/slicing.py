@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.exactness import Exactness, by_rows
-from dynslice.models import check_finite, family_of, require_dense, synchronise
+from dynslice.models import check_finite, check_tokens, family_of, require_dense, synchronise
 from dynslice.plan import Shape, SlicePlan
 from dynslice.signals import Signals
 from dynslice.sliced import SLICED_CLASSES, Block, Family, block_output, subtracts_mean
@@ -81,6 +81,7 @@ def sliced_weights(
     less exact than rounding explains.
     """
     check_plan(model.config, plan)
+    check_tokens(model.config, windows)
     use = use or (lambda name: nullcontext(model.get_submodule(name)))
     family, device, d = family_of(model.config), x.device, plan.shape.hidden_size
     widths = plan.place_widths  # before each block, and d for the head

@@ -25,11 +25,11 @@ from dynslice import files, memory, models
 from dynslice.errors import RequestError, in_one_line
 from dynslice.exactness import Exactness
 from dynslice.memory import shown
+from dynslice.models import INDEX
 from dynslice.plan import SlicePlan
 from dynslice.signals import Signals
 from dynslice.slicing import Sliced, check_plan, empty_sliced, sliced_weights
 
-INDEX = "model.safetensors.index.json"
 LARGEST_SHARD = 5 * 2**30
 
 
@@ -97,6 +97,8 @@ class Source:
         for module in self.model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(device))
+        for key, _ in self.model.named_parameters():
+            self._stored_name(key)  # refuses a checkpoint that lacks a weight before any work
         self.model.generation_config = _generation_config(name, revision, self.model)
 
     @contextmanager
@@ -122,6 +124,12 @@ class Source:
             except (OSError, SafetensorError) as error:
                 raise RequestError(_broken(self._files[stored], error)) from error
             models.check_weight(weight, stored, self.name)
+            wanted = self.model.get_parameter(name).shape
+            if weight.shape != wanted:
+                raise RequestError(
+                    f"weight {stored} of model {self.name!r} is of shape {list(weight.shape)}, its "
+                    f"config.json asks for {list(wanted)}; save the model anew with transformers"
+                )
             yield weight
 
     def _stored_name(self, name: str) -> str:
@@ -205,25 +213,7 @@ def _weight_files(name: str, revision: str | None) -> dict[str, Path]:
                 f"the weights of model {name!r} could not be had from the hub; give the same "
                 "command again, what was downloaded is kept"
             ) from error
-    if (folder / INDEX).is_file():
-        try:
-            parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            if any(Path(file).name != file for file in parts.values()):
-                raise ValueError("it names files in other folders")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(_broken(folder / INDEX, error)) from error
-        return {weight: folder / file for weight, file in parts.items()}
-    whole = folder / "model.safetensors"
-    if not whole.is_file():
-        raise RequestError(
-            f"model {name!r} has no safetensors, from which weights can be read one by one; save "
-            "it anew with transformers, or slice it without streaming"
-        )
-    try:
-        with safe_open(whole, framework="pt") as file:
-            return dict.fromkeys(file.keys(), whole)
-    except (OSError, SafetensorError) as error:
-        raise RequestError(_broken(whole, error)) from error
+    return models.weight_files(folder, name)
 
 
 def _broken(path: Path, error: Exception) -> str:
@@ -234,5 +224,5 @@ def _broken(path: Path, error: Exception) -> str:
 def _generation_config(name: str, revision: str | None, model: PreTrainedModel) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(models.resolve(name, revision), revision=revision)
-    except OSError:  # it is optional
+    except Exception:  # it is optional
         return model.generation_config

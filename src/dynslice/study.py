@@ -89,27 +89,35 @@ def _from_text(name: str, value: Any) -> Any:
 
 def check(settings: Profile) -> None:
     """Refuse a study that cannot run before anything heavy starts. Raises RequestError."""
-    from dynslice import evaluation, models, plan
+    check_settings(settings)
+    check_inputs(settings)
+
+
+def check_settings(settings: Profile) -> None:
+    """The part of `check` that takes no time: what the settings say of model, plans and texts."""
+    from dynslice import models, plan
 
     _check_texts(settings)
-    evaluation.check_data(list(settings.tasks))
     config = models.load_config(settings.model, settings.model_revision)
     models.require_dense(config, "a study")
     shape = plan.Shape.of(config)
     shares = [*settings.slice_percentages, *settings.task_slice_percentages]
-    shares += settings.speed_slice_percentages
+    shares += [*settings.speed_slice_percentages, settings.figure_slice_percentage]
     shares += [settings.ablation_slice_percentage or 0.0, settings.single_layer_slice or 0.0]
     for share in shares:
         plan.constant(shape, share, settings.round_to)
+    models.check_weights(settings.model, settings.model_revision)
+    for window in ("lr_window", "calibration_window", "eval_window", "speed_window"):
+        models.check_window(config, getattr(settings, window))
     for round_to in settings.ablation_round_to:
         plan.constant(shape, settings.ablation_slice_percentage or 0.0, round_to)
-    _check_lengths(settings)
 
 
-def _check_lengths(settings: Profile) -> None:
-    """Every text must hold the windows that are asked of it."""
-    from dynslice import corpora, models
+def check_inputs(settings: Profile) -> None:
+    """The rest of `check`: tasks must be there, and texts hold the windows asked of them."""
+    from dynslice import corpora, evaluation, models
 
+    evaluation.check_data(list(settings.tasks))
     longest: dict[tuple, tuple] = {}
     for request in Design(settings).requests():
         for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
