@@ -10,13 +10,14 @@ import os
 import re
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dynslice import files, interrupt
-from dynslice.errors import RequestError, RunError, in_one_line
+from dynslice.errors import RequestError, RunError, in_one_line, without_secrets
 
 # Imports of torch and transformers wait until a request has been understood: `dynslice --help`
 # and a mistyped option should not take seconds.
@@ -36,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(interrupt.SENTENCE, file=sys.stderr)
         return interrupt.status(stop)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded
-            raise
-        return _say(1, in_one_line(error))
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be loaded
+            return _say(1, in_one_line(error))
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # a bug
+        return 1
     return 0
 
 

@@ -78,9 +78,10 @@ def in_one_line(error: BaseException) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text with tokens of the hub, and what stands before the @ of an address, blotted out."""
+    """A text with tokens, and what stands before the @ of an address, blotted out."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
         if token := os.environ.get(name):
             text = text.replace(token, "***")
     text = re.sub(r"\bhf_\w{8,}", "***", text)
-    return re.sub(r"://[^/\s@]+@", "://***@", text)
+    text = re.sub(r"(?i)\b(token=|password=|bearer )[^\s&'\"]+", r"\1***", text)
+    return re.sub(r"://[^/\s]+@", "://***@", text)
