@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dynslice import assets, cli, corpora, evaluation, models, paths, plan, redundancy, slicing
 from dynslice.errors import RequestError
 from dynslice.profile import load as load_profile
-from dynslice.redundancy import scores_of
+from dynslice.scores import scores_of
 from dynslice.study import Study
 
 MODEL = ["--model", "embedded:tiny-random"]

