@@ -18,7 +18,7 @@ from dynslice.errors import RequestError, RunError
 from dynslice.executor import check as check_executor
 from dynslice.profile import load as load_profile
 from dynslice.results import Measurement, Result, Store
-from dynslice.study import Study, check_inputs, check_settings
+from dynslice.study import Study, check, check_settings
 
 # What each notebook needs measured, by its number.
 NEEDS = {
@@ -115,10 +115,11 @@ def _prepare(study: Study, requests: list[Measurement], executor: str, address: 
     from dynslice import assets, preflight
 
     assets.fetch()
-    check_settings(study.profile)
+    if not preflight.is_remote(study.profile.model):  # of the others the forecast says why not
+        check_settings(study.profile)
     if obstacles := preflight.forecast(study, missing, executor, address).obstacles:
         raise RequestError(obstacles[0])
-    check_inputs(study.profile)
+    check(study.profile)
 
 
 def _run_one(
