@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from dynslice.errors import DiskError, RequestError, disk_trouble
+from dynslice.errors import DiskError, RequestError, disk_trouble, in_one_line
 
 CHECKSUMS = "checksums.json"
 _SCRATCH = ".unfinished-"
@@ -186,7 +186,7 @@ def _damage(folder: Path, _seen: tuple) -> str | None:
                 return f"{name} is missing"
             if sha256(folder / name) != digest:
                 return f"{name} was altered or is damaged"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return f"{CHECKSUMS} is damaged"
     return None
 
@@ -196,5 +196,5 @@ def check_writable(folder: Path, mend: str) -> None:
     try:
         with scratch(folder) as place:
             (place / "try").write_text("x" * 4096, encoding="utf-8")
-    except DiskError as error:
-        raise RequestError(f"{str(error).partition(';')[0]}; {mend}") from error
+    except (DiskError, OSError) as error:
+        raise RequestError(f"{in_one_line(error).partition(';')[0]}; {mend}") from error
