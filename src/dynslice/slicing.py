@@ -107,8 +107,10 @@ def sliced_weights(
         Q, R = bases(widths[0])
         for name in family.embeddings:
             table = f"{name}.weight"
-            E = model.get_parameter(table)
-            yield stored(exactness.rotated(E, Q, model.dtype, centred), table)
+            # No variable holds a table: it would be kept beside the head.
+            yield stored(
+                exactness.rotated(model.get_parameter(table), Q, model.dtype, centred), table
+            )
 
     place = 0
     for i in tqdm(range(plan.shape.layers), desc="slicing", unit="layer", leave=False):
