@@ -152,3 +152,17 @@ def test_a_step_that_fails_on_a_gpu_is_named_and_keeps_no_other_from_running(on_
     assert finished.returncode == 1
     assert finished.stderr.strip().splitlines()[-1] == "failed: pytest tests/test_device.py"
     assert asked[-1].endswith("--profile full --device cuda")
+
+
+def test_every_message_that_the_readme_explains_is_one_that_the_code_says():
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## If something goes wrong")[1].split("\n\n")[2]
+    sources = [*(paths.ROOT / "src/dynslice").glob("*.py"), paths.ROOT / "run_all.sh"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # sentences that are written in pieces
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    messages = [message for cell in cells for message in re.findall("`(.+?)`", cell)]
+    assert len(messages) >= 10
+    for message in messages:
+        for piece in filter(None, map(str.strip, message.split("..."))):
+            assert piece.strip("'.,; ") in code, f"{message}: {piece}"
