@@ -160,10 +160,12 @@ FACTS = {
     ("README.md", "3"): "gigabytes of disk, and hours of `standard`",
     ("README.md", "15"): "minutes of `quick`",
     ("README.md", "2"): "the exit status of a refused request, which CLI tests check",
+    ("README.md", "1"): "that of a run that failed, which tests of the executor check",
+    ("README.md", "130"): "that of Ctrl-C, which tests of faults check",
+    ("README.md", "143"): "and that of SIGTERM",
+    ("README.md", "25"): "moments at which the long test kills a run",
     ("README.md", "128"): "windows of the published protocol",
     ("README.md", "120"): "of which `paper` takes so many for validation",
-    ("03_tasks", "25"): "chance on four choices",
-    ("03_tasks", "50"): "chance on two",
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
 }
 
