@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import psutil
@@ -55,14 +56,21 @@ def sequential(tmp_path_factory):
     return values(study, study.requests())
 
 
-def workers_of_ray():
-    """The worker processes under this one."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker")
-    ]
+def workers_at_work():
+    """The worker processes under this one that measure, by process id.
+
+    What a worker has just forked, to become git, is called as the worker is for a moment; it
+    does not count.
+    """
+    found, parents = {}, {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            name = " ".join(process.cmdline()[:1])
+            if name.startswith("ray::Worker") and process.status() != psutil.STATUS_ZOMBIE:
+                parents[process.pid] = process.ppid()
+                if name.endswith(".measure"):
+                    found[process.pid] = process
+    return {pid: process for pid, process in found.items() if parents[pid] not in parents}
 
 
 # Failures
@@ -260,7 +268,7 @@ def test_two_workers_of_which_one_is_killed_measure_what_one_process_does(
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             time.sleep(0.05)
-            found = {p.pid: p for p in workers_of_ray() if p.cmdline()[0].endswith(".measure")}
+            found = workers_at_work()
             workers.update(found)
             if found and not left and study.store.get(first) is not None:
                 time.sleep(0.1)  # into the next measurement
