@@ -140,7 +140,9 @@ TABLE = {
         keeps_logits("llama"),
     ),
     "shortcut as if the basis stayed": (
-        mutation(slicing.sliced_weights, "Q.T @ Q_next", "torch.eye(len(Q.T), len(Q_next.T))"),
+        mutation(
+            slicing.sliced_weights, "residual @ Q_next", "torch.eye(len(residual), len(Q_next.T))"
+        ),
         equals_projectors("llama"),
     ),
     "residual connection left out": (

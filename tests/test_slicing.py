@@ -42,7 +42,8 @@ def test_full_widths_leave_logits_unchanged(tiny, tokens):
     ],
 )
 def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths, embedding):
-    plan = replace(uneven(Shape.of(tiny.config), widths), embedding_width=embedding)
+    plan = uneven(Shape.of(tiny.config), widths)
+    plan = replace(plan, own_attention=embedding and (embedding, *plan.widths[1:]))
     evaluation = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9))
     sliced = slice_model(tiny, tokens, plan).model
     expected = projector_oracle(tiny, tokens, evaluation, plan.place_widths)

@@ -11,7 +11,8 @@ import re
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,11 @@ def slice_command(options) -> tuple[dict, list[str]]:
     """Slice a model and save it where transformers can load it."""
     from dynslice import corpora, models, streaming
     from dynslice.plan import SlicePlan
+    from dynslice.redundancy import layer_redundancy
     from dynslice.results import peak_memory_bytes
     from dynslice.slicing import check_plan, slice_model
+
+    compensation, recovery = _compensation(options), _recovery(options)
 
     out = Path(options.out)
     if out.exists():
@@ -147,11 +151,14 @@ def slice_command(options) -> tuple[dict, list[str]]:
     split = corpora.default_split(options.calibration, None, "train")
     corpora.check(options.calibration, split)
     if options.plan:
-        _refuse_beside(options, "--plan", "slice_percentage", "slice_base", "lr", "round_to")
+        others = ("slice_percentage", "slice_base", "lr", "sensitivity", "round_to", "schedule")
+        _refuse_beside(options, "--plan", *others)
         plan = SlicePlan.read(options.plan)
     else:
-        plan = _plan_from_options(options)
-    check_plan(models.load_config(options.model, options.revision), plan)
+        measures_lr = options.schedule == "lr" and not options.lr
+        plan = _check_measuring_lr(options) if measures_lr else _plan_from_options(options)
+    if plan is not None:
+        check_plan(models.load_config(options.model, options.revision), plan)
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
     budget = _budget(options, device)
@@ -162,10 +169,18 @@ def slice_command(options) -> tuple[dict, list[str]]:
     with models.saving(out) as folder:
         if options.stream:
             source = (options.model, windows, plan, device, dtype, options.revision)
-            sliced = streaming.slice_to(folder, *source, budget=budget)
+            sliced = streaming.slice_to(folder, *source, budget, compensation)
         else:
             model, _ = _load(options, dense_for="slicing")
-            sliced = slice_model(model, windows, plan)
+            if plan is None:  # one more pass: LR of the calibration windows
+                lr = layer_redundancy(model, windows, windows.shape[1]).lr
+                plan = _plan_from_options(options, lr)
+            sliced = slice_model(model, windows, plan, compensation)
+            if recovery:
+                from dynslice.recovery import recover
+
+                recovered, spent = recover(sliced.model, windows, recovery, options.seed or 0)
+                sliced = replace(sliced, model=recovered, recovery_seconds=spent)
             models.write(sliced.model, tokenizer, folder)
         result = {
             "out": options.out,
@@ -177,9 +192,13 @@ def slice_command(options) -> tuple[dict, list[str]]:
             "sampled": _sampled(options),
             "dtype": str(dtype).removeprefix("torch."),
             "streamed": options.stream,
+            "schedule": plan.schedule,
+            "compensation": compensation and asdict(compensation),
+            "recovery": recovery and asdict(recovery),
             "rotation_error": sliced.rotation_error,
             "basis_error": sliced.basis_error,
             "seconds": round(sliced.seconds, 3),
+            "recovery_seconds": round(sliced.recovery_seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(device),
         }
         _write_json(folder / "plan.json", plan.to_dict())
@@ -198,6 +217,99 @@ def _recipe(options, result: dict) -> dict:
     names = {key: Path(x).name if Path(x).exists() else x for key, x in names.items()}
     amounts = {key: x for key, x in result.items() if key != "out"}
     return {**names, "revision": options.revision, "seed": options.seed, **amounts}
+
+
+def sensitivity_command(options) -> tuple[dict, list[str]]:
+    """The loss with one place cut more or less than the others, for the schedule of that name."""
+    from dynslice.plan import Shape, constant
+    from dynslice.scores import rises
+    from dynslice.sensitivity import place_losses
+
+    _check_output(options.out)
+    share, reach = options.slice_percentage, options.reach * options.slice_percentage
+    if not 0 < options.reach < 1:
+        raise RequestError(f"--reach {options.reach} is outside 0 to 1; give one such as 0.4")
+    shape = Shape.of(_dense_config(options, "sensitivity"))
+    plan = constant(shape, share, options.round_to or 8)
+    model, calibration, windows = _with_validation(options, "sensitivity")
+    start = time.perf_counter()
+    shares = [share - reach, share + reach]
+    value = place_losses(model, calibration, windows, plan, shares)
+    result = {
+        "model": options.model,
+        "calibration": options.calibration,
+        "text": options.text,
+        "slice_percentage": share,
+        **value,
+        "seconds": round(time.perf_counter() - start, 3),
+        "shape": asdict(shape),
+    }
+    _write_json(options.out, result)
+    lines = ["layer  block     " + "".join(f"{f'{s:g} cut':>12}" for s in shares)]
+    for place, rise in zip(value["places"], rises(value), strict=True):
+        columns = "".join(f"{rise[s]:+12.4f}" for s in shares)
+        lines.append(f"{place['layer']:5}  {place['block']:10}{columns}")
+    lines.append(
+        f"rise of the NLL in nats per token against {share:g} cut everywhere, on {len(windows)} "
+        f"windows of {options.window} tokens"
+    )
+    return result, lines
+
+
+def search_command(options) -> tuple[dict, list[str]]:
+    """A plan of equal size by coordinate search on validation windows."""
+    from dynslice import evaluation
+    from dynslice.plan import Shape
+    from dynslice.schedules import Evidence, budget_of, search
+    from dynslice.slicing import slice_model
+
+    _check_output(options.out)
+    share, round_to = options.slice_percentage, options.round_to or 8
+    shape = Shape.of(_dense_config(options, "a search"))
+    budget = budget_of(shape, share, round_to)
+    model, calibration, windows = _with_validation(options, "a search")
+
+    def loss(candidate) -> float:
+        network = slice_model(model, calibration, candidate).model
+        return evaluation.perplexity(network, windows)["nll_mean"]
+
+    plan, tried = search(Evidence(shape, round_to), budget, loss, options.evaluations)
+    _write_json(options.out, plan.to_dict())
+    first, best = tried[0]["loss"], min(step["loss"] for step in tried)
+    line = (
+        f"NLL {best:.4f} on {len(windows)} windows after {len(tried)} evaluations, constant "
+        f"{first:.4f}; stored parameters {plan.parameters:,} of {budget:,}"
+    )
+    return {**plan.to_dict(), "budget": budget, "tried": tried}, [line]
+
+
+def _dense_config(options, what: str):
+    from dynslice import models
+
+    config = models.load_config(options.model, options.revision)
+    models.require_dense(config, what)
+    return config
+
+
+def _with_validation(options, what: str):
+    """The dense model, the calibration windows and the validation windows."""
+    from dynslice import corpora
+
+    texts = [
+        (options.calibration, corpora.default_split(options.calibration, None, "train")),
+        (options.text, corpora.default_split(options.text, None, "validation")),
+    ]
+    for text, split in texts:
+        corpora.check(text, split)
+    if texts[0] == texts[1]:
+        raise RequestError(
+            f"text {options.text!r} is calibrated on already; give --text another one, to see what "
+            "holds beyond it"
+        )
+    model, tokenizer = _load(options, dense_for=what)
+    amounts = (options.window, options.windows, options.seed)
+    drawn = [corpora.windows(text, split, tokenizer, *amounts) for text, split in texts]
+    return model, *drawn
 
 
 def ppl_command(options) -> tuple[dict, list[str]]:
@@ -343,7 +455,27 @@ def _budget(options, device) -> Any:
     return Budget(device=on_device, host=host)
 
 
-def _plan_from_options(options) -> Any:
+def _compensation(options) -> Any:
+    from dynslice.compensation import RIDGE, Compensation
+
+    if options.ridge is not None and not options.compensate:
+        raise RequestError(f"--ridge {options.ridge} is that of --compensate; add it")
+    ridge = RIDGE if options.ridge is None else options.ridge
+    return Compensation(ridge) if options.compensate else None
+
+
+def _recovery(options) -> Any:
+    from dynslice.recovery import Recovery
+
+    if options.recovery_steps and options.stream:
+        raise RequestError(
+            f"--recovery-steps {options.recovery_steps} needs the whole network in memory; leave "
+            "--stream out"
+        )
+    return Recovery(options.recovery_steps) if options.recovery_steps else None
+
+
+def _plan_from_options(options, measured_lr: Sequence[float] | None = None) -> Any:
     from dynslice import models, plan
 
     if getattr(options, "match_parameters", None):
@@ -355,7 +487,7 @@ def _plan_from_options(options) -> Any:
         raise RequestError("--slice-percentage is missing; give a share such as 0.25")
     round_to = options.round_to or 8
     lr = plan.read_json(options.lr, "LR") if options.lr else None
-    schedule = getattr(options, "schedule", None) or _default_schedule(options)
+    schedule = options.schedule or _default_schedule(options)
     if options.model:
         shape = plan.Shape.of(models.load_config(options.model, options.revision))
     elif options.revision is not None:
@@ -367,6 +499,13 @@ def _plan_from_options(options) -> Any:
         shape = plan.Shape.from_dict(lr.get("shape"))
     else:
         raise RequestError("a plan needs --model or --lr to know the widths of the model")
+    if schedule not in plan.SCHEDULES:
+        return _plan_of_size(options, schedule, shape, lr, measured_lr)
+    if options.sensitivity:
+        raise RequestError(
+            f"--sensitivity {options.sensitivity} has no meaning in a {schedule} plan; leave it "
+            "out, or use --schedule sensitivity"
+        )
     if schedule == "constant":
         if options.slice_base not in (None, options.slice_percentage):
             raise RequestError(
@@ -390,6 +529,69 @@ def _plan_from_options(options) -> Any:
             f"the scores of --lr {options.lr} are of another model; measure LR on {options.model}"
         )
     return plan.dynamic(shape, scores, options.slice_percentage, base, round_to)
+
+
+def _plan_of_size(
+    options, schedule: str, shape: Any, lr: dict | None, measured_lr: Sequence[float] | None
+) -> Any:
+    """A plan of a schedule that stores no more than constant slicing does."""
+    from dynslice import plan
+    from dynslice.schedules import Evidence, budget_of, within
+    from dynslice.sensitivity import read_rises
+
+    needed = {"lr": "lr", "sensitivity": "sensitivity"}.get(schedule)
+    for name in ("slice_base", "lr", "sensitivity"):
+        value = getattr(options, name)
+        if value is not None and name != needed:
+            raise RequestError(
+                f"--{name.replace('_', '-')} {value} has no meaning in schedule {schedule}; leave "
+                "it out"
+            )
+    known = {}
+    if schedule == "lr":
+        if lr is None and measured_lr is None:
+            raise RequestError(
+                "schedule lr needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
+            )
+        known["lr"] = measured_lr or plan.lr_of(lr)
+    if schedule == "sensitivity":
+        if options.sensitivity is None:
+            raise RequestError(
+                "schedule sensitivity needs measured losses: run `dynslice sensitivity --out "
+                "losses.json` and give --sensitivity losses.json"
+            )
+        values = plan.read_json(options.sensitivity, "sensitivity")
+        _check_same(values, shape, f"the losses of --sensitivity {options.sensitivity}")
+        known["rises"] = read_rises(values)
+    if lr is not None:
+        _check_same(lr, shape, f"the scores of --lr {options.lr}")
+    round_to = options.round_to or 8
+    budget = budget_of(shape, options.slice_percentage, round_to)
+    return within(schedule, Evidence(shape, round_to, **known), budget)
+
+
+def _check_same(values: dict, shape: Any, what: str) -> None:
+    from dynslice.plan import Shape
+
+    if "shape" in values and Shape.from_dict(values["shape"]) != shape:
+        raise RequestError(f"{what} are of another model; measure them anew on this one")
+
+
+def _check_measuring_lr(options) -> None:
+    """Whether `slice --schedule lr` can measure LR itself, before anything heavy starts."""
+    from dynslice import models
+    from dynslice.plan import Shape
+    from dynslice.schedules import budget_of
+
+    if options.stream:
+        raise RequestError(
+            "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
+            "give --lr lr.json"
+        )
+    if options.slice_percentage is None:
+        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    shape = Shape.of(models.load_config(options.model, options.revision))
+    budget_of(shape, options.slice_percentage, options.round_to or 8)
 
 
 def _refuse_beside(options, given: str, *others: str) -> None:
@@ -500,7 +702,14 @@ def _parser() -> argparse.ArgumentParser:
     def add_amounts(sub) -> None:
         sub.add_argument("--slice-percentage", type=float, metavar="SP", help="share, e.g. 0.25")
         sub.add_argument("--slice-base", type=float, metavar="SB", help="share cut everywhere")
+        sub.add_argument(
+            "--schedule",
+            choices=["constant", "dynamic", "lr", "embedding", "sensitivity"],
+            help="dynamic: the paper's; lr, embedding and sensitivity store no more than constant "
+            "slicing at SP",
+        )
         sub.add_argument("--lr", metavar="FILE", help="output of `dynslice lr`")
+        sub.add_argument("--sensitivity", metavar="FILE", help="output of `dynslice sensitivity`")
         sub.add_argument("--round-to", type=_positive, help="multiple for widths [8]")
 
     sub = add("assets", assets_command)
@@ -520,7 +729,6 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("plan", plan_command)
     add_model(sub, required=False)
     add_amounts(sub)
-    sub.add_argument("--schedule", choices=["constant", "dynamic"])
     sub.add_argument(
         "--match-parameters", metavar="PLAN", help="constant plan of the stored size of this plan"
     )
@@ -535,10 +743,38 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--window", type=_window, default=2048, help="tokens [2048]")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument(
+        "--compensate", action="store_true", help="refit what writes the stream, in closed form"
+    )
+    sub.add_argument("--ridge", type=float, help="of --compensate [0.1]")
+    sub.add_argument(
+        "--recovery-steps", type=_positive, metavar="N", help="then fine-tune with LoRA, merged"
+    )
+    sub.add_argument(
         "--stream", action="store_true", help="read the model layer by layer, write it by shards"
     )
     sub.add_argument("--host-memory", type=float, metavar="GIB", help="budget of --stream")
     sub.add_argument("--device-memory", type=float, metavar="GIB", help="the same on a GPU")
+
+    def add_validation(sub) -> None:
+        add_model(sub)
+        known = "corpus name, UTF-8 file or directory"
+        sub.add_argument("--calibration", required=True, help=f"{known}, for the bases")
+        sub.add_argument("--text", required=True, help=f"{known}, for the losses")
+        sub.add_argument("--windows", type=_positive, default=8, help="of each text [8]")
+        sub.add_argument("--window", type=_window, default=512, help="tokens [512]")
+        sub.add_argument("--slice-percentage", type=float, required=True, metavar="SP")
+        sub.add_argument("--round-to", type=_positive, help="multiple for widths [8]")
+        sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
+
+    sub = add("sensitivity", sensitivity_command)
+    add_validation(sub)
+    sub.add_argument(
+        "--reach", type=float, default=0.4, help="share of SP by which a place differs [0.4]"
+    )
+
+    sub = add("search", search_command)
+    add_validation(sub)
+    sub.add_argument("--evaluations", type=_positive, default=24, help="slices to try [24]")
 
     sub = add("ppl", ppl_command)
     add_model(sub)

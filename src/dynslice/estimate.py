@@ -100,6 +100,7 @@ class Estimator:
             if network and key not in sliced:
                 sliced.add(key)
                 slicing = self._slicing_seconds(network["calibration"])
+                slicing += self._beyond_seconds(network)
                 seconds = None if seconds is None else seconds + slicing
                 size = max(size, self._slicing_memory(network))
             estimates[request.key] = Estimate(seconds, size)
@@ -150,6 +151,17 @@ class Estimator:
                 slicing = self._slicing_seconds(config["calibration"])
                 whole = evaluating is not None
                 return (self.shape.layers * (slicing + evaluating)) if whole else None
+            case "search":
+                evaluating = self._pass(self._tokens(config), config["window"], head=True)
+                slicing = self._slicing_seconds(config["calibration"])
+                return config["evaluations"] * (slicing + evaluating)
+            case "places":
+                tokens, times = self._tokens(config), self.shape.layers * len(self.shape.reads)
+                half = self._pass(tokens, config["window"]) / 2
+                head = tokens * 2 * self.shape.hidden_size * self.shape.vocab_size
+                runs = times * len(config["shares"])
+                bases = self._slicing_seconds(config["calibration"])
+                return bases + runs * (half + head / self.machine.rate)
         return 0.0
 
     def _pass(self, tokens: int | None, window: int, head: bool = False) -> float | None:
@@ -171,6 +183,23 @@ class Estimator:
         decomposition = self.machine.eigenvectors * (d / EIGENVECTORS_AT) ** 3
         at_places = places * (covariance / self.machine.rate_float64 + decomposition)
         return self._pass(tokens, calibration["window"]) + at_places
+
+    def _beyond_seconds(self, network: dict) -> float:
+        """Compensation: a second pass, and per block products and a factorisation; and LoRA."""
+        calibration, shape, seconds = network["calibration"], self.shape, 0.0
+        tokens = calibration["windows"] * calibration["window"]
+        if "compensation" in network:
+            seconds += self._pass(tokens, calibration["window"])
+            for inputs in shape.writes:
+                known = inputs + shape.hidden_size
+                products = 2 * tokens * known * (known + shape.hidden_size)
+                solve = known**3 / 3 + 2 * known**2 * shape.hidden_size
+                seconds += shape.layers * products / self.machine.rate
+                seconds += shape.layers * solve / self.machine.rate_float64
+        if recovery := network.get("recovery"):
+            trained = recovery["steps"] * recovery["window"]
+            seconds += 3 * self._pass(trained, recovery["window"], head=True)
+        return seconds
 
     def _tokens(self, config: dict) -> int | None:
         if config["windows"] is not None:
@@ -195,7 +224,7 @@ class Estimator:
         if request.kind == "plan":
             return 0
         network = request.config.get("slice")
-        if request.kind == "sensitivity":
+        if request.kind in ("sensitivity", "places", "search"):
             small = {"schedule": "constant", "slice_percentage": 0.0, "round_to": 1}
             network = {"plan": small, "calibration": request.config["calibration"]}
         weights = self._dense_bytes if network is None else self._sliced_bytes(network)
@@ -204,7 +233,7 @@ class Estimator:
         logits = 3 * LOGIT_CHUNK * self.shape.vocab_size * memory.FLOAT32
         batch = max(corpora.tokens_per_batch(self.device), request.config.get("window", 0))
         running = weights + logits + self._workspace(batch)
-        if request.kind == "sensitivity":
+        if request.kind in ("sensitivity", "places", "search"):
             return max(running, self._slicing_memory(network))
         return running
 
@@ -218,8 +247,9 @@ class Estimator:
             return 0
         room = host if on_cpu else device + host
         widths, calibration = self._widths(network), network["calibration"]
-        signals = self._signals(widths, calibration)
-        room -= self._slicing_workspace(widths, calibration["window"])
+        compensated = "compensation" in network
+        signals = self._signals(widths, calibration, compensated)
+        room -= self._slicing_workspace(widths, calibration["window"], compensated)
         return max(0, int(signals - max(0, room)))
 
     @property
@@ -227,14 +257,15 @@ class Estimator:
         given = self.settings.device_memory_gib, self.settings.host_memory_gib
         return tuple(None if gib is None else gib * 2**30 for gib in given)
 
-    def _signals(self, widths: plan.SlicePlan, calibration: dict) -> int:
+    def _signals(self, widths: plan.SlicePlan, calibration: dict, compensated: bool) -> int:
         tokens = calibration["windows"] * calibration["window"]
-        return memory.signal_bytes(widths, tokens, self.dtype)
+        return memory.signal_bytes(widths, tokens, self.dtype, compensated)
 
     def _slicing_memory(self, network: dict) -> int:
         widths, calibration = self._widths(network), network["calibration"]
-        workspace = self._slicing_workspace(widths, calibration["window"])
-        signals = self._signals(widths, calibration)
+        compensated = "compensation" in network
+        workspace = self._slicing_workspace(widths, calibration["window"], compensated)
+        signals = self._signals(widths, calibration, compensated)
         if self.settings.placement == "resident":
             return self._dense_bytes + self._sliced_bytes(network) + workspace + signals
         limit = self._budgets[1 if self.device.type == "cpu" else 0]
@@ -242,8 +273,9 @@ class Estimator:
         return workspace + max(0, int(min(signals, room)))
 
     @lru_cache  # noqa: B019
-    def _slicing_workspace(self, widths: plan.SlicePlan, window: int) -> int:
-        return memory.slicing_workspace(self.config, widths, window, self.device, self.dtype)
+    def _slicing_workspace(self, widths: plan.SlicePlan, window: int, compensated: bool) -> int:
+        given = (self.config, widths, window, self.device, self.dtype, compensated)
+        return memory.slicing_workspace(*given)
 
     def _sliced_bytes(self, network: dict) -> int:
         return self._widths(network).parameters * self.dtype.itemsize
@@ -252,7 +284,7 @@ class Estimator:
         """The constant plan of the mean slice, which is near enough and needs no LR."""
         target = network["plan"]
         while "slice_percentage" not in target:
-            target = target.get("to", target.get("of"))
+            target = next(target[key] for key in ("to", "of", "budget") if key in target)
         return plan.constant(self.shape, target["slice_percentage"], target["round_to"])
 
 

@@ -49,12 +49,18 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
 
 def _losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """ids [b, T] -> negative log-likelihoods of tokens 2 to T in nats, [b * (T - 1)]."""
-    targets = ids[:, 1:].flatten()
     if not has_plain_head(model.config):
         logits = model(ids, use_cache=False).logits[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    chunks = head_chunks(model, hidden, targets)
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return head_losses(model, model.base_model(ids, use_cache=False).last_hidden_state, ids)
+
+
+def head_losses(model: PreTrainedModel, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods of tokens 2 to T in nats, [b * (T - 1)], of a model's plain head.
+
+    normed: the stream [b, T, d] behind the final norm. ids [b, T].
+    """
+    chunks = head_chunks(model, normed[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return torch.cat([F.cross_entropy(*chunk, reduction="none") for chunk in chunks])
 
 

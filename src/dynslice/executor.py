@@ -54,7 +54,7 @@ class Agenda:
     """What is left to measure, what can start now, and what failed."""
 
     def __init__(self, missing: list[Measurement], store: Store):
-        needed = [lr for lr in map(needs, missing) if lr and store.get(lr) is None]
+        needed = [n for request in missing for n in needs(request) if store.get(n) is None]
         everything = unique([*needed, *missing])  # no two workers shall measure the same LR
         self.waiting = units(everything)
         self.left = {request.key: request for request in everything}
@@ -69,7 +69,7 @@ class Agenda:
         ready = [
             unit
             for unit in self.waiting
-            if not any(lr and lr.key in self.left for lr in map(needs, unit.requests))
+            if not any(n.key in self.left for request in unit.requests for n in needs(request))
         ]
         unit = next((u for u in ready if not is_claimed(u.name)), ready[0] if ready else None)
         if unit is not None:
@@ -90,7 +90,7 @@ class Agenda:
             self.bar.write(f"failed: {describe(request)}: {error}", file=sys.stderr)
         self.failed[request.key] = (request, error)
         for unit in list(self.waiting):
-            lost = [r for r in unit.requests if (lr := needs(r)) and lr.key == request.key]
+            lost = [r for r in unit.requests if request.key in [n.key for n in needs(r)]]
             if lost:
                 self.waiting.remove(unit)
             for dependent in lost:
@@ -152,12 +152,14 @@ def check(executor: str, address: str | None, placement: str = "resident") -> No
         _ray()
 
 
-def needs(request: Measurement) -> Measurement | None:
-    """The LR on which the plan of a request rests."""
+def needs(request: Measurement) -> list[Measurement]:
+    """What the plan of a request rests on: LR, or other evidence of the dense model."""
     plan = (request.config.get("slice") or request.config).get("plan")
-    while plan and plan["schedule"] != "dynamic":
+    while plan and not ("lr" in plan or "evidence" in plan):
         plan = plan.get("to", plan.get("of"))
-    return Measurement("lr", plan["lr"]) if plan else None
+    if not plan:
+        return []
+    return [Measurement("lr", plan["lr"]) if "lr" in plan else Measurement(**plan["evidence"])]
 
 
 def units(requests: list[Measurement]) -> list[Unit]:
@@ -182,11 +184,13 @@ def describe(request: Measurement) -> str:
     """A request in a few words."""
     network = request.config.get("slice")
     plan = (network or request.config).get("plan", {"schedule": "dense"})
-    target = plan.get("to", plan.get("of", plan))
+    target = plan.get("to", plan.get("of", plan.get("budget", plan)))
     amounts = [f"SP {target['slice_percentage']}"] if "slice_percentage" in target else []
     amounts += [f"SB {target['slice_base']}"] if "slice_base" in target else []
     what = request.config.get("task") or request.config.get("text")
-    return " ".join([request.kind, *([what] if what else []), plan["schedule"], *amounts])
+    extras = [name for name in ("compensation", "recovery") if (network or {}).get(name)]
+    words = [request.kind, *([what] if what else []), plan["schedule"], *amounts]
+    return " ".join([*words, *(f"with {name}" for name in extras)])
 
 
 def _some(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 
 import torch
@@ -9,7 +10,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from dynslice import corpora, efficiency, evaluation, models, plan, redundancy, scores
+from dynslice import (
+    corpora,
+    efficiency,
+    evaluation,
+    models,
+    plan,
+    redundancy,
+    schedules,
+    scores,
+    sensitivity,
+)
+from dynslice.compensation import Compensation
 from dynslice.errors import RequestError, RunError, in_one_line
 from dynslice.networks import Networks
 from dynslice.plan import SlicePlan
@@ -96,15 +108,33 @@ class Workbench:
         if self.sliced is None or self.sliced[0] != key:
             self.drop_sliced()
             try:
-                windows = self._windows_of(network["calibration"])
-                self.sliced = (key, self.networks.slice(windows, self._plan(network["plan"])))
+                self.sliced = (key, self._slice(network))
             except Exception as error:  # whatever it is, it would be the same again
                 self._broken[key] = in_one_line(error)
                 raise
         return self.sliced[1]
 
+    def _slice(self, network: dict) -> Sliced:
+        calibration = network["calibration"]
+        compensation = network.get("compensation")
+        outcome = self.networks.slice(
+            self._windows_of(calibration),
+            self._plan(network["plan"]),
+            compensation and Compensation(**compensation),
+        )
+        if recovery := network.get("recovery"):
+            from dynslice.recovery import Recovery, recover  # loads peft
+
+            windows = self._windows_of({**calibration, **recovery})
+            amounts = (Recovery(recovery["steps"]), calibration["seed"])
+            model, seconds = recover(outcome.model, windows, *amounts)
+            outcome = replace(outcome, model=model, recovery_seconds=seconds)
+        return outcome
+
     def _plan(self, request: dict) -> SlicePlan:
         shape = plan.Shape.of(self.networks.config)
+        if "budget" in request:
+            return self._plan_within(request, shape)
         amounts = {k: v for k, v in request.items() if k not in ("schedule", "lr", "score")}
         match request["schedule"]:
             case "constant":
@@ -120,6 +150,22 @@ class Workbench:
             case "embedding":
                 return plan.with_embedding(self._plan(request["of"]), request["embedding_slice"])
         raise RequestError(f"schedule {request['schedule']!r} is unknown")
+
+    def _plan_within(self, request: dict, shape: plan.Shape) -> SlicePlan:
+        """The plan of a schedule that stores no more than the plan of its budget."""
+        largest = self._plan(request["budget"])
+        known = {}
+        if given := request.get("evidence"):
+            value = self._stored(Measurement(**given)).value
+            if given["kind"] == "search":
+                widths = value["place_widths"]
+                return plan.of_places("search", shape, widths, largest.round_to)
+            if given["kind"] == "lr":
+                known["lr"] = scores.scores_of(value["layers"], "cosine")
+            else:
+                known["rises"] = scores.rises(value)
+        evidence = schedules.Evidence(shape, largest.round_to, **known)
+        return schedules.within(request["schedule"], evidence, largest.parameters)
 
     def _stored(self, request: Measurement) -> Result:
         if (result := self.store.get(request)) is None:
@@ -163,7 +209,10 @@ class Workbench:
                 f"{facts['parameters']}; this is a bug, please report it"
             )
         errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
-        return {**facts, **errors, "seconds": outcome.seconds}
+        seconds = {"seconds": outcome.seconds + outcome.recovery_seconds}
+        if "recovery" in config["slice"]:
+            seconds["recovery_seconds"] = outcome.recovery_seconds
+        return {**facts, **errors, **seconds}
 
     def _measure_ppl(self, config: dict) -> dict:
         windows = self._windows_of(config)
@@ -182,6 +231,26 @@ class Workbench:
             del network  # before the next one is made
             layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
         return {"dense": dense, "layers": layers}
+
+    def _measure_places(self, config: dict) -> dict:
+        """NLL per window with all places cut by a plan, and with one cut more or less."""
+        calibration, windows = self._windows_of(config["calibration"]), self._windows_of(config)
+        widths, shares = self._plan(config["plan"]), config["shares"]
+        dense = self.networks.dense
+        return sensitivity.place_losses(dense, calibration, windows, widths, shares)
+
+    def _measure_search(self, config: dict) -> dict:
+        """The plan of least loss on validation windows that a coordinate search finds."""
+        calibration, windows = self._windows_of(config["calibration"]), self._windows_of(config)
+        largest = self._plan(config["budget"])
+
+        def loss(candidate: SlicePlan) -> float:
+            network = self.networks.slice(calibration, candidate).model
+            return evaluation.perplexity(network, windows)["nll_mean"]
+
+        evidence = schedules.Evidence(largest.shape, largest.round_to)
+        best, tried = schedules.search(evidence, largest.parameters, loss, config["evaluations"])
+        return {"place_widths": list(best.place_widths[:-1]), "tried": tried}
 
     def _measure_centred(self, config: dict) -> dict:
         """Perplexity of the dense model with the mean over d taken from every embedding."""
@@ -220,4 +289,6 @@ def _facts(widths: SlicePlan) -> dict:
     values = widths.to_dict()
     names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
     facts = {name: values[name] for name in names}
+    if widths.own_attention:
+        facts["attention_widths"] = list(widths.attention_widths)
     return {**facts, "shortcut_parameters": widths.shortcut_parameters}

@@ -19,25 +19,27 @@ def slicing_workspace(
     window: int,
     device: torch.device,
     dtype: torch.dtype,
+    compensated: bool = False,
 ) -> int:
     """Bytes on the device at the peak of streamed slicing, signals and finished shards apart.
 
     The largest of its steps counts: rotating the embedding, running a block on a batch of windows,
-    the covariance and its eigenvectors, folding a map.
+    the covariance and its eigenvectors, the regression of a compensation, folding a map.
     """
     with META:
         model = AutoModelForCausalLM.from_config(config)
     layer = model.get_submodule(family_of(config).layers)[0]
-    d, size = plan.shape.hidden_size, dtype.itemsize
+    shape = plan.shape
+    d, size = shape.hidden_size, dtype.itemsize
     count = max(1, tokens_per_batch(device) // window)
     weights = sum(p.numel() for p in layer.parameters()) * size
     basis = d * d * FLOAT64  # one is held all the time, a second one while a block is folded
-    rows = min(ROWS, plan.shape.vocab_size) * d
+    rows = min(ROWS, shape.vocab_size) * d
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     largest = max(linear.in_features * linear.out_features for linear in maps)
     steps = {
         # A stored table and the changed one; a part of them in float32.
-        "tables": basis + 2 * plan.shape.vocab_size * d * size + rows * (FLOAT32 + size),
+        "tables": basis + 2 * shape.vocab_size * d * size + rows * (FLOAT32 + size),
         "block": weights + basis + d * d * size + layers_workspace(config, dtype, count * window),
         # The covariance, beside a batch in float64.
         "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
@@ -45,6 +47,14 @@ def slicing_workspace(
         "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
         "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
     }
+    if compensated:
+        known = max(shape.writes) + d  # inputs of the regression
+        system = known * (known + d) * FLOAT64
+        # The products of a batch, which is there as it is, in float32, and divided by its size.
+        products = known * (known + d) * FLOAT32
+        batch = count * window * (known * (size + 2 * FLOAT32) + 4 * d * FLOAT32)
+        steps["block"] += system + products + batch
+        steps["regression"] = weights + basis + 2 * system
     return max(steps.values())
 
 
@@ -55,9 +65,16 @@ def largest_weight(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return max(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
-def signal_bytes(plan: SlicePlan, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the residual stream of all calibration tokens."""
-    return tokens * plan.shape.hidden_size * dtype.itemsize
+def signal_bytes(
+    plan: SlicePlan, tokens: int, dtype: torch.dtype, compensated: bool = False
+) -> int:
+    """Bytes of the residual stream of all calibration tokens.
+
+    A compensation keeps the dense stream too, and what the writing maps of a block are given.
+    """
+    d = plan.shape.hidden_size
+    per_token = 3 * d + max(plan.shape.writes) if compensated else d
+    return tokens * per_token * dtype.itemsize
 
 
 def shown(size: int) -> str:

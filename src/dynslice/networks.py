@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice import files, models, paths, slicing, streaming
+from dynslice.compensation import Compensation
 from dynslice.plan import SlicePlan
 from dynslice.profile import Profile
 from dynslice.slicing import Sliced
@@ -63,17 +64,19 @@ class Networks:
             self._dense = self._load(self.settings.model, self.revision)
         return self._dense
 
-    def slice(self, windows: Tensor, plan: SlicePlan) -> Sliced:
+    def slice(
+        self, windows: Tensor, plan: SlicePlan, compensation: Compensation | None = None
+    ) -> Sliced:
         """A slice of the dense model, calibrated on token windows [n, T]."""
         if self.resident:
-            return slicing.slice_model(self.dense, windows, plan)
+            return slicing.slice_model(self.dense, windows, plan, compensation)
         self._dense = None
         models.free_memory()
         # Its files stay until the next slice: accelerate may read weights from them.
         self._files.close()
         folder = self._files.enter_context(files.scratch(paths.CACHE / "sliced"))
         source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
-        outcome = streaming.slice_to(folder, *source, budget=self._budget())
+        outcome = streaming.slice_to(folder, *source, self._budget(), compensation)
         return replace(outcome, model=self._load(str(folder)))
 
     def _budget(self) -> streaming.Budget:

@@ -114,8 +114,8 @@ class SlicePlan:
     At layer i the attention input, the attention output and the MLP input have width w_i (where
     the two run in parallel there is one input, of width w_i, and both write in w_{i+1}); the
     embedding has w_0, and the output of the last layer keeps the hidden size (METHOD 1.6).
-    `final_slice` is FS_i, the share to be removed at layer i, before rounding. `embedding_width`
-    gives the embedding, and with it the attention input of layer 0, a width of its own.
+    `final_slice` is FS_i, the share to be removed at layer i, before rounding. `own_attention`
+    gives the stream before attention widths of its own, the first of which is the embedding's.
     """
 
     schedule: str
@@ -125,7 +125,7 @@ class SlicePlan:
     final_slice: tuple[float, ...]
     widths: tuple[int, ...]
     shape: Shape
-    embedding_width: int | None = None
+    own_attention: tuple[int, ...] | None = None
 
     def __post_init__(self):
         d, layers = self.shape.hidden_size, self.shape.layers
@@ -133,6 +133,11 @@ class SlicePlan:
             raise RequestError(
                 f"plan has {len(self.widths)} widths, the model {layers} layers; make the plan "
                 "from the same model"
+            )
+        if len(self.attention_widths) != layers:
+            raise RequestError(
+                f"plan has {len(self.attention_widths)} widths before attention, the model "
+                f"{layers} layers; make the plan from the same model"
             )
         every = [*self.attention_widths, *self.mlp_widths]
         for width in every:
@@ -163,9 +168,7 @@ class SlicePlan:
     @property
     def attention_widths(self) -> tuple[int, ...]:
         """a_i: the stream before attention in layer i."""
-        if self.embedding_width is None:
-            return self.widths
-        return (self.embedding_width, *self.widths[1:])
+        return self.widths if self.own_attention is None else self.own_attention
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
@@ -182,8 +185,9 @@ class SlicePlan:
 
     @property
     def mean_slice(self) -> float:
-        """The share of the width that is removed, averaged over layers, after rounding."""
-        return 1 - sum(self.widths) / (self.shape.hidden_size * self.shape.layers)
+        """The share of the width that is removed, averaged over places, after rounding."""
+        widths = self.place_widths[:-1]
+        return 1 - sum(widths) / (self.shape.hidden_size * len(widths))
 
     @property
     def parameters(self) -> int:
@@ -213,7 +217,7 @@ class SlicePlan:
     def from_dict(cls, values: dict) -> "SlicePlan":
         """Inverse of `to_dict`. Raises RequestError naming what is missing."""
         shape = Shape.from_dict(values.get("shape"))
-        optional = {"embedding_width": values.get("embedding_width")}
+        optional = {"own_attention": _tuples(values.get("own_attention"))}
         names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
         try:
             plan = cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
@@ -314,7 +318,7 @@ def single(shape: Shape, layer: int, slice_percentage: float, round_to: int = 8)
         final_slice=tuple(slice_percentage * (i == layer) for i in range(shape.layers)),
         widths=tuple(cut if i == layer else d for i in range(shape.layers)),
         shape=shape,
-        embedding_width=d,
+        own_attention=tuple(cut if i == layer > 0 else d for i in range(shape.layers)),
     )
 
 
@@ -329,8 +333,8 @@ def shuffled(plan: SlicePlan, seed: int) -> SlicePlan:
         plan,
         schedule="shuffled",
         final_slice=tuple(plan.final_slice[i] for i in order),
-        widths=tuple(plan.widths[i] for i in order),
-        embedding_width=plan.attention_widths[0],
+        widths=(widths := tuple(plan.widths[i] for i in order)),
+        own_attention=(plan.attention_widths[0], *widths[1:]),
     )
 
 
@@ -339,7 +343,29 @@ def with_embedding(plan: SlicePlan, embedding_slice: float) -> SlicePlan:
     shape, round_to = plan.shape, plan.round_to
     _check_request(shape, embedding_slice, embedding_slice, round_to)
     width = round(shape.hidden_size * (1 - embedding_slice) / round_to) * round_to
-    return replace(plan, embedding_width=width)
+    return replace(plan, own_attention=(width, *plan.attention_widths[1:]))
+
+
+def of_places(
+    schedule: str, shape: Shape, place_widths: Sequence[int], round_to: int = 8
+) -> SlicePlan:
+    """The plan with these widths of the stream, one for each place where a block reads it.
+
+    Its final slices are those of the layers, averaged over their places.
+    """
+    blocks, d = len(shape.reads), shape.hidden_size
+    layers = [tuple(place_widths[i : i + blocks]) for i in range(0, len(place_widths), blocks)]
+    slices = tuple(1 - sum(widths) / (blocks * d) for widths in layers)
+    return SlicePlan(
+        schedule=schedule,
+        slice_percentage=math.fsum(slices) / shape.layers,
+        slice_base=0.0,
+        round_to=round_to,
+        final_slice=slices,
+        widths=tuple(widths[-1] for widths in layers),
+        shape=shape,
+        own_attention=tuple(widths[0] for widths in layers),
+    )
 
 
 def read_json(path: str | Path, what: str) -> dict:

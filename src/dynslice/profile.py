@@ -14,6 +14,7 @@ from dynslice.hub_texts import HUB
 
 _Count = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
+_AtSize = Literal["lr", "embedding", "sensitivity", "search"]  # of `schedules`, beside constant
 
 
 class Profile(BaseModel):
@@ -115,12 +116,45 @@ class Profile(BaseModel):
     single_layer_calibration_windows: int = Field(ge=1)
     single_layer_eval_windows: int = Field(ge=1)
 
+    beyond_slice_percentages: list[float] = Field(
+        default=[], description="sizes of notebook 07: what constant slicing stores at these SP"
+    )
+    beyond_schedules: list[_AtSize] = Field(
+        default=[], description="schedules of that size beside constant, by every measure"
+    )
+    beyond_candidates: list[_AtSize] = Field(
+        default=[], description="the same by validation windows only, at the last of the sizes"
+    )
+    beyond_ridge: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="ridge of the compensation"
+    )
+    beyond_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default=[], description="other ridges, by validation windows only"
+    )
+    beyond_calibration_windows: list[_Count] = Field(
+        default=[], description="other calibration sizes, by validation windows only"
+    )
+    sensitivity_reach: float = Field(
+        default=0.4, gt=0, lt=1, description="one place is cut by SP less and SP more this share"
+    )
+    sensitivity_calibration_windows: int = Field(default=8, ge=1, description="and of the search")
+    sensitivity_eval_windows: int = Field(
+        default=6, ge=1, description="validation windows, and of the search"
+    )
+    search_evaluations: int = Field(default=24, ge=1, description="networks that a search slices")
+    recovery_steps: int = Field(
+        default=0, ge=0, description="of LoRA on the calibration text, one window each; 0: none"
+    )
+    recovery_windows: int = Field(default=16, ge=1, description="that are drawn again and again")
+    recovery_window: int = Field(default=1024, ge=2, description="tokens of each")
+
     @model_validator(mode="after")
     def _shares_fit(self) -> "Profile":
         shares = [*self.slice_percentages, *self.task_slice_percentages]
         shares += [*self.slice_bases, *self.task_slice_bases, self.ablation_slice_base]
         shares += [*self.speed_slice_percentages, *self.speed_slice_bases]
         shares += [self.ablation_slice_percentage or 0.0, self.single_layer_slice or 0.0]
+        shares += self.beyond_slice_percentages
         for share in shares:
             if not 0 <= share < 1:
                 raise ValueError(f"slice share {share} is outside 0 to 1")
@@ -143,11 +177,28 @@ class Profile(BaseModel):
             raise ValueError(
                 "device_memory_gib and host_memory_gib are budgets of placement streamed or spread"
             )
+        self._check_beyond()
         if self.figure_slice_base > self.figure_slice_percentage:
             raise ValueError("figure_slice_base exceeds figure_slice_percentage")
         if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
             raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
+
+    def _check_beyond(self) -> None:
+        """What only validation windows are to see needs such windows, and is new there."""
+        others = {
+            "beyond_candidates": set(self.beyond_schedules),
+            "beyond_ridges": {self.beyond_ridge},
+            "beyond_calibration_windows": {self.calibration_windows},
+        }
+        for key, known in others.items():
+            values = getattr(self, key)
+            if values and self.selection_windows is None:
+                raise ValueError(
+                    f"{key} {values} are seen by validation windows only: set selection_windows"
+                )
+            if both := known & set(values):
+                raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
 
     def _check_names(self) -> None:
         """What stands in for or has a revision must be something that the profile can read."""

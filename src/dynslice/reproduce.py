@@ -28,6 +28,7 @@ NEEDS = {
     "04": Study.ablation_requests,
     "05": Study.efficiency_requests,
     "06": Study.requests,
+    "07": Study.beyond_requests,
 }
 
 # The pages with parts that a record speaks for, between its markers.

@@ -25,12 +25,13 @@ class Signals:
         folder: Path | None = None,
     ):
         self.device = device
-        self._room = {"device": device_budget, "host": host_budget}
+        self._room = {"device": device_budget, "host": host_budget}  # what is left of it
         if device.type == "cpu":
             self._room["host"] = 0
         self._scratch = None
         self._folder = folder
         self._batches: list[Tensor | Path] = []
+        self._places: list[str] = []
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -39,11 +40,34 @@ class Signals:
         for batch in self._batches:
             yield self._fetch(batch)
 
+    def beside(self) -> "Signals":
+        """An empty store that shares the budgets of this one."""
+        other = Signals(self.device, folder=self._folder)
+        other._room = self._room
+        return other
+
+    def copied(self) -> "Signals":
+        """The same batches in a store beside this one."""
+        other = self.beside()
+        for batch in self:
+            other.append(batch.clone())
+        return other
+
+    def clear(self) -> None:
+        """Let go of every batch, and give its room back."""
+        for batch, where in zip(self._batches, self._places, strict=True):
+            if isinstance(batch, Path):
+                batch.unlink()
+            elif self._room[where] is not None:
+                self._room[where] += batch.nbytes
+        self._batches, self._places = [], []
+
     def append(self, batch: Tensor) -> None:
         """Keep one more batch, in the nearest place that has room."""
         where = next((place for place in self._room if self._fits(place, batch.nbytes)), "disk")
         if where != "disk" and self._room[where] is not None:
             self._room[where] -= batch.nbytes
+        self._places.append(where)
         if where == "device":
             self._batches.append(batch)
         elif where == "host":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from dynslice.compensation import Compensation, Regression, inputs_of
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.exactness import Exactness, by_rows
@@ -29,22 +30,29 @@ Use = Callable[[str], AbstractContextManager[nn.Module]]
 class Sliced:
     """A sliced model (None where it was only written), what it cost, and how exact it is.
 
-    rotation_error, basis_error: see `Exactness`.
+    rotation_error, basis_error: see `Exactness`. recovery_seconds: of fine-tuning afterwards.
     """
 
     model: PreTrainedModel | None
     seconds: float
     rotation_error: float
     basis_error: float
+    recovery_seconds: float = 0.0
 
 
-def slice_model(model: PreTrainedModel, windows: Tensor, plan: SlicePlan) -> Sliced:
+def slice_model(
+    model: PreTrainedModel,
+    windows: Tensor,
+    plan: SlicePlan,
+    compensation: Compensation | None = None,
+) -> Sliced:
     """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
 
     The dense model is left as it was. Raises as `sliced_weights`.
     """
     start, exactness = time.perf_counter(), Exactness()
-    weights = dict(sliced_weights(model, windows, plan, Signals(model.device), exactness))
+    source = (model, windows, plan, Signals(model.device), exactness)
+    weights = dict(sliced_weights(*source, compensation=compensation))
     with torch.no_grad():
         sliced = empty_sliced(model, plan)
         sliced.load_state_dict(weights, assign=True)
@@ -62,6 +70,7 @@ def sliced_weights(
     x: Signals,
     exactness: Exactness,
     use: Use | None = None,
+    compensation: Compensation | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a slice by name, in the order in which the network keeps its layers.
 
@@ -75,6 +84,10 @@ def sliced_weights(
     writes the stream is centred with it (`centred`), and its bias goes into the maps that read.
     Covariances, bases and shortcuts are float64, the products that rotate weights float32.
 
+    With a compensation the dense stream h runs beside x, and each shortcut and writing map is
+    corrected towards it before the next place (`compensate_block`); blocks after the last place
+    that is cut run too, since what was lost before can still be made good there.
+
     x: an empty store for the signals. exactness: takes note of the rounding. use: where the
     weights of a module come from, those of `model` itself by default. Raises RequestError when
     plan and model do not fit and for activations that are not finite, RunError where the result is
@@ -82,11 +95,12 @@ def sliced_weights(
     """
     check_plan(model.config, plan)
     check_tokens(model.config, windows)
+    h = None  # the dense stream, where there is a compensation
     use = use or (lambda name: nullcontext(model.get_submodule(name)))
     family, device, d = family_of(model.config), x.device, plan.shape.hidden_size
     widths = plan.place_widths  # before each block, and d for the head
     last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
-    centred = _centring(model, family)
+    centred = centring(model, family)
     mean_free = subtracts_mean(model.get_submodule(family.final_norm))
 
     def stored(weight: Tensor, name: str) -> tuple[str, Tensor]:
@@ -104,6 +118,8 @@ def sliced_weights(
 
     with _use_all(use, family.embeddings):
         layer_arguments = residual_stream(model, windows, x)
+        if compensation:
+            h = x.copied()
         Q, R = bases(widths[0])
         for name in family.embeddings:
             table = f"{name}.weight"
@@ -116,15 +132,21 @@ def sliced_weights(
     for i in tqdm(range(plan.shape.layers), desc="slicing", unit="layer", leave=False):
         with use(f"{family.layers}.{i}") as layer:
             for block in family.blocks:
-                if place < last_cut:
-                    run_block(x, R, layer, block, layer_arguments[i], centred)
+                step = (layer, block, layer_arguments[i], centred)
+                residual, added = Q.T, {}  # the residual connection from x in its basis
+                if compensation:
+                    D, added = compensate_block(x, h, Q, R, *step, compensation)
+                    residual = residual + D
+                elif place < last_cut:
+                    run_block(x, R, *step)
                 Q_next, R_next = bases(widths[place + 1])
 
                 rotated = partial(exactness.rotated, dtype=model.dtype)
-                for name, tensor in _fold(layer, block, family, Q, Q_next, centred, rotated):
+                bases_ = (Q, Q_next)
+                for name, tensor in _fold(layer, block, family, *bases_, centred, rotated, added):
                     yield stored(tensor, f"{family.layers}.{i}.{name}")
                 shortcut = f"{family.layers}.{i}.{block.name}_shortcut"
-                yield stored(Q.T @ Q_next, shortcut)
+                yield stored(residual @ Q_next, shortcut)
                 Q, R, place = Q_next, R_next, place + 1
             for name, parameter in _left_alone(layer, family):
                 yield stored(parameter.clone(), f"{family.layers}.{i}.{name}")
@@ -151,8 +173,12 @@ def _fold(
     Q_next: Tensor,
     centred: Callable,
     rotated: Callable,
+    added: dict[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The maps of a block in the bases before and after it, by their names in the layer."""
+    """The maps of a block in the bases before and after it, by their names in the layer.
+
+    added: what a compensation adds to writing maps [d, k].
+    """
     norm = layer.get_submodule(block.norm)
     g, b = _scale(norm, family), getattr(norm, "bias", None)
     for name in block.reads:
@@ -166,7 +192,8 @@ def _fold(
             yield f"{name}.bias", read.bias.clone()
     for name in block.writes:
         write = layer.get_submodule(name)
-        yield f"{name}.weight", rotated(write.weight.T, Q_next, fold=centred).T
+        W = write.weight.float() + added[name].float() if name in added else write.weight
+        yield f"{name}.weight", rotated(W.T, Q_next, fold=centred).T
         if write.bias is not None:
             yield f"{name}.bias", centred(write.bias.float()) @ Q_next.float()
 
@@ -186,7 +213,7 @@ def _scale(norm: nn.Module, family: Family) -> Tensor:
     return norm.weight.float() + family.norm_offset
 
 
-def _centring(model: PreTrainedModel, family: Family) -> Callable[[Tensor], Tensor]:
+def centring(model: PreTrainedModel, family: Family) -> Callable[[Tensor], Tensor]:
     """x [.., d] less its mean over d where the family's norms take it away, else x itself."""
     if not subtracts_mean(model.get_submodule(family.final_norm)):
         return lambda x: x
@@ -253,6 +280,53 @@ def run_block(
     x.update(step)
 
 
+@torch.inference_mode()
+def compensate_block(
+    x: Signals,
+    h: Signals,
+    Q: Tensor,
+    R: Tensor,
+    layer: nn.Module,
+    block: Block,
+    arguments: dict,
+    centred: Callable,
+    compensation: Compensation,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `run_block`, and then x <- x + z D, the ridge regression of what x lacks of h.
+
+    h, the dense stream, is taken to the next place first. z holds the coordinates x Q [w] and the
+    inputs [k] of the writing maps. Returns what is added to the shortcut [w, d] and to the writing
+    maps {name: [d, k]}, in the coordinates of the stream.
+    """
+
+    run_block(h, R[:, :0], layer, block, arguments, centred)  # the dense network cuts nothing
+    writes = [layer.get_submodule(name) for name in block.writes]
+    known = Q if compensation.shortcut else Q[:, :0]
+    sizes = [known.shape[1], *(map_.in_features for map_ in writes)]
+    regression, z, dense = Regression(sizes, len(Q), x.device), x.beside(), iter(h)
+
+    def step(stream: Tensor) -> Tensor:
+        cut = R.to(stream.dtype)
+        stream -= stream @ cut @ cut.T
+        coordinates = stream @ known.to(stream.dtype)
+        with inputs_of(writes) as inputs:
+            output = block_output(layer, block, stream, arguments)
+        stream += centred(output)
+        inputs = torch.cat([coordinates, *inputs], dim=-1)
+        regression.add(inputs, stream, next(dense))
+        z.append(inputs)
+        return stream
+
+    x.update(step)
+    D = regression.solve(compensation.ridge)
+    seen = iter(z)
+    x.update(lambda stream: stream.add_(next(seen) @ D.to(stream.dtype)))
+    z.clear()
+    to_shortcut, *to_maps = D.split(sizes)
+    added = dict(zip(block.writes, (part.T for part in to_maps), strict=True))
+    return (to_shortcut if compensation.shortcut else torch.zeros_like(Q.T)), added
+
+
 def check_plan(config, plan: SlicePlan) -> None:
     """Raise RequestError when a plan was made for a model of another shape."""
     require_dense(config, "slicing")
@@ -279,7 +353,7 @@ def residual_stream(model: PreTrainedModel, windows: Tensor, x: Signals) -> list
     """
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)
-    centred = _centring(model, family)
+    centred = centring(model, family)
     arguments: list[dict] = []
 
     def pass_on(hidden_states: Tensor, **kwargs) -> Tensor:

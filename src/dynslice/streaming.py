@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from dynslice import files, memory, models
+from dynslice.compensation import Compensation
 from dynslice.errors import RequestError, in_one_line
 from dynslice.exactness import Exactness
 from dynslice.memory import shown
@@ -53,6 +54,7 @@ def slice_to(
     dtype: torch.dtype,
     revision: str | None = None,
     budget: Budget = Budget(),
+    compensation: Compensation | None = None,
 ) -> Sliced:
     """Slice a saved model into `folder`, which appears complete or not at all.
 
@@ -63,13 +65,14 @@ def slice_to(
     start = time.perf_counter()
     source = Source(model, device, dtype, revision)
     check_plan(source.model.config, plan)
-    room = _rooms(source.model, plan, windows, device, budget)
+    room = _rooms(source.model, plan, windows, device, budget, compensation is not None)
     with files.appearing(folder) as unfinished:
         x = Signals(device, room["device"], room["host"], unfinished.parent)
         empty = empty_sliced(source.model, plan).to(dtype)
         shards = ShardWriter(unfinished, empty, room["shard"])
         exactness = Exactness()
-        for name, tensor in sliced_weights(source.model, windows, plan, x, exactness, source.use):
+        made = (source.model, windows, plan, x, exactness, source.use, compensation)
+        for name, tensor in sliced_weights(*made):
             shards.add(name, tensor)
         shards.finish()
         empty.config.architectures = [type(empty).__name__]
@@ -178,11 +181,16 @@ class ShardWriter:
 
 
 def _rooms(
-    model: PreTrainedModel, plan: SlicePlan, windows: Tensor, device: torch.device, budget: Budget
+    model: PreTrainedModel,
+    plan: SlicePlan,
+    windows: Tensor,
+    device: torch.device,
+    budget: Budget,
+    compensated: bool,
 ) -> dict[str, int | None]:
     """Bytes for signals on the device and in host memory, and of a shard, within a budget."""
     window, dtype = windows.shape[1], model.dtype
-    workspace = memory.slicing_workspace(model.config, plan, window, device, dtype)
+    workspace = memory.slicing_workspace(model.config, plan, window, device, dtype, compensated)
     on_cpu = device.type == "cpu"
     limit = budget.host if on_cpu else budget.device
     shard = LARGEST_SHARD

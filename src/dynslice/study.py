@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from dynslice import paths, profile
-from dynslice.design import Design, split_for
+from dynslice.beyond import Beyond
+from dynslice.design import split_for
 from dynslice.errors import RequestError, RunError
 from dynslice.executor import work_off
 from dynslice.profile import Profile
 from dynslice.results import Measurement, Result, Store
 
 
-class Study(Design):
+class Study(Beyond):
     """The measurements of one profile and where their results are kept."""
 
     def __init__(self, settings: Profile, store: Store, device: str, from_record: bool = False):
@@ -119,7 +120,7 @@ def check_inputs(settings: Profile) -> None:
 
     evaluation.check_data(list(settings.tasks))
     longest: dict[tuple, tuple] = {}
-    for request in Design(settings).requests():
+    for request in Beyond(settings).requests():
         for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
             if "text" in config and "windows" in config:
                 count, window = config["windows"], config["window"]

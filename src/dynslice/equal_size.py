@@ -1,0 +1,362 @@
+"""Tables, figures and sentences of notebook 07, from results: what wins at equal size."""
+
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from dynslice import compare, report
+from dynslice.compare import Difference
+from dynslice.design import Point, percent
+from dynslice.report import COLUMN_WIDTH, MARKERS
+from dynslice.results import Measurement
+from dynslice.scores import rises
+from dynslice.study import Study
+
+NONE = "This profile asks for no networks of equal size."
+_PAPER = "lr"  # the schedule by layer redundancy
+
+
+def sizes(study: Study) -> list[float]:
+    """The slice percentages of constant slicing that give the sizes."""
+    return study.profile.beyond_slice_percentages
+
+
+def contest_table(study: Study) -> pd.DataFrame:
+    """Perplexity by size, network and text, and its change from plain constant slicing."""
+    study.ensure(study.beyond_requests())
+    rows = []
+    for sp in sizes(study):
+        reference = study.contest(sp)[0]
+        for text in study.profile.eval_texts:
+            for point in study.contest(sp):
+                change = compare.perplexity_change(study, point, reference, text)
+                rows.append(
+                    {
+                        "SP": sp,
+                        "network": name(point),
+                        "parameters (M)": _parameters(study, point) / 1e6,
+                        "text": text,
+                        "perplexity": _perplexity(study, point, text),
+                        "perplexity (%)": change.estimate,
+                        "low": change.low,
+                        "high": change.high,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def accuracy_table(study: Study) -> pd.DataFrame:
+    """Average accuracy by size and network, and its change from plain constant slicing."""
+    tasks, rows = compare.choice_tasks(study), []
+    for sp in sizes(study) if tasks else []:
+        reference = study.contest(sp)[0]
+        for point in study.contest(sp):
+            change = compare.accuracy_change(study, point, reference, tasks)
+            rows.append(
+                {
+                    "SP": sp,
+                    "network": name(point),
+                    "tasks": len(tasks),
+                    "accuracy (%)": compare.accuracy(study, point, tasks),
+                    "accuracy (points)": change.estimate,
+                    "low": change.low,
+                    "high": change.high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def cost_table(study: Study) -> pd.DataFrame:
+    """What each network took: passes over the calibration tokens, seconds, memory.
+
+    Evidence is what its schedule rests on (LR, losses by place, a search), once for all of them.
+    """
+    rows = []
+    for sp in sizes(study):
+        for point in study.contest(sp):
+            sliced = study.get(study.slice_request(point))
+            evidence = evidence_of(study, point)
+            rows.append(
+                {
+                    "SP": sp,
+                    "network": name(point),
+                    "calibration passes": 2 if point.network.get("compensation") else 1,
+                    "slicing (s)": sliced.value["seconds"],
+                    "evidence (s)": evidence and evidence.seconds,
+                    "peak memory (GB)": sliced.peak_memory_bytes / 1e9,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def contest_figure(changes: pd.DataFrame, accuracies: pd.DataFrame) -> plt.Figure:
+    """Change from plain constant slicing by network: perplexity left, accuracy right."""
+    report.style()
+    if changes.empty:
+        return report.nothing()
+    percentages = changes["SP"].unique()
+    count = changes["network"].nunique()
+    columns = 2 if len(accuracies) else 1
+    figure, axes = plt.subplots(
+        len(percentages),
+        columns,
+        figsize=(2 * COLUMN_WIDTH, (0.55 + 0.24 * count) * len(percentages) + 0.3),
+        squeeze=False,
+        sharey="row",
+        sharex="col",
+    )
+    for row, sp in zip(axes, percentages, strict=True):
+        here = changes[changes["SP"] == sp]
+        names = list(here["network"].unique())
+        _marks(row[0], here, names, "perplexity (%)", "text")
+        row[0].set_title(f"size of constant, SP {percent(sp)}", fontsize=7, loc="left")
+        if columns == 2:
+            _marks(row[1], accuracies[accuracies["SP"] == sp], names, "accuracy (points)", None)
+    for axis, label in zip(axes[-1], ("perplexity (%)", "accuracy (points)"), strict=False):
+        axis.set_xlabel(f"change of {label} from plain constant slicing")
+    axes[0, 0].legend(frameon=False, fontsize=6)
+    figure.tight_layout()
+    return figure
+
+
+def _marks(
+    axis: plt.Axes, table: pd.DataFrame, names: list[str], column: str, by: str | None
+) -> None:
+    """Estimates with intervals, a line per network, side by side by the values of a column."""
+    groups = [(None, table)] if by is None else list(table.groupby(by, sort=False))
+    y = {network: len(names) - 1 - i for i, network in enumerate(names)}
+    looks = zip(groups, cycle("os^D"), cycle(("C0", "C1", "C2", "C3")), strict=False)
+    for i, ((label, rows), marker, colour) in enumerate(looks):
+        at = rows["network"].map(y) + 0.22 * ((len(groups) - 1) / 2 - i)
+        bars = [rows[column] - rows["low"], rows["high"] - rows[column]]
+        look = {"fmt": marker, "color": colour, "markersize": 4, "capsize": 2, "linewidth": 1}
+        axis.errorbar(rows[column], at, xerr=bars, label=label, **look)
+    axis.axvline(0, color="0.6", linewidth=1)
+    axis.set_yticks(list(y.values()), list(y))
+    axis.set_ylim(-0.6, len(names) - 0.4)
+
+
+def question_prose(study: Study) -> str:
+    """The paper's question again, and what compensation does, as sentences (Markdown)."""
+    if not sizes(study):
+        return NONE
+    lines = []
+    for sp in sizes(study):
+        by_name = {name(point): point for point in study.contest(sp)}
+        pairs = [(f"{s}, compensated", s) for s in ("constant",)]
+        if _PAPER in by_name:
+            pairs += [(_PAPER, "constant"), (f"{_PAPER}, compensated", "constant, compensated")]
+        others = [s for s in study.profile.beyond_schedules if s != _PAPER]
+        for other in others:
+            pairs += [(other, "constant"), (f"{other}, compensated", "constant, compensated")]
+        lines += [f"At the size of constant slicing with SP {percent(sp)}:", ""]
+        for a, b in pairs:
+            lines.append(f"- {a} against {b}: {_both(study, by_name[a], by_name[b])}.")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _both(study: Study, a: Point, b: Point) -> str:
+    """How two networks differ in perplexity on each text, and in accuracy."""
+    parts = []
+    for text in study.profile.eval_texts:
+        change = compare.perplexity_change(study, a, b, text)
+        parts.append(f"perplexity on {text} {change.format('%')} (**{change.direction}**)")
+    if tasks := compare.choice_tasks(study):
+        change = compare.accuracy_change(study, a, b, tasks)
+        parts.append(f"accuracy {change.format('points')} (**{change.direction}**)")
+    return "; ".join(parts)
+
+
+# What validation windows say of the choices
+
+
+def variant_table(study: Study) -> pd.DataFrame:
+    """Perplexity on validation windows of everything that was tried at the last of the sizes."""
+    if not sizes(study) or study.profile.selection_windows is None:
+        return pd.DataFrame()
+    sp = sizes(study)[-1]
+    contest = study.contest(sp)
+    rows = []
+    for point in [*contest, *study.variants(sp)]:
+        change = compare.selection_change(study, point, contest[0])
+        value = study.get(study.selection_request(point)).value
+        rows.append(
+            {
+                "network": name(point),
+                "parameters (M)": _parameters(study, point) / 1e6,
+                "validation perplexity": value["perplexity"],
+                "perplexity (%)": change.estimate,
+                "low": change.low,
+                "high": change.high,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def choice_prose(study: Study, table: pd.DataFrame) -> str:
+    """Whether the networks that are compared are those that validation windows would choose."""
+    if table.empty:
+        return "This profile has no validation windows, so nothing is chosen in it."
+    ranked = table.sort_values("validation perplexity", ignore_index=True)
+    best = ranked.iloc[0]
+    compared = {name(point) for point in study.contest(sizes(study)[-1])}
+    first = ranked[ranked["network"].isin(compared)].iloc[0]
+    line = (
+        f"Of {len(table)} networks at the size of SP {percent(sizes(study)[-1])}, "
+        f"**{best['network']}** has the lowest perplexity on validation windows "
+        f"({best['validation perplexity']:.1f}, {best['perplexity (%)']:+.1f} % against plain "
+        "constant slicing)"
+    )
+    if best["network"] in compared:
+        return f"{line}; it is one of those compared above."
+    return (
+        f"{line}; of those compared above it is {first['network']} "
+        f"({first['validation perplexity']:.1f})."
+    )
+
+
+def places_figure(study: Study) -> plt.Figure:
+    """Left the rise of the loss by place, cut alone; right the widths of the schedules."""
+    report.style()
+    request = study.places_request()
+    if not sizes(study) or not _uses(study, "sensitivity"):
+        return report.nothing()
+    value = study.get(request).value
+    figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.4))
+    looks = zip(rises(value).items(), MARKERS, ("C0", "C1", "C2", "C3"), strict=False)
+    for (share, rise), marker, colour in looks:
+        label = f"{percent(share)} cut"
+        left.plot(range(len(rise)), rise, marker, color=colour, markersize=3, label=label)
+    left.axhline(0, color="0.6", linewidth=1)
+    left.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
+    sp = sizes(study)[-1]
+    plain = [p for p in study.contest(sp) if not p.network.get("compensation")]
+    lines = cycle(["-", "--", ":", "-."])
+    for point, line in zip(plain, lines, strict=False):
+        sliced = study.get(study.slice_request(point)).value
+        pairs = zip(sliced.get("attention_widths", sliced["widths"]), sliced["widths"], strict=True)
+        widths = [width for pair in pairs for width in pair[: _blocks(value)]]
+        right.plot(range(len(widths)), widths, line, label=name(point))
+    right.set(xlabel="place in the stream", ylabel=f"width (size of SP {percent(sp)})")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+# Recovery fine-tuning
+
+
+def recovery_table(study: Study) -> pd.DataFrame:
+    """Closed form beside fine-tuning: minutes, perplexity, and its change from plain slicing."""
+    if not sizes(study) or not study.profile.recovery_steps:
+        return pd.DataFrame()
+    sp = sizes(study)[-1]
+    constant = [p for p in study.contest(sp) if p.schedule == "constant"]
+    rows = []
+    for text in study.profile.eval_texts:
+        for point in [*constant, *study.recovered(sp)]:
+            change = compare.perplexity_change(study, point, constant[0], text)
+            rows.append(
+                {
+                    "network": name(point),
+                    "minutes": study.get(study.slice_request(point)).value["seconds"] / 60,
+                    "text": text,
+                    "perplexity": _perplexity(study, point, text),
+                    "perplexity (%)": change.estimate,
+                    "low": change.low,
+                    "high": change.high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def recovery_prose(table: pd.DataFrame) -> str:
+    """What each minute beyond plain slicing bought, as sentences (Markdown)."""
+    if table.empty:
+        return "This profile asks for no fine-tuning."
+    lines = []
+    for text, rows in table.groupby("text", sort=False):
+        plain = rows.iloc[0]
+        for row in rows.iloc[1:].to_dict("records"):
+            more = row["minutes"] - plain["minutes"]
+            change = Difference(row["perplexity (%)"], row["low"], row["high"])
+            lines.append(
+                f"- {text}, {row['network']}: {more:+.1f} minutes, perplexity "
+                f"{change.format('%')}, that is {change.estimate / more:+.1f} % a minute."
+            )
+    return "\n".join(lines)
+
+
+def recovery_figure(table: pd.DataFrame) -> plt.Figure:
+    """Change of perplexity against minutes, a panel per text."""
+    report.style()
+    if table.empty:
+        return report.nothing()
+    texts = table["text"].unique()
+    figure, axes = plt.subplots(1, len(texts), figsize=(2 * COLUMN_WIDTH, 2.5), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        rows = table[table["text"] == text].reset_index(drop=True)
+        looks = zip(rows.index, MARKERS, ("C0", "C1", "C2", "C3"), strict=False)
+        for i, marker, colour in looks:
+            row = rows.loc[[i]]
+            report.points_with_intervals(
+                axis, row["minutes"], row, "perplexity (%)", marker, colour, rows.loc[i, "network"]
+            )
+        axis.set(xlabel="minutes (slicing and fine-tuning)", ylabel=f"perplexity (%), {text}")
+        axis.axhline(0, color="0.6", linewidth=1)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.84))
+    return figure
+
+
+# Sentences of the README
+
+
+def readme_prose(study: Study) -> str:
+    """What wins at equal size, in three sentences; nothing where the profile does not ask."""
+    if not sizes(study):
+        return ""
+    sp = sizes(study)[-1]
+    by_name = {name(point): point for point in study.contest(sp)}
+    constant, ours = by_name["constant"], by_name["constant, compensated"]
+    at = f"At the size of constant slicing with SP {percent(sp)}"
+    lines = [f"{at}, compensation changes constant slicing so: {_both(study, ours, constant)}."]
+    for schedule in study.profile.beyond_schedules:
+        a, b = by_name[f"{schedule}, compensated"], ours
+        lines.append(f"With compensation, the schedule `{schedule}`: {_both(study, a, b)}.")
+    return " ".join(lines)
+
+
+def name(point: Point) -> str:
+    """A network by its schedule and what was done to it, the size left out."""
+    parts = point.label.split(", ")
+    return ", ".join(part for part in parts if not part.startswith("size of SP"))
+
+
+def evidence_of(study: Study, point: Point):
+    """The result that the plan of a network rests on; None where it needs none."""
+    given = point.network["plan"].get("evidence")
+    return study.get(Measurement(**given)) if given else None
+
+
+def _uses(study: Study, schedule: str) -> bool:
+    return schedule in (*study.profile.beyond_schedules, *study.profile.beyond_candidates)
+
+
+def _blocks(places: dict) -> int:
+    return len({place["block"] for place in places["places"]})
+
+
+def _perplexity(study: Study, point: Point, text: str) -> float:
+    return study.get(study.perplexity_request(point, text)).value["perplexity"]
+
+
+def _parameters(study: Study, point: Point) -> int:
+    return study.get(study.slice_request(point)).value["parameters"]

@@ -1,0 +1,89 @@
+"""What each place is worth: the loss when the stream is cut more or less at that place alone.
+
+All other places are cut as a plan says, since cuts add up to less than their sum: what one place
+drops, the next can not drop again. Bases are those of the stream that is cut so before it
+(eigenvectors of the calibration tokens). What comes before the place runs once for all, so that
+the places together take half as many passes as there are places, for each share.
+"""
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from dynslice.errors import RequestError
+from dynslice.evaluation import head_losses
+from dynslice.head import has_plain_head
+from dynslice.models import check_finite, check_tokens, family_of
+from dynslice.plan import SlicePlan
+from dynslice.signals import Signals
+from dynslice.sliced import subtracts_mean
+from dynslice.slicing import centring, check_plan, principal_basis, residual_stream, run_block
+
+
+@torch.inference_mode()
+def place_losses(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    windows: Tensor,
+    plan: SlicePlan,
+    shares: list[float],
+) -> dict:
+    """NLL in nats per token of windows [n, T]: by the plan, and with one place cut by a share.
+
+    calibration: token windows [m, T'] whose signals give the bases. Returns {"plan": [n],
+    "shares", "places": [{"layer", "block", "share", "losses": [[n] of each share]}]}, places in
+    the order in which the stream comes by, with the share that the plan cuts there. Raises
+    RequestError for a share outside 0 to 1, a plan of another model, a head that is not a plain
+    one, and activations that are not finite.
+    """
+    check_plan(model.config, plan)
+    check_tokens(model.config, windows)
+    if not has_plain_head(model.config):
+        raise RequestError("sensitivity needs a plain head; use a schedule that needs none of it")
+    for share in shares:
+        if not 0 < share < 1:
+            raise RequestError(f"share {share} is outside 0 to 1; give one such as 0.3")
+    family, d = family_of(model.config), model.config.hidden_size
+    centred, final_norm = centring(model, family), model.get_submodule(family.final_norm)
+    mean_free = subtracts_mean(final_norm)
+
+    x, h = Signals(model.device), Signals(model.device)
+    residual_stream(model, calibration, x)
+    given = residual_stream(model, windows, h)
+    steps = [
+        (layer, block, given[i], centred)
+        for i, layer in enumerate(model.get_submodule(family.layers))
+        for block in family.blocks
+    ]
+    bases, planned = [], h.copied()
+    for step, width in zip(tqdm(steps, desc="bases", leave=False), plan.place_widths, strict=False):
+        bases.append(principal_basis(x, centred=mean_free).float())
+        for stream in (x, planned):
+            run_block(stream, bases[-1][:, width:], *step)
+
+    def losses(stream: Signals) -> list[float]:
+        nll, start = [], 0
+        for batch in stream:
+            ids = windows[start : start + len(batch)].to(model.device)
+            nll.append(head_losses(model, final_norm(batch), ids).view(len(ids), -1))
+            start += len(batch)
+        mean = torch.cat(nll).double().mean(dim=1)
+        check_finite(mean, "the log-likelihood", model.dtype)
+        return mean.tolist()
+
+    places = []
+    for place, step in enumerate(tqdm(steps, desc="sensitivity", unit="place", leave=False)):
+        rows = []
+        for share in shares:
+            widths = [round(d * (1 - share)), *plan.place_widths[place + 1 : -1]]
+            stream = h.copied()
+            for basis, width, later in zip(bases[place:], widths, steps[place:], strict=True):
+                run_block(stream, basis[:, width:], *later)
+            rows.append(losses(stream))
+            stream.clear()
+        run_block(h, bases[place][:, plan.place_widths[place] :], *step)
+        layer, cut = place // len(family.blocks), 1 - plan.place_widths[place] / d
+        row = {"layer": layer, "block": step[1].name, "share": cut, "losses": rows}
+        places.append(row)
+    return {"plan": losses(planned), "shares": list(shares), "places": places}
