@@ -27,6 +27,9 @@ LR = "lr --model embedded:tiny-random --text text.txt --max-tokens 64"
 PLAN = "plan --model embedded:tiny-random"
 SLICE = "slice --model embedded:tiny-random --calibration text.txt --windows 1 --window 32"
 TASKS = "tasks --model embedded:tiny-random --limit 1"
+_EVIDENCE = "--model embedded:tiny-random --calibration text.txt --text page.txt --windows 1"
+SENSITIVITY = f"sensitivity {_EVIDENCE} --window 32 --slice-percentage 0.2"
+SEARCH = f"search {_EVIDENCE} --window 32 --slice-percentage 0.2"
 SMOKE = "reproduce --profile smoke --dry-run"
 
 BAD_REQUESTS = {
@@ -131,6 +134,30 @@ BAD_REQUESTS = {
     f"{PLAN} --slice-percentage 0.2 --round-to 128": "round_to 128 does not divide the hidden size",
     "plan --slice-percentage 0.2 --lr lr.json --revision v1": "--revision v1 is that of a model",
     "plan --match-parameters plan.json --revision v1": "leave --revision out",
+    # schedules of equal size, compensation, recovery
+    f"{PLAN} --slice-percentage 0.2 --schedule lr": "schedule lr needs LR scores: run",
+    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity": "needs measured losses: run",
+    f"{PLAN} --slice-percentage 0.2 --schedule first --lr lr.json": "no meaning in schedule first",
+    f"{PLAN} --slice-percentage 0.2 --schedule first --slice-base 0.1": "--slice-base 0.1 has no",
+    f"{PLAN} --slice-percentage 0.2 --sensitivity lr.json": "--sensitivity lr.json has no meaning",
+    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity --sensitivity lr.json": "no losses",
+    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity --sensitivity no": "cannot be read",
+    f"{PLAN} --slice-percentage 0.8 --schedule embedding": "is below the",
+    f"{PLAN} --slice-percentage 2 --schedule first": "slice percentage 2.0 is outside 0 to",
+    f"{SLICE} --slice-percentage 0.2 --out new --ridge 0.1": "that of --compensate; add it",
+    f"{SLICE} --slice-percentage 0.2 --out new --compensate --ridge 0": "ridge 0.0 is no positive",
+    f"{SLICE} --slice-percentage 0.2 --out new --compensate --ridge nan": "nan is no positive",
+    f"{SLICE} --slice-percentage 0.2 --out new --recovery-steps 0": "0 is no whole number of at",
+    f"{SLICE} --slice-percentage 0.2 --out new --recovery-steps 2 --stream": "leave --stream out",
+    f"{SLICE} --slice-percentage 0.2 --out new --schedule lr --stream": "no whole model to measure",
+    f"{SLICE} --schedule lr --out new": "--slice-percentage is missing",
+    f"{SLICE} --plan plan.json --out new --schedule first": "leave --schedule out",
+    f"{SENSITIVITY} --reach 1.5": "--reach 1.5 is outside 0 to 1; give one such as 0.4",
+    f"{SENSITIVITY} --slice-percentage 2": "slice percentage 2.0 is outside 0 to",
+    f"{SENSITIVITY} --text text.txt": "text 'text.txt' is calibrated on already; give --text",
+    f"{SENSITIVITY} --text nowhere.txt": "text 'nowhere.txt' is neither a corpus",
+    f"{SEARCH} --evaluations 0": "0 is no whole number of at least 1",
+    f"{SEARCH} --slice-percentage nan": "slice percentage nan is outside 0 to",
     # files
     f"{PLAN} --slice-percentage 0.2 --lr nowhere.json": "LR file 'nowhere.json' cannot be read",
     f"{PLAN} --slice-percentage 0.2 --lr not.json": "LR file 'not.json' is not JSON",
@@ -293,6 +320,7 @@ def places(tmp_path_factory):
     smoke = (paths.PROFILES / "smoke.yaml").read_text(encoding="utf-8")
     files = {
         "text.txt": text,
+        "page.txt": text[:2000],
         "short.txt": "Too short to slice with.",
         "void.txt": "",
         "blank.txt": " \n\t ",

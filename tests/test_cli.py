@@ -159,3 +159,99 @@ def test_dropped_tokens_are_said(ask):
     text = ["--text", "text.txt", "--windows", 1, "--window", 64]
     assert "1 consecutive windows of 64 tokens; a last short" in ask("ppl", *MODEL, *text)[1]
     assert "1 sampled windows" in ask("ppl", *MODEL, *text, "--seed", 1)[1]
+
+
+CALIBRATION = ["--calibration", "text.txt", "--windows", 4, "--window", 64]
+VALIDATION = [*CALIBRATION, "--text", "page.txt"]
+
+
+def stored_in(folder):
+    with safe_open(folder / "model.safetensors", "pt") as saved:
+        return sum(saved.get_tensor(name).numel() for name in saved.keys())  # noqa: SIM118
+
+
+def test_slice_compensates(result, tmp_path):
+    out = tmp_path / "sliced"
+    asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION]
+    plain = result(*asked, "--out", tmp_path / "plain")
+    ours = result(*asked, "--compensate", "--ridge", 0.5, "--out", out)
+    assert plain["compensation"] is None
+    assert ours["compensation"] == {"ridge": 0.5, "shortcut": True}
+    assert stored_in(out) == ours["parameters"] == plain["parameters"]
+    assert json.loads((out / "slice.json").read_text())["compensation"]["ridge"] == 0.5
+    default = result(*asked, "--compensate", "--out", tmp_path / "default")
+    assert default["compensation"]["ridge"] == 0.1
+    text = ["--text", "text.txt", "--window", 64, "--windows", 4]
+    nll = [result("ppl", "--model", tmp_path / name, *text)["nll_mean"] for name in ("plain", out)]
+    assert nll[0] != nll[1]
+
+
+def test_slice_by_a_schedule_of_equal_size(result, tmp_path):
+    """Each stores what its plan says, and no more than constant slicing."""
+    result("lr", *MODEL, "--text", "page.txt", "--window", 64, "--out", tmp_path / "lr.json")
+    share = ["--slice-percentage", 0.25]
+    losses = tmp_path / "losses.json"
+    result("sensitivity", *MODEL, *share, *VALIDATION, "--reach", 0.5, "--out", losses)
+    budget = result("plan", *MODEL, *share)["parameters"]
+    evidence = {
+        "constant": [],
+        "lr": ["--lr", tmp_path / "lr.json"],
+        "sensitivity": ["--sensitivity", losses],
+    }
+    for name, given in evidence.items():
+        out = tmp_path / name
+        asked = [*MODEL, *share, "--schedule", name, *given]
+        sliced = result("slice", *asked, *CALIBRATION, "--compensate", "--out", out)
+        plan = result("plan", *asked)
+        saved = json.loads((out / "plan.json").read_text())
+        assert saved == plan
+        assert saved["schedule"] == name
+        assert stored_in(out) == plan["parameters"] == sliced["parameters"] <= budget
+
+
+def test_slice_measures_lr_itself(result, tmp_path):
+    """On the calibration windows, so that nothing but a model and a text is needed."""
+    asked = [*MODEL, "--slice-percentage", 0.25, "--schedule", "lr"]
+    result("slice", *asked, *CALIBRATION, "--out", tmp_path / "out")
+    text = ["--text", "text.txt", "--window", 64, "--stride", 64, "--max-tokens", 256]
+    result("lr", *MODEL, *text, "--out", tmp_path / "lr.json")
+    plan = result("plan", *asked, "--lr", tmp_path / "lr.json")
+    assert json.loads((tmp_path / "out/plan.json").read_text())["widths"] == plan["widths"]
+
+
+def test_sensitivity_json(result):
+    found = result("sensitivity", *MODEL, "--slice-percentage", 0.25, *VALIDATION)
+    assert found["shares"] == pytest.approx([0.15, 0.35])
+    assert [place["layer"] for place in found["places"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(found["plan"]) == 4
+
+
+def test_search_makes_a_plan_that_slice_takes(result, tmp_path):
+    plan = tmp_path / "plan.json"
+    amounts = ["--slice-percentage", 0.25, "--evaluations", 3]
+    found = result("search", *MODEL, *amounts, *VALIDATION, "--out", plan)
+    assert len(found["tried"]) == 3
+    assert found["parameters"] <= found["budget"]
+    sliced = result("slice", *MODEL, "--plan", plan, *CALIBRATION, "--out", tmp_path / "out")
+    assert stored_in(tmp_path / "out") == sliced["parameters"] == found["parameters"]
+
+
+def test_slice_recovers(result, tmp_path):
+    asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION]
+    out = tmp_path / "out"
+    sliced = result(*asked, "--compensate", "--recovery-steps", 2, "--out", out)
+    assert sliced["recovery"]["steps"] == 2
+    assert sliced["recovery"]["rank"] == 32
+    assert sliced["recovery_seconds"] > 0
+    assert stored_in(out) == sliced["parameters"]
+
+
+def test_slice_streams_a_compensation(result, tmp_path):
+    asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION, "--compensate"]
+    result(*asked, "--out", tmp_path / "whole")
+    result(*asked, "--stream", "--out", tmp_path / "streamed")
+    saved = [
+        safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("whole", "streamed")
+    ]
+    for name in saved[0].keys():  # noqa: SIM118
+        assert saved[0].get_tensor(name).equal(saved[1].get_tensor(name))

@@ -43,7 +43,7 @@ def test_no_schedule_exceeds_its_budget(known, name):
         plan = within(name, evidence, budget)
     except RequestError as error:  # of the embedding alone, in the tiny shapes
         assert "is below the" in str(error)
-        assert name in ("embedding", "sensitivity")
+        assert name in ("embedding", "first", "sensitivity")
         return
     assert plan.parameters <= budget
     assert all(width % evidence.round_to == 0 for width in plan.place_widths[:-1])
@@ -76,6 +76,12 @@ def test_embedding_keeps_the_embedding_whole():
     assert max(plan.widths) - min(plan.widths) <= 8
 
 
+def test_first_keeps_the_first_layer_whole():
+    widths = within("first", Evidence(SMOLLM2), budget_of(SMOLLM2, 0.2, 8)).place_widths
+    assert widths[:2] == (576, 576)
+    assert max(widths[2:-1]) - min(widths[2:-1]) <= 8
+
+
 def test_sensitivity_gives_width_to_the_places_that_need_it():
     share = 0.3
     rises = [{share: 0.0, 0.2: -0.01, 0.4: 0.01} for _ in range(60)]
@@ -99,7 +105,7 @@ def test_sensitivity_takes_a_hollow_curve_for_noise():
 @pytest.mark.parametrize(
     ("name", "known", "sentence"),
     [
-        ("best", {}, "schedule 'best' is unknown; there are constant, lr, embedding, sensitivity"),
+        ("best", {}, "schedule 'best' is unknown; there are constant, lr, embedding, first"),
         ("lr", {}, "schedule 'lr' needs lr, which was not measured"),
         ("lr", {"lr": [0.5] * 29}, "LR has 29 layers, the model 30"),
         ("sensitivity", {}, "schedule 'sensitivity' needs rises"),

@@ -537,7 +537,7 @@ def _plan_of_size(
     """A plan of a schedule that stores no more than constant slicing does."""
     from dynslice import plan
     from dynslice.schedules import Evidence, budget_of, within
-    from dynslice.sensitivity import read_rises
+    from dynslice.scores import read_rises
 
     needed = {"lr": "lr", "sensitivity": "sensitivity"}.get(schedule)
     for name in ("slice_base", "lr", "sensitivity"):
@@ -704,9 +704,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--slice-base", type=float, metavar="SB", help="share cut everywhere")
         sub.add_argument(
             "--schedule",
-            choices=["constant", "dynamic", "lr", "embedding", "sensitivity"],
-            help="dynamic: the paper's; lr, embedding and sensitivity store no more than constant "
-            "slicing at SP",
+            choices=["constant", "dynamic", "lr", "first", "embedding", "sensitivity"],
+            help="dynamic: the paper's; lr, first, embedding and sensitivity store no more than "
+            "constant slicing at SP",
         )
         sub.add_argument("--lr", metavar="FILE", help="output of `dynslice lr`")
         sub.add_argument("--sensitivity", metavar="FILE", help="output of `dynslice sensitivity`")

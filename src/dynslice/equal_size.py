@@ -83,7 +83,7 @@ def cost_table(study: Study) -> pd.DataFrame:
                     "SP": sp,
                     "network": name(point),
                     "calibration passes": 2 if point.network.get("compensation") else 1,
-                    "slicing (s)": sliced.value["seconds"],
+                    "slicing (s)": sliced.seconds,
                     "evidence (s)": evidence and evidence.seconds,
                     "peak memory (GB)": sliced.peak_memory_bytes / 1e9,
                 }
@@ -115,7 +115,7 @@ def contest_figure(changes: pd.DataFrame, accuracies: pd.DataFrame) -> plt.Figur
         if columns == 2:
             _marks(row[1], accuracies[accuracies["SP"] == sp], names, "accuracy (points)", None)
     for axis, label in zip(axes[-1], ("perplexity (%)", "accuracy (points)"), strict=False):
-        axis.set_xlabel(f"change of {label} from plain constant slicing")
+        axis.set_xlabel(f"change of {label}")
     axes[0, 0].legend(frameon=False, fontsize=6)
     figure.tight_layout()
     return figure
@@ -219,20 +219,20 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
 
 
 def places_figure(study: Study) -> plt.Figure:
-    """Left the rise of the loss by place, cut alone; right the widths of the schedules."""
+    """Left the rise of the loss by place, cut less or more; right the widths of the schedules."""
     report.style()
-    request = study.places_request()
     if not sizes(study) or not _uses(study, "sensitivity"):
         return report.nothing()
-    value = study.get(request).value
+    sp = sizes(study)[-1]
+    value = study.get(study.places_request(sp)).value
+    found = rises(value)
     figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.4))
-    looks = zip(rises(value).items(), MARKERS, ("C0", "C1", "C2", "C3"), strict=False)
-    for (share, rise), marker, colour in looks:
-        label = f"{percent(share)} cut"
+    for share, marker, colour in zip(value["shares"], "ov", ("C0", "C1"), strict=True):
+        rise = [at_place[share] for at_place in found]
+        label = f"{percent(share)} cut there"
         left.plot(range(len(rise)), rise, marker, color=colour, markersize=3, label=label)
     left.axhline(0, color="0.6", linewidth=1)
     left.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
-    sp = sizes(study)[-1]
     plain = [p for p in study.contest(sp) if not p.network.get("compensation")]
     lines = cycle(["-", "--", ":", "-."])
     for point, line in zip(plain, lines, strict=False):
@@ -264,7 +264,7 @@ def recovery_table(study: Study) -> pd.DataFrame:
             rows.append(
                 {
                     "network": name(point),
-                    "minutes": study.get(study.slice_request(point)).value["seconds"] / 60,
+                    "minutes": study.get(study.slice_request(point)).seconds / 60,
                     "text": text,
                     "perplexity": _perplexity(study, point, text),
                     "perplexity (%)": change.estimate,

@@ -14,7 +14,8 @@ from dynslice.hub_texts import HUB
 
 _Count = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
-_AtSize = Literal["lr", "embedding", "sensitivity", "search"]  # of `schedules`, beside constant
+# Schedules of equal size beside constant (see `schedules`).
+_AtSize = Literal["lr", "first", "embedding", "sensitivity", "search"]
 
 
 class Profile(BaseModel):

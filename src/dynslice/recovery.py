@@ -7,6 +7,7 @@ was before.
 
 import re
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,9 @@ def recover(
     )
     with torch.random.fork_rng(devices=_gpus(model)):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config).train()
+        with warnings.catch_warnings():  # peft asks transformers for a name that is on its way out
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(model, config).train()
         order = [i for _ in range(-(-recovery.steps // len(windows))) for i in _shuffled(windows)]
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recovery.learning_rate, weight_decay=0.0)

@@ -7,7 +7,7 @@ none exceeds it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,6 +58,22 @@ def embedding(evidence: Evidence, budget: int) -> SlicePlan:
     return _widest(at, budget, evidence)
 
 
+def first(evidence: Evidence, budget: int) -> SlicePlan:
+    """The first layer whole, embedding included, and all layers after it alike.
+
+    The control of `lr`, which keeps that layer whole in every model that was looked at.
+    """
+
+    def at(share: float) -> SlicePlan:
+        alike = plan.constant(evidence.shape, share, evidence.round_to)
+        places = list(alike.place_widths[:-1])
+        whole = len(evidence.shape.reads)
+        places[:whole] = [evidence.shape.hidden_size] * whole
+        return plan.of_places("first", evidence.shape, places, evidence.round_to)
+
+    return _widest(at, budget, evidence)
+
+
 def sensitivity(evidence: Evidence, budget: int) -> SlicePlan:
     """Widths of places whose predicted losses, added up, are least.
 
@@ -93,7 +109,7 @@ def search(
 ) -> tuple[SlicePlan, list[dict]]:
     """Coordinate search from the constant plan: the best plan, and every one that was tried.
 
-    Slices are those of the constant plan times factors of groups of places: the embedding's, those
+    Slices are those of the constant plan times factors of groups of places: the first layer, those
     before attention and before the MLP, and thirds of the depth. One factor at a time goes up or
     down by a step, the slice percentage follows so that the budget is kept, and what lowers the
     loss stays. A round without a gain halves the step. `loss` is asked `evaluations` times.
@@ -135,7 +151,7 @@ def search(
 
 def _groups(shape: Shape) -> dict[str, set[int]]:
     blocks, places = len(shape.reads), len(shape.reads) * shape.layers
-    groups = {"embedding": {0}}
+    groups = {"first layer": set(range(blocks))}
     if blocks > 1:
         groups |= {"attention": set(range(0, places, blocks)), "mlp": set(range(1, places, blocks))}
     bounds = [round(third * places / 3) for third in range(4)]
@@ -156,6 +172,7 @@ SCHEDULES = {
     "constant": Schedule(constant),
     "lr": Schedule(lr, needs="lr"),
     "embedding": Schedule(embedding),
+    "first": Schedule(first),
     "sensitivity": Schedule(sensitivity, needs="rises"),
 }
 
@@ -177,7 +194,7 @@ def within(name: str, evidence: Evidence, budget: int) -> SlicePlan:
             f"there are losses for {len(evidence.rises)} places, and the model has {places}; "
             "measure them anew with `dynslice sensitivity`"
         )
-    return schedule.make(evidence, budget)
+    return replace(schedule.make(evidence, budget), schedule=name)
 
 
 def budget_of(shape: Shape, slice_percentage: float, round_to: int) -> int:
