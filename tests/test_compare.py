@@ -25,6 +25,7 @@ SETTINGS = {
     "tasks": TASKS,
     "task_slice_percentages": [0.2, 0.3],
     "ablation_slice_percentage": 0.3,
+    "beyond_slice_percentages": [],
 }
 
 

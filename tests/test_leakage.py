@@ -29,7 +29,9 @@ def windows_by_role(study, tokenizer):
             roles["LR"].append({**config, **tokens})
         if config.get("slice"):
             roles["calibration"].append(config["slice"]["calibration"])
-        if request.kind == "sensitivity":
+            if recovery := config["slice"].get("recovery"):
+                roles["calibration"].append({**config["slice"]["calibration"], **recovery})
+        if request.kind in ("sensitivity", "places", "search"):
             roles["selection"].append(config)
             roles["calibration"].append(config["calibration"])
     names = ("text", "split", "window", "windows", "seed")

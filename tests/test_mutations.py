@@ -11,11 +11,13 @@ from types import CodeType
 
 import pytest
 import test_compare
+import test_compensation
 import test_corpora
 import test_evaluation
 import test_plan
 import test_redundancy
 import test_results
+import test_schedules
 import test_slicing
 import torch
 from conftest import TINY
@@ -24,6 +26,7 @@ from prose import paragraphs
 from dynslice import (
     assets,
     compare,
+    compensation,
     corpora,
     design,
     evaluation,
@@ -31,6 +34,7 @@ from dynslice import (
     plan,
     redundancy,
     results,
+    schedules,
     scores,
     sliced,
     slicing,
@@ -170,12 +174,34 @@ TABLE = {
         keeps_logits("gemma"),
     ),
     "stream of OPT not centred": (
-        mutation(slicing._centring, "x - x.mean(dim=-1, keepdim=True)", "x"),
+        mutation(slicing.centring, "x - x.mean(dim=-1, keepdim=True)", "x"),
         keeps_logits("opt"),
     ),
     "bias of OPT's norms forgotten": (
         mutation(slicing._fold, "W.float() @ b.float()", "0 * W.float() @ b.float()"),
         keeps_logits("opt"),
+    ),
+    "massive activations decide the compensation": (
+        mutation(compensation.Regression.add, "z / size, (h - x) / size", "z, h - x"),
+        lambda _: test_compensation.test_it_minimises_the_stated_objective(),
+    ),
+    "corrections that the next places do not see": (
+        mutation(
+            slicing.compensate_block, "stream.add_(next(seen) @ D.to(stream.dtype))", "stream"
+        ),
+        lambda given: test_compensation.test_the_sliced_model_computes_what_was_fitted(
+            TINY["llama"](), given.tokens
+        ),
+    ),
+    "corrected towards the sliced stream": (
+        mutation(slicing.compensate_block, "R[:, :0]", "R"),
+        lambda given: test_compensation.test_it_brings_the_stream_nearer_to_the_dense_one(
+            TINY["llama"](), given.tokens
+        ),
+    ),
+    "a schedule above its budget": (
+        mutation(schedules.sensitivity, "> budget", "> 1.05 * budget"),
+        lambda _: test_schedules.test_sensitivity_takes_a_hollow_curve_for_noise(),
     ),
     "shortcuts not counted": (
         mutation(plan.SlicePlan.parameters, "total + self.shortcut_parameters", "total"),
@@ -240,7 +266,7 @@ TABLE = {
         ),
     ),
     "perplexity shifted by one token": (
-        mutation(evaluation._losses, "last_hidden_state[:, :-1]", "last_hidden_state[:, 1:]"),
+        mutation(evaluation.head_losses, "normed[:, :-1]", "normed[:, 1:]"),
         lambda given: test_evaluation.test_perplexity_is_that_of_the_definition(
             TINY["llama"](), given.tokens
         ),

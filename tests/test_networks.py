@@ -13,7 +13,12 @@ from dynslice.redundancy import layer_redundancy
 from dynslice.slicing import slice_model
 from dynslice.study import Study
 
-SMALL = {"ablation_slice_percentage": None, "single_layer_slice": None, "ablation_lr_tokens": []}
+SMALL = {
+    "ablation_slice_percentage": None,
+    "single_layer_slice": None,
+    "ablation_lr_tokens": [],
+    "beyond_slice_percentages": [],
+}
 ONE_AT_A_TIME = {"speed_slice_percentages": [], "host_memory_gib": 0.5}
 
 

@@ -60,6 +60,14 @@ CHANGED = {
     "ablation_calibration_seeds": [11],
     "ablation_lr_tokens": [640],
     "single_layer_slice": 0.375,
+    "beyond_slice_percentages": [0.125, 0.375],
+    "beyond_schedules": ["sensitivity"],
+    "beyond_candidates": ["embedding"],
+    "beyond_ridge": 0.5,
+    "beyond_ridges": [0.0625, 2.0],
+    "beyond_calibration_windows": [3],
+    "sensitivity_reach": 0.75,
+    "recovery_steps": 1,
 }
 
 # As little as a profile can ask for.
@@ -87,6 +95,12 @@ BARE = {
     "ablation_calibration_seeds": [],
     "ablation_lr_tokens": [],
     "single_layer_slice": None,
+    "beyond_slice_percentages": [],
+    "beyond_schedules": [],
+    "beyond_candidates": [],
+    "beyond_ridges": [],
+    "beyond_calibration_windows": [],
+    "recovery_steps": 0,
 }
 
 

@@ -17,6 +17,7 @@ SMALL = {
     "ablation_slice_percentage": None,
     "ablation_lr_tokens": [],
     "single_layer_slice": None,
+    "beyond_slice_percentages": [],
 }
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dynslice import ablations, compare, paths, report
+from dynslice import ablations, compare, equal_size, paths, report
 from dynslice.compare import BASES, EQUAL_SIZE, EQUAL_SLICE, Difference, Pair
 from dynslice.design import Point, percent
 from dynslice.study import Study
@@ -289,6 +289,8 @@ def readme_block(study: Study) -> str:
     if study.profile.selection_windows is None:
         comparison = report.rounded(report.perplexity_comparison(study)).drop(columns=["text"])
         body = [comparison.to_markdown(index=False, disable_numparse=True)]
+    if sentences := equal_size.readme_prose(study):
+        body += ["", sentences]
     return "\n".join(
         [
             *body,

@@ -320,17 +320,23 @@ def recovery_figure(table: pd.DataFrame) -> plt.Figure:
 
 
 def readme_prose(study: Study) -> str:
-    """What wins at equal size, in three sentences; nothing where the profile does not ask."""
+    """What wins at equal size, a sentence for compensation and one for each schedule."""
     if not sizes(study):
         return ""
     sp = sizes(study)[-1]
     by_name = {name(point): point for point in study.contest(sp)}
-    constant, ours = by_name["constant"], by_name["constant, compensated"]
-    at = f"At the size of constant slicing with SP {percent(sp)}"
-    lines = [f"{at}, compensation changes constant slicing so: {_both(study, ours, constant)}."]
+    plain, ours = by_name["constant"], by_name["constant, compensated"]
+    lines = [
+        "**Beyond the paper**, at the stored parameters of constant slicing with SP "
+        f"{percent(sp)}: compensation in closed form changes constant slicing as follows, "
+        f"{_both(study, ours, plain)}."
+    ]
     for schedule in study.profile.beyond_schedules:
-        a, b = by_name[f"{schedule}, compensated"], ours
-        lines.append(f"With compensation, the schedule `{schedule}`: {_both(study, a, b)}.")
+        theirs = by_name[f"{schedule}, compensated"]
+        lines.append(
+            f"With compensation, the schedule `{schedule}` against constant slicing: "
+            f"{_both(study, theirs, ours)}."
+        )
     return " ".join(lines)
 
 
