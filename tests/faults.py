@@ -171,6 +171,7 @@ def _serve() -> None:
     import dynslice.items
     import dynslice.measure
     import dynslice.preflight
+    import dynslice.recovery
     import dynslice.reproduce
     import dynslice.streaming  # noqa: F401
     from dynslice import assets, corpora, models

@@ -57,6 +57,14 @@ def test_around_a_plan_all_other_places_are_cut_as_it_says(tokens, unseen):
     assert value["places"][-1]["losses"][1] == pytest.approx(expected.tolist(), abs=2e-3)
 
 
+def test_calibration_windows_may_be_longer(tokens, unseen):
+    model = TINY["mistral"]()
+    plan = constant(Shape.of(model.config), 0.25, 1)
+    value = place_losses(model, tokens, unseen[:, :15], plan, [0.5])
+    expected = projector_oracle(model, tokens, unseen[:, :15], plan.place_widths)
+    assert value["plan"] == pytest.approx(nll_of(expected, unseen[:, :15]).tolist(), abs=2e-3)
+
+
 def test_places_are_named_in_the_order_of_the_stream(tokens, unseen):
     model = TINY["llama"]()
     value = place_losses(model, tokens, unseen, constant(Shape.of(model.config), 0.25, 1), [0.5])

@@ -14,6 +14,7 @@ from accelerate.utils import set_module_tensor_to_device
 from conftest import CPU, TINY
 
 from dynslice import efficiency, memory, models, streaming
+from dynslice.compensation import Compensation
 from dynslice.errors import RequestError
 from dynslice.exactness import Exactness
 from dynslice.plan import Shape, SlicePlan, constant
@@ -120,8 +121,11 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("compensation", [None, Compensation()], ids=["plain", "compensated"])
 @pytest.mark.parametrize(("base", "sizes", "vocabulary", "window"), SHAPES)
-def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(base, sizes, vocabulary, window):
+def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(
+    base, sizes, vocabulary, window, compensation
+):
     sizes = {**sizes, "vocab_size": vocabulary, "num_hidden_layers": 2, "num_attention_heads": 8}
     config = getattr(transformers, f"{base}Config")(**sizes)
     weights = getattr(transformers, f"{base}ForCausalLM")(config).state_dict()
@@ -143,11 +147,13 @@ def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(base, sizes, vo
     windows = torch.randint(5, vocabulary, (8, window))
 
     def slice_all():
-        for _ in sliced_weights(model, windows, plan, Signals(CPU), Exactness(), use):
+        given = (model, windows, plan, Signals(CPU), Exactness(), use, compensation)
+        for _ in sliced_weights(*given):
             pass
 
-    predicted = memory.slicing_workspace(config, plan, window, CPU, torch.float32)
-    predicted += memory.signal_bytes(plan, windows.numel(), torch.float32)
+    asked = compensation is not None
+    predicted = memory.slicing_workspace(config, plan, window, CPU, torch.float32, asked)
+    predicted += memory.signal_bytes(plan, windows.numel(), torch.float32, asked)
     assert predicted == pytest.approx(efficiency.extra_memory(slice_all, CPU), rel=0.2)
 
 

@@ -50,10 +50,11 @@ def slicing_workspace(
     if compensated:
         known = max(shape.writes) + d  # inputs of the regression
         system = known * (known + d) * FLOAT64
-        # The products of a batch, which is there as it is, in float32, and divided by its size.
-        products = known * (known + d) * FLOAT32
-        batch = count * window * (known * (size + 2 * FLOAT32) + 4 * d * FLOAT32)
-        steps["block"] += system + products + batch
+        steps["block"] += system
+        # The products, and a batch of inputs as it is and divided by the size of the stream.
+        products = known * known * FLOAT32
+        batch = count * window * (known * (size + FLOAT32) + 2 * d * FLOAT32)
+        steps["sums"] = weights + basis + system + products + batch
         steps["regression"] = weights + basis + 2 * system
     return max(steps.values())
 

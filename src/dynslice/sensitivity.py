@@ -49,18 +49,20 @@ def place_losses(
     mean_free = subtracts_mean(final_norm)
 
     x, h = Signals(model.device), Signals(model.device)
-    residual_stream(model, calibration, x)
-    given = residual_stream(model, windows, h)
-    steps = [
-        (layer, block, given[i], centred)
-        for i, layer in enumerate(model.get_submodule(family.layers))
-        for block in family.blocks
-    ]
+
+    def blocks(given: list[dict]) -> list[tuple]:
+        layers = zip(model.get_submodule(family.layers), given, strict=True)
+        pairs = [(layer, own, block) for layer, own in layers for block in family.blocks]
+        return [(layer, block, own, centred) for layer, own, block in pairs]
+
+    fitting = blocks(residual_stream(model, calibration, x))
+    steps = blocks(residual_stream(model, windows, h))
     bases, planned = [], h.copied()
-    for step, width in zip(tqdm(steps, desc="bases", leave=False), plan.place_widths, strict=False):
+    both = zip(fitting, steps, plan.place_widths, strict=False)
+    for fit, step, width in tqdm(both, total=len(steps), desc="bases", leave=False):
         bases.append(principal_basis(x, centred=mean_free).float())
-        for stream in (x, planned):
-            run_block(stream, bases[-1][:, width:], *step)
+        run_block(x, bases[-1][:, width:], *fit)
+        run_block(planned, bases[-1][:, width:], *step)
 
     def losses(stream: Signals) -> list[float]:
         nll, start = [], 0
