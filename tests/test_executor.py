@@ -102,11 +102,11 @@ def test_a_failed_measurement_is_named_and_does_not_stop_the_others(small, monke
 def test_a_network_that_cannot_be_sliced_is_tried_once(small, monkeypatch, capfd):
     slice_model, plans = slicing.slice_model, []
 
-    def fail_first(model, windows, plan):
+    def fail_first(model, windows, plan, compensation):
         plans.append(plan)
         if len(plans) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return slice_model(model, windows, plan)
+        return slice_model(model, windows, plan, compensation)
 
     monkeypatch.setattr(slicing, "slice_model", fail_first)
     requests = small.requests()

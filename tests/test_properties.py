@@ -120,7 +120,8 @@ def test_widths_are_multiples_between_one_unit_and_the_hidden_size(plan):
         assert width % unit == 0
         assert unit <= width <= d
     assert plan.place_widths[-1] == d
-    assert plan.mean_slice == pytest.approx(1 - sum(plan.widths) / (d * plan.shape.layers))
+    places = plan.place_widths[:-1]
+    assert plan.mean_slice == pytest.approx(1 - sum(places) / (d * len(places)))
 
 
 @settings(repeatable, max_examples=300)
@@ -242,7 +243,6 @@ def test_shuffled_hands_out_the_same_widths(request, seed):
     pairs = [sorted(zip(p.widths, p.final_slice, strict=True)) for p in (plan, other)]
     assert pairs[0] == pairs[1]
     assert other.attention_widths[0] == plan.attention_widths[0]
-    assert other.mean_slice == plan.mean_slice
     assert shuffled(plan, seed) == other
 
 

@@ -95,9 +95,11 @@ class Shape:
             )
         given = {name: _tuples(values[name]) for name in needed}
         given["position_rows"] = values.get("position_rows", 0)
-        counts = [x for value in given.values() for x in _listed(value)]
+        blocks = [given[name] for name in ("reads", "writes")]
+        numbers = [value for name, value in given.items() if name not in ("reads", "writes")]
+        counts = [*numbers, *(x for block in blocks for x in _listed(block))]
         if not all(type(x) is int and x >= 0 for x in counts) or not (
-            len(_listed(given["reads"])) == len(_listed(given["writes"])) > 0
+            len(_listed(blocks[0])) == len(_listed(blocks[1])) > 0
             and min(given["hidden_size"], given["layers"], given["dense_parameters"]) > 0
         ):
             raise RequestError(
