@@ -18,7 +18,7 @@ from dynslice.results import Store
 from dynslice.study import Study
 
 MODELS = ("tiny-llama-3", "tiny-mistral")
-NOTEBOOKS = 6
+NOTEBOOKS = 7
 
 
 @pytest.fixture(scope="module")
