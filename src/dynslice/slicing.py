@@ -142,8 +142,8 @@ def sliced_weights(
                 Q_next, R_next = bases(widths[place + 1])
 
                 rotated = partial(exactness.rotated, dtype=model.dtype)
-                bases_ = (Q, Q_next)
-                for name, tensor in _fold(layer, block, family, *bases_, centred, rotated, added):
+                given = (layer, block, family, Q, Q_next, centred, rotated, added)
+                for name, tensor in _fold(*given):
                     yield stored(tensor, f"{family.layers}.{i}.{name}")
                 shortcut = f"{family.layers}.{i}.{block.name}_shortcut"
                 yield stored(residual @ Q_next, shortcut)
