@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from dynslice import assets, claims, models, paths, profile, reproduce
+from dynslice.recovery import Recovery
 from dynslice.study import Study
 
 RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
@@ -167,6 +168,8 @@ FACTS = {
     ("README.md", "128"): "windows of the published protocol",
     ("README.md", "120"): "of which `paper` takes so many for validation",
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
+    ("07_beyond", "32"): "the rank of LoRA",
+    ("07_beyond", "10"): "and its alpha",
 }
 
 
@@ -186,6 +189,7 @@ def test_facts_in_prose_are_true():
     assert set(profile.load("standard").tasks.values()) == {200}
     paper = profile.load("paper")
     assert (paper.calibration_windows, paper.selection_windows) == (128, 120)
+    assert (Recovery(steps=1).rank, Recovery(steps=1).alpha) == (32, 10)
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11.5"
 

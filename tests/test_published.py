@@ -17,6 +17,7 @@ SETTINGS = {
     "tasks": {"piqa": 40, "arc_easy": None},
     "task_subset": "first",
     "task_slice_percentages": [0.3],
+    "beyond_slice_percentages": [],
 }
 HEADER = (
     "method,model,metric,dataset,slice_percentage,slice_base,calibration,calibration_windows,"
