@@ -7,7 +7,7 @@ from dynslice.beyond import Beyond
 from dynslice.design import Point
 from dynslice.errors import RequestError
 from dynslice.executor import describe, needs
-from dynslice.study import Study
+from dynslice.study import Study, check_settings
 
 WANTED = {
     "tasks": {"piqa": 4},
@@ -135,7 +135,6 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"selection_windows": None}, "are seen by validation windows only: set selection_windows"),
         ({"beyond_ridges": [0.1]}, "names 0.1, which is compared anyway"),
         ({"beyond_candidates": ["lr"]}, "names lr, which is compared anyway"),
         ({"beyond_calibration_windows": [8]}, "names 8, which is compared anyway"),
@@ -148,6 +147,22 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
 def test_settings_that_do_not_fit_are_refused(setting, sentence):
     with pytest.raises(RequestError, match=sentence):
         profile.load("smoke", {**WANTED, **setting})
+
+
+def test_without_validation_windows_nothing_else_is_tried():
+    study = Beyond(profile.load("smoke", {**WANTED, "selection_windows": None}))
+    assert study.variants(0.5) == []
+    assert len(study.contest(0.5)) == 6
+
+
+def test_a_text_without_validation_split_measures_no_schedule(tmp_path):
+    """It would be the text that is reported."""
+    text = tmp_path / "own.txt"
+    text.write_text("Words that are evaluated. " * 400)
+    own = {**WANTED, "eval_texts": [str(text)], "eval_split": None, "selection_windows": None}
+    with pytest.raises(RequestError, match="is what schedules of notebook 07 are measured on"):
+        check_settings(Study.open("smoke", **own).profile)
+    check_settings(Study.open("smoke", **{**own, "beyond_slice_percentages": []}).profile)
 
 
 def test_requests_of_networks_without_extras_are_as_they_were(study):

@@ -21,8 +21,13 @@ class Beyond(Design):
         return [self._at_size(name, slice_percentage, extra) for name, extra in pairs]
 
     def variants(self, slice_percentage: float) -> list[Point]:
-        """Networks of that size that only validation windows see: other ridges, schedules, ..."""
+        """Networks of that size that only validation windows see: other ridges, schedules, ...
+
+        None in a profile without such windows.
+        """
         p = self.profile
+        if p.selection_windows is None:
+            return []
         ours = {"ridge": p.beyond_ridge}
         found = [
             self._at_size("constant", slice_percentage, {"ridge": ridge}, f"ridge {ridge:g}")

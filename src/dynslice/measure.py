@@ -209,10 +209,7 @@ class Workbench:
                 f"{facts['parameters']}; this is a bug, please report it"
             )
         errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
-        seconds = {"seconds": outcome.seconds + outcome.recovery_seconds}
-        if "recovery" in config["slice"]:
-            seconds["recovery_seconds"] = outcome.recovery_seconds
-        return {**facts, **errors, **seconds}
+        return {**facts, **errors, "seconds": outcome.seconds + outcome.recovery_seconds}
 
     def _measure_ppl(self, config: dict) -> dict:
         windows = self._windows_of(config)

@@ -186,7 +186,7 @@ class Profile(BaseModel):
         return self
 
     def _check_beyond(self) -> None:
-        """What only validation windows are to see needs such windows, and is new there."""
+        """What only validation windows are to see is not compared anyway."""
         others = {
             "beyond_candidates": set(self.beyond_schedules),
             "beyond_ridges": {self.beyond_ridge},
@@ -194,10 +194,6 @@ class Profile(BaseModel):
         }
         for key, known in others.items():
             values = getattr(self, key)
-            if values and self.selection_windows is None:
-                raise ValueError(
-                    f"{key} {values} are seen by validation windows only: set selection_windows"
-                )
             if both := known & set(values):
                 raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
 

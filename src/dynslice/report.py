@@ -514,7 +514,8 @@ def interval_note(table: pd.DataFrame) -> str:
         return f"In brackets: {compare.INTERVAL}, windows or items resampled in pairs."
     if "low" not in names:
         return ""
-    resampled = "items resampled" if "task" in table.columns else "windows resampled"
+    of_items = "task" in table.columns or "accuracy (points)" in table.columns
+    resampled = "items resampled" if of_items else "windows resampled"
     paired = " in pairs" if "(%)" in names or "(points)" in names else ""  # a difference
     return f"low, high: {compare.INTERVAL}, {resampled}{paired}."
 

@@ -156,6 +156,10 @@ def _check_texts(settings: Profile) -> None:
         read.setdefault(
             chooser, f"what selection_windows {settings.selection_windows} choose SB on"
         )
+    measured = {"sensitivity", "search"} & set(settings.beyond_schedules)
+    if settings.beyond_slice_percentages and measured:
+        chooser = source(settings.eval_texts[0], "validation")
+        read.setdefault(chooser, "what schedules of notebook 07 are measured on")
     for setting in ("calibration_text", "lr_text"):
         text = getattr(settings, setting)
         if settings.stand_ins.get(text, text) == "wikipedia" and "boolq" in settings.tasks:
