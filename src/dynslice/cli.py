@@ -465,14 +465,16 @@ def _compensation(options) -> Any:
 
 
 def _recovery(options) -> Any:
-    from dynslice.recovery import Recovery
-
-    if options.recovery_steps and options.stream:
+    if options.recovery_steps is None:
+        return None
+    if options.stream:
         raise RequestError(
             f"--recovery-steps {options.recovery_steps} needs the whole network in memory; leave "
             "--stream out"
         )
-    return Recovery(options.recovery_steps) if options.recovery_steps else None
+    from dynslice.recovery import Recovery  # loads peft
+
+    return Recovery(options.recovery_steps)
 
 
 def _plan_from_options(options, measured_lr: Sequence[float] | None = None) -> Any:
