@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dynslice.errors import RequestError, RunError
+from dynslice.gram import add_gram
 from dynslice.models import check_finite
 
 RIDGE = 0.1
@@ -90,7 +91,7 @@ class Regression:
         z, x, h = (signals.flatten(0, -2).float() for signals in (inputs, x, h))
         size = h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=_TINY)
         z, e = z / size, (h - x) / size
-        self._gram += z.T @ z
+        add_gram(self._gram, z)
         self._cross += z.T @ e
 
     def solve(self, ridge: float) -> Tensor:
@@ -103,10 +104,10 @@ class Regression:
         check_finite(self._cross, "what the sliced residual stream lacks")
         for part in self._gram.diagonal().split(self._sizes):
             part += ridge * part.mean().clamp(min=_TINY)  # inputs that are zero take no correction
-        factor, failed = torch.linalg.cholesky_ex(self._gram)
+        factor, failed = torch.linalg.cholesky_ex(self._gram, upper=True)
         if failed:
             raise RunError(
                 f"ridge {ridge} is too small for the inputs of a writing map, whose sizes differ "
                 "too much; give a larger one, such as 1.0"
             )
-        return torch.cholesky_solve(self._cross, factor)
+        return torch.cholesky_solve(self._cross, factor, upper=True)

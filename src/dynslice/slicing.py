@@ -1,6 +1,5 @@
 """Rotate and slice: the paper's algorithm on top of SliceGPT's transformation."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -17,6 +16,7 @@ from dynslice.compensation import Compensation, Regression, inputs_of
 from dynslice.corpora import batches
 from dynslice.errors import RequestError
 from dynslice.exactness import Exactness, by_rows
+from dynslice.gram import add_gram
 from dynslice.models import check_finite, check_tokens, family_of, require_dense, synchronise
 from dynslice.plan import Shape, SlicePlan
 from dynslice.signals import Signals
@@ -243,14 +243,11 @@ def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
         d = part.shape[-1]
         if covariance is None:
             covariance = torch.zeros(d, d, dtype=torch.float64, device=part.device)
-            step = math.ceil(d / 4)
         if doubles is None or len(doubles) < len(part):
             # One buffer for all batches: mapping memory anew takes time.
             doubles = torch.empty_like(part, dtype=torch.float64)
         rows = doubles[: len(part)].copy_(part).view(-1, d)
-        for start in range(0, d, step):  # X^T X is symmetric: on and above the diagonal is enough
-            columns = slice(start, start + step)
-            covariance[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
+        add_gram(covariance, rows)
     del doubles
     check_finite(covariance, "the residual stream")
     if centred:
