@@ -87,10 +87,22 @@ class Beyond(Design):
         }
         return Measurement("search", config)
 
+    def evidence_requests(self) -> list[Measurement]:
+        """What the schedules rest on."""
+        p = self.profile
+        found = []
+        for sp in p.beyond_slice_percentages:
+            points = self.contest(sp)
+            if sp == p.beyond_slice_percentages[-1]:
+                points += self.variants(sp)
+            plans = [point.network["plan"] for point in points]
+            found += [Measurement(**plan["evidence"]) for plan in plans if "evidence" in plan]
+        return unique(found)
+
     def beyond_requests(self) -> list[Measurement]:
         """All that the notebook needs."""
         p = self.profile
-        requests = []
+        requests = self.evidence_requests()
         for sp in p.beyond_slice_percentages:
             for point in self.contest(sp):
                 requests += [self.slice_request(point), *self._selection(point)]
@@ -155,7 +167,8 @@ class Beyond(Design):
         return plan
 
     def _validation(self, windows: int) -> dict:
-        """Validation windows of the first text."""
+        """Validation windows of the first text, other ones than those that choose."""
         p = self.profile
         text = self._text(p.eval_texts[0], "validation")
-        return {**text, "windows": windows, "window": p.eval_window, "seed": p.seed}
+        amounts = {"windows": windows, "window": p.eval_window, "seed": p.seed}
+        return {**text, **amounts, "skip": p.selection_windows or 0}

@@ -240,20 +240,27 @@ def windows(
 
 
 def drawn(
-    stream: torch.Tensor, window: int, count: int | None, seed: int | None, name: str
+    stream: torch.Tensor,
+    window: int,
+    count: int | None,
+    seed: int | None,
+    name: str,
+    skip: int = 0,
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a stream [n].
 
     Without a seed: the first consecutive blocks. With one: blocks drawn without replacement
-    from all blocks of the stream.
+    from all blocks of the stream. skip: leaves out as many, those that a draw of `skip` windows
+    with the same seed takes.
     """
     import torch
 
-    chosen = blocks(stream, window, count, name)  # refuses a text that is too short
+    # Refuses a text that is too short.
+    chosen = blocks(stream, window, None if count is None else skip + count, name)[skip:]
     if seed is None or count is None:
         return chosen
     every = blocks(stream, window, None, name)
-    order = np.random.default_rng(seed).permutation(len(every))[:count]
+    order = np.random.default_rng(seed).permutation(len(every))[skip : skip + count]
     return every[torch.from_numpy(np.sort(order))]
 
 

@@ -183,7 +183,8 @@ def name_of(network: dict) -> str:
 def describe(request: Measurement) -> str:
     """A request in a few words."""
     network = request.config.get("slice")
-    plan = (network or request.config).get("plan", {"schedule": "dense"})
+    dense = request.config.get("budget", {"schedule": "dense"})  # which a search keeps
+    plan = (network or request.config).get("plan", dense)
     target = plan.get("to", plan.get("of", plan.get("budget", plan)))
     amounts = [f"SP {target['slice_percentage']}"] if "slice_percentage" in target else []
     amounts += [f"SB {target['slice_base']}"] if "slice_base" in target else []

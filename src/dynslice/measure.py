@@ -183,7 +183,7 @@ class Workbench:
 
     def _windows_of(self, config: dict) -> Tensor:
         asked = (config[name] for name in ("window", "windows", "seed", "text"))
-        return corpora.drawn(self._stream(config), *asked)
+        return corpora.drawn(self._stream(config), *asked, skip=config.get("skip", 0))
 
     def _measure_lr(self, config: dict) -> dict:
         stream = self._stream(config)[: config["max_tokens"]]

@@ -196,6 +196,13 @@ class Profile(BaseModel):
             values = getattr(self, key)
             if both := known & set(values):
                 raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
+        if "sensitivity" in (*self.beyond_schedules, *self.beyond_candidates):
+            most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
+            if most >= 1:
+                raise ValueError(
+                    f"sensitivity_reach {self.sensitivity_reach} goes up to a share of {most:g}, "
+                    "where nothing is left; give a smaller one"
+                )
 
     def _check_names(self) -> None:
         """What stands in for or has a revision must be something that the profile can read."""

@@ -281,6 +281,15 @@ def _values(result: Result) -> dict[str, float]:
         nll = {f"layer {x['index']} cut": x["nll"] for x in value["layers"]}
         nll["no layer cut"] = value["dense"]
         return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
+    if result.kind == "places":
+        nll = {"as planned": value["plan"]}
+        for place in value["places"]:
+            where = f"{place['block']} of layer {place['layer']}"
+            at_shares = zip(value["shares"], place["losses"], strict=True)
+            nll |= {f"{where} cut by {share}": losses for share, losses in at_shares}
+        return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
+    if result.kind == "search":
+        return {"perplexity, best plan tried": exp(min(step["loss"] for step in value["tried"]))}
     if result.kind == "speed":
         counts = ("stored_bytes", "prefill_flops", "decode_bytes")
         return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}

@@ -141,7 +141,12 @@ def search(
             continue
         group, change = move
         proposed = {**factors, group: factors.get(group, 0.0) + change} if change else factors
-        made = plan_of(proposed)
+        try:
+            made = plan_of(proposed)
+        except RequestError:  # no plan of such proportions keeps the budget
+            if not tried:
+                raise
+            continue
         found = loss(made)
         tried.append({"group": group, "change": change, "loss": found})
         if found < least:

@@ -110,6 +110,8 @@ def check_settings(settings: Profile) -> None:
     models.check_weights(settings.model, settings.model_revision)
     for window in ("lr_window", "calibration_window", "eval_window", "speed_window"):
         models.check_window(config, getattr(settings, window))
+    if settings.recovery_steps:
+        models.check_window(config, settings.recovery_window)
     for round_to in settings.ablation_round_to:
         plan.constant(shape, settings.ablation_slice_percentage or 0.0, round_to)
 
@@ -121,9 +123,10 @@ def check_inputs(settings: Profile) -> None:
     evaluation.check_data(list(settings.tasks))
     longest: dict[tuple, tuple] = {}
     for request in Beyond(settings).requests():
-        for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
+        for config in _texts_of(request.config):
             if "text" in config and "windows" in config:
                 count, window = config["windows"], config["window"]
+                count = count and count + config.get("skip", 0)
                 asked = ((count or 1) * window, window, count)
                 text = corpora.source_of(config)
                 longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])
@@ -131,6 +134,14 @@ def check_inputs(settings: Profile) -> None:
     for (text, split, revision), (tokens, window, count) in longest.items():
         stream = corpora.tokens(text, split, tokenizer, tokens, revision=revision)
         corpora.blocks(stream, window, count, text)
+
+
+def _texts_of(config: dict) -> list[dict]:
+    """Whatever a request reads, as configurations that name a text and its windows."""
+    network = config.get("slice") or {}
+    calibration = network.get("calibration", {})
+    recovery = {**calibration, **network["recovery"]} if "recovery" in network else {}
+    return [config, config.get("calibration", {}), calibration, recovery]
 
 
 def _check_texts(settings: Profile) -> None:
