@@ -257,10 +257,10 @@ def test_benchmarks_that_nobody_ran_are_listed_with_their_command(tmp_path, monk
 
 
 def test_commands_of_benchmarks_can_be_given():
-    from dynslice.cli import _parser
+    from dynslice.cli import options_of
 
     for _, command in costs.BENCHES.values():
-        _parser().parse_args([*command.split()[1:], "--out", "x.json"])
+        options_of([*command.split()[1:], "--out", "x.json"])
 
 
 def test_committed_benchmarks_are_of_clean_commits_and_their_checks_hold():

