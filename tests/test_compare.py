@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dynslice import ablations, claims, compare, report
+from dynslice import ablations, claims, compare, sweep
 from dynslice.errors import RunError
 from dynslice.profile import load
 from dynslice.results import Measurement, Result, Store
@@ -137,7 +137,7 @@ def test_sb_is_chosen_on_validation_windows_alone(invented):
     for basis in compare.BASES:
         assert compare.chosen(invented, basis, 0.3)[0] == favourite
         assert compare.best(invented, basis, "sotu", 0.3)[0] == other
-    table = report.selection_table(invented)
+    table = sweep.selection_table(invented)
     rows = table[table["SP"] == 0.3]
     assert set(rows["SB chosen on validation"]) == {favourite.slice_base}
     assert set(rows["best SB in hindsight"]) == {other.slice_base}
@@ -358,9 +358,9 @@ def test_a_sign_that_depends_on_the_calibration_is_said(invented):
 
 
 def test_every_page_and_figure_comes_from_these_results(invented):
-    comparison = report.perplexity_comparison(invented)
-    report.sweep_figure(comparison)
-    report.accuracy_figure(report.task_table(invented))
+    comparison = sweep.perplexity_comparison(invented)
+    sweep.sweep_figure(comparison)
+    sweep.accuracy_figure(sweep.task_table(invented))
     ablations.lr_figure(ablations.lr_table(invented))
     ablations.sensitivity_figure(ablations.sensitivity_table(invented))
     ablations.shuffle_figure(ablations.shuffle_table(invented))
@@ -384,19 +384,19 @@ def test_generation_tasks_have_a_row_and_no_part_in_averages(others, tmp_path):
         **({**generated, **nothing} if request.config.get("task") == "gsm8k_cot" else {}),
     }
     study.fill()
-    rows = report.task_table(study)
+    rows = sweep.task_table(study)
     shown = rows[rows["task"] == "gsm8k_cot (exact_match,flexible-extract)"]
     assert set(shown["accuracy"]) == {50.0}
     assert shown["margin"].isna().all()
     assert ("average" in set(rows["task"])) == bool(others)
-    assert report.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
-    assert set(report.task_comparison(study)["task"]) == ({*others, "average"} if others else set())
-    report.accuracy_figure(rows)
+    assert sweep.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
+    assert set(sweep.task_comparison(study)["task"]) == ({*others, "average"} if others else set())
+    sweep.accuracy_figure(rows)
     assert "nan" not in claims.claims_prose(study) + claims.levels(study)
     if others:
         without = Invented(load("smoke", SETTINGS), Store(tmp_path / "without"), "cpu", True).fill()
         assert claims.levels(study) == claims.levels(without)
-        old = report.task_table(without)
+        old = sweep.task_table(without)
         new = rows[~rows["task"].str.startswith("gsm8k")].reset_index(drop=True)
         pd.testing.assert_frame_equal(new, old, check_dtype=False)
 

@@ -16,7 +16,7 @@ import pytest
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
 
-from dynslice import ablations, claims, compare, models, paths, profile, report
+from dynslice import ablations, claims, compare, models, paths, profile, report, sweep
 from dynslice.design import percent
 from dynslice.errors import RequestError
 from dynslice.study import Study
@@ -298,14 +298,14 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name(source, tmp_path)
 
 def test_figures_name_shares_and_curves_as_asked(changed, folder):
     tables = folder / "figures/smoke"
-    sweep = report.sweep_figure(pd.read_csv(tables / "perplexity_comparison.csv"))
-    assert [axis.get_title() for axis in sweep.axes] == ["mmlu, SP 12.5%", "mmlu, SP 50%"]
+    changes = sweep.sweep_figure(pd.read_csv(tables / "perplexity_comparison.csv"))
+    assert [axis.get_title() for axis in changes.axes] == ["mmlu, SP 12.5%", "mmlu, SP 50%"]
     levels = pd.read_csv(tables / "perplexity.csv")
-    assert "dynamic, SB 6.25%" in legends(report.perplexity_figure(levels))
+    assert "dynamic, SB 6.25%" in legends(sweep.perplexity_figure(levels))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "OUTPUT", folder)
         study = Study.open("smoke", **CHANGED)
-        figure = report.redundancy_figure(report.redundancy_table(study), study)
+        figure = sweep.redundancy_figure(sweep.redundancy_table(study), study)
     assert {"slice base, 18.75%", "mean, 37.5%"} <= legends(figure)
     assert 100 * pd.read_csv(tables / "layer_redundancy.csv")["FS"].max() < top(figure)
 
@@ -316,7 +316,7 @@ def test_figures_draw_every_slice_base(changed, folder):
     dynamic = table[table["schedule"] == "dynamic"].iloc[0]
     rows = pd.DataFrame([{**dynamic, "SB": base} for base in bases])
     many = pd.concat([table[table["schedule"] != "dynamic"], rows])
-    figure = report.perplexity_figure(many)
+    figure = sweep.perplexity_figure(many)
     assert {f"dynamic, SB {percent(base)}" for base in bases} <= legends(figure)
     looks = {(line.get_marker(), line.get_color()) for line in figure.axes[0].lines}
     assert len(looks) >= len(bases)

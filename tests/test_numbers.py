@@ -155,7 +155,7 @@ LAYERS = "the layers of SmolLM2-135M"
 FACTS = {
     ("README.md", "30"): LAYERS,
     ("README.md", "4"): "bits of its weights",
-    ("README.md", "200"): "items per task of `standard`",
+    ("README.md", "150"): "items per task of `standard`",
     ("README.md", "180"): "megabytes of the wheels, which asset tests compare",
     ("README.md", "3.11.5"): "the oldest Python, for the lock file",
     ("README.md", "3"): "gigabytes of disk, and hours of `standard`",
@@ -186,7 +186,7 @@ def test_facts_in_prose_are_true():
         1e-5
     )  # the eps that docs/deviations.md calls the same
     assert "Q4_1" in paths.ASSET_MANIFEST.read_text()
-    assert set(profile.load("standard").tasks.values()) == {200}
+    assert set(profile.load("standard").tasks.values()) == {150}
     paper = profile.load("paper")
     assert (paper.calibration_windows, paper.selection_windows) == (128, 120)
     assert (Recovery(steps=1).rank, Recovery(steps=1).alpha) == (32, 10)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dynslice import assets, claims, corpora, models, paths, report, slicing, study
+from dynslice import assets, claims, corpora, models, paths, slicing, study, sweep
 from dynslice.errors import RequestError, RunError
 from dynslice.study import Study
 
@@ -138,13 +138,13 @@ def test_a_share_that_cannot_be_cut_is_refused_before_measuring(small):
 
 def test_a_study_without_pairs_still_reports(small):
     alone = Study.open("smoke", device="cpu", **{**SMALL, "slice_bases": []})
-    comparison = report.perplexity_comparison(alone)
+    comparison = sweep.perplexity_comparison(alone)
     assert comparison.empty
-    assert "compares no dynamic" in report.comparison_prose(
+    assert "compares no dynamic" in sweep.comparison_prose(
         comparison, "perplexity (%)", "perplexity"
     )
-    report.difference_figure(comparison, "perplexity (%)", "dynamic")
-    assert report.task_table(alone).empty
+    sweep.difference_figure(comparison, "perplexity (%)", "dynamic")
+    assert sweep.task_table(alone).empty
     assert set(claims.claims_table(alone)["verdict on this model"]) == {"not tested here"}
 
 
@@ -184,7 +184,7 @@ def test_a_report_of_stored_results_needs_no_torch():
     """It takes seconds to load, in the kernel of each notebook."""
     code = (
         "import sys\n"
-        "from dynslice import ablations, claims, compare, costs, published, report\n"
+        "from dynslice import ablations, claims, compare, costs, published, sweep\n"
         "from dynslice.study import Study\n"
         "study = Study.open('quick', from_record=True)\n"
         "assert not study.missing(study.requests())\n"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dynslice import ablations, compare, equal_size, paths, report
+from dynslice import ablations, compare, equal_size, paths, report, sweep
 from dynslice.compare import BASES, EQUAL_SIZE, EQUAL_SLICE, Difference, Pair
 from dynslice.design import Point, percent
 from dynslice.study import Study
@@ -187,7 +187,7 @@ def findings(study: Study) -> str:
         "",
         "**What else a reader should know:**",
         "",
-        f"- {report.size_prose(report.perplexity_table(study))}",
+        f"- {sweep.size_prose(sweep.perplexity_table(study))}",
         *(f"- {_levels(study, text)}" for text in _foreign_texts(study)),
         *(f"- {line}" for line in _ablation_findings(study)),
     ]
@@ -201,7 +201,7 @@ def _foreign_texts(study: Study) -> list[str]:
 
 def levels(study: Study) -> str:
     """Perplexities, accuracies and margins behind the findings (Markdown list)."""
-    comparison = report.task_comparison(study)
+    comparison = sweep.task_comparison(study)
     averages = comparison[comparison["task"] == "average"]
     lines = [_levels(study, text) for text in study.profile.eval_texts]
     return "\n".join(f"- {line}" for line in [*lines, *_accuracies(study), *_margins(averages)])
@@ -287,7 +287,7 @@ def readme_block(study: Study) -> str:
     )
     body = [figure, "", findings(study)]
     if study.profile.selection_windows is None:
-        comparison = report.rounded(report.perplexity_comparison(study)).drop(columns=["text"])
+        comparison = report.rounded(sweep.perplexity_comparison(study)).drop(columns=["text"])
         body = [comparison.to_markdown(index=False, disable_numparse=True)]
     if sentences := equal_size.readme_prose(study):
         body += ["", sentences]
@@ -450,7 +450,7 @@ def _splits(study: Study) -> str:
 
 
 def _inflation(study: Study) -> str:
-    table = report.selection_table(study)
+    table = sweep.selection_table(study)
     gaps = table["perplexity (%)"] - table["in hindsight (%)"]
     return (
         f"The best SB in hindsight looks up to {gaps.max():.1f} points better than the chosen one "

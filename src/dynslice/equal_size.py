@@ -322,7 +322,7 @@ def recovery_figure(table: pd.DataFrame) -> plt.Figure:
 
 
 def readme_prose(study: Study) -> str:
-    """What wins at equal size, a sentence for compensation and one for each schedule."""
+    """What wins at equal size: a sentence for compensation and one for each schedule (Markdown)."""
     if not sizes(study):
         return ""
     sp = sizes(study)[-1]
@@ -330,16 +330,17 @@ def readme_prose(study: Study) -> str:
     plain, ours = by_name["constant"], by_name["constant, compensated"]
     lines = [
         "**Beyond the paper**, at the stored parameters of constant slicing with SP "
-        f"{percent(sp)}: compensation in closed form changes constant slicing as follows, "
-        f"{_both(study, ours, plain)}."
+        f"{percent(sp)} ([notebook 07](notebooks/rendered/{study.profile.name}/07_beyond.ipynb)):",
+        "",
+        f"- Constant slicing with compensation against without: {_both(study, ours, plain)}.",
     ]
     for schedule in study.profile.beyond_schedules:
         theirs = by_name[f"{schedule}, compensated"]
         lines.append(
-            f"With compensation, the schedule `{schedule}` against constant slicing: "
+            f"- Schedule `{schedule}` against constant slicing, both compensated: "
             f"{_both(study, theirs, ours)}."
         )
-    return " ".join(lines)
+    return "\n".join(lines)
 
 
 def name(point: Point) -> str:
