@@ -1,8 +1,11 @@
 """What notebook 07 compares: sizes that are equal, choices that read no test window, its tables."""
 
+from math import exp
+from statistics import fmean
+
 import pytest
 
-from dynslice import assets, compare, equal_size, paths, profile
+from dynslice import assets, compare, equal_size, paths, profile, reproduce
 from dynslice.beyond import Beyond
 from dynslice.design import Point
 from dynslice.errors import RequestError
@@ -69,6 +72,32 @@ def test_choices_read_no_test_window():
         assert request.config["split"] == "validation"
 
 
+def test_what_plans_rest_on_belongs_to_the_requests():
+    """So that it is counted, recorded, and compared with the record."""
+    for name in ("smoke", "quick", "standard", "full"):
+        requests = Beyond(profile.load(name)).requests()
+        keys = {request.key for request in requests}
+        assert {needed.key for request in requests for needed in needs(request)} <= keys
+        assert len(keys) == len(requests)
+
+
+def test_what_schedules_rest_on_is_not_what_ranks_them():
+    study = Beyond(profile.load("smoke", {**WANTED, "selection_windows": 5}))
+    kinds = {"places", "search"}
+    skips = [r.config["skip"] for r in study.evidence_requests() if r.kind in kinds]
+    assert skips == [5] * 3
+
+
+def test_evidence_is_compared_with_the_record(study):
+    places, search = study.places_request(0.5), study.search_request(0.5)
+    values = reproduce._values(study.get(places))
+    assert len(values) == 1 + 2 * len(study.get(places).value["places"])
+    losses = study.get(places).value["places"][1]["losses"][0]
+    assert values["perplexity, mlp of layer 0 cut by 0.3"] == pytest.approx(exp(fmean(losses)))
+    tried = [step["loss"] for step in study.get(search).value["tried"]]
+    assert reproduce._values(study.get(search)) == {"perplexity, best plan tried": exp(min(tried))}
+
+
 def test_labels_and_descriptions_differ(study):
     points = [*every(study), *study.recovered(0.5)]
     assert len({point.label for point in points}) == len(points)
@@ -76,6 +105,7 @@ def test_labels_and_descriptions_differ(study):
     assert len(set(names)) == len(names)
     said = describe(study.slice_request(study.recovered(0.5)[1]))
     assert said == "slice constant SP 0.5 with compensation with recovery"
+    assert describe(study.search_request(0.5)).endswith("constant SP 0.5")
 
 
 def test_the_table_compares_with_plain_constant_slicing(study):
@@ -100,6 +130,17 @@ def test_what_it_costs(study):
     assert set(costs["calibration passes"][~compensated]) == {1}
     assert costs["evidence (s)"][costs["network"] == "constant"].isna().all()
     assert (costs["evidence (s)"][costs["network"] == "sensitivity"] > 0).all()
+
+
+def test_each_schedule_has_one_line_of_widths(study):
+    (axis,) = equal_size.widths_figure(study).axes
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["constant", "lr", "sensitivity", "first", "embedding", "search"]
+    by_name = dict(zip(names, axis.lines, strict=True))
+    d = study.get(study.slice_request(study.contest(0.5)[0])).value["widths"][-1]
+    assert set(by_name["first"].get_ydata()[:2]) == {64}
+    assert set(by_name["constant"].get_ydata()) == {d} == {32}
+    assert len(equal_size.places_figure(study).axes) == 1
 
 
 def test_sentences_say_the_direction_that_the_interval_shows(study):
@@ -129,6 +170,8 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
     ):
         assert table.empty
     assert equal_size.question_prose(bare) == equal_size.NONE
+    assert equal_size.choice_prose(bare, equal_size.variant_table(bare)) == equal_size.NONE
+    assert equal_size.places_figure(bare) is None
     assert equal_size.readme_prose(bare) == ""
 
 

@@ -87,6 +87,17 @@ def test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(text, toke
     assert drawn != every[:100]
 
 
+def test_skipped_windows_are_those_of_a_smaller_draw(text, tokenizer):
+    stream = corpora.tokens(text, None, tokenizer)
+    first, both = (rows(corpora.drawn(stream, 64, n, 7, text)) for n in (30, 70))
+    others = rows(corpora.drawn(stream, 64, 40, 7, text, skip=30))
+    assert len(others) == 40
+    assert sorted([*first, *others]) == sorted(both)
+    assert len(set(both)) == 70
+    with pytest.raises(RequestError, match="fewer than 200 windows"):
+        corpora.drawn(stream, 64, 40, 7, text, skip=160)
+
+
 BAD_FILES = {
     "empty": (b"", "is empty"),
     "blank": (b" \n\t\n", "is empty"),

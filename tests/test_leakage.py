@@ -18,7 +18,7 @@ def fetched():
 
 def windows_by_role(study, tokenizer):
     """Every token window that the study reads, by what it is read for: {role: [windows]}."""
-    roles = {"calibration": [], "selection": [], "report": [], "LR": []}
+    roles = {"calibration": [], "selection": [], "evidence": [], "report": [], "LR": []}
     for request in study.requests():
         config = request.config
         if request.kind in ("ppl", "centred") and config["split"] != "train":
@@ -32,14 +32,18 @@ def windows_by_role(study, tokenizer):
             if recovery := config["slice"].get("recovery"):
                 roles["calibration"].append({**config["slice"]["calibration"], **recovery})
         if request.kind in ("sensitivity", "places", "search"):
-            roles["selection"].append(config)
+            role = "selection" if request.kind == "sensitivity" else "evidence"
+            roles[role].append(config)
             roles["calibration"].append(config["calibration"])
-    names = ("text", "split", "window", "windows", "seed")
-    asked = {role: {tuple(c[n] for n in names) for c in configs} for role, configs in roles.items()}
+    names = ("text", "split", "window", "windows", "seed", "skip")
+    asked = {
+        role: {tuple(c.get(n, 0) for n in names) for c in configs}
+        for role, configs in roles.items()
+    }
     return {
         role: [
-            corpora.windows(text, split, tokenizer, window, count, seed)
-            for text, split, window, count, seed in sorted(configs, key=str)
+            corpora.drawn(corpora.tokens(text, split, tokenizer), *amounts, text, skip)
+            for text, split, *amounts, skip in sorted(configs, key=str)
         ]
         for role, configs in asked.items()
     }
@@ -53,11 +57,13 @@ def runs(windows):
 def leaks(roles):
     """Runs that are reported and were also read for something else, and calibration's others.
 
-    LR and the choice of SB may share validation text: neither is reported.
+    LR and the choice of SB may share validation text: neither is reported. What schedules rest on
+    is no window that ranks them.
     """
     known = {role: set().union(*map(runs, windows)) for role, windows in roles.items()}
     pairs = [("report", "calibration"), ("report", "selection"), ("report", "LR")]
-    pairs += [("calibration", "selection"), ("calibration", "LR")]
+    pairs += [("calibration", "selection"), ("calibration", "LR"), ("report", "evidence")]
+    pairs += [("calibration", "evidence"), ("selection", "evidence")]
     return {(a, b): known[a] & known[b] for a, b in pairs if known[a] & known[b]}
 
 
@@ -67,6 +73,7 @@ def test_calibration_selection_and_report_share_no_text(profile, smollm2):
     assert roles["calibration"]
     assert roles["report"]
     assert roles["LR"]
+    assert bool(roles["evidence"]) == (profile == "standard")
     assert not leaks(roles)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import CodeType
 
 import pytest
+import test_beyond
 import test_compare
 import test_compensation
 import test_corpora
@@ -25,6 +26,7 @@ from prose import paragraphs
 
 from dynslice import (
     assets,
+    beyond,
     compare,
     compensation,
     corpora,
@@ -306,6 +308,14 @@ TABLE = {
         lambda given: test_compare.test_selection_windows_are_of_the_validation_split(
             given.invented
         ),
+    ),
+    "schedules that rest on the windows that choose": (
+        mutation(beyond.Beyond._validation, "p.selection_windows or 0", "0"),
+        lambda _: test_beyond.test_what_schedules_rest_on_is_not_what_ranks_them(),
+    ),
+    "noise taken for a hollow curve": (
+        mutation(schedules._parabola, "fitted[0] < 0", "False"),
+        lambda _: test_schedules.test_sensitivity_takes_a_hollow_curve_for_noise(),
     ),
     "SB chosen by what is reported": (
         mutation(

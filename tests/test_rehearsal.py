@@ -123,24 +123,43 @@ def blocks_of(section, language=""):
     return [code for name, code in fenced if name == language]
 
 
-def test_own_model_by_the_letter_of_the_readme(tmp_path):
-    """Every command of the section, in order, on a model and texts of the names that it uses."""
+def shell(folder):
+    """A function that runs a command in a folder with the model and texts that the README names."""
     assets.fetch()
     models.load_config("embedded:smollm2-135m")
-    shutil.copytree(models.resolve("embedded:tiny-random"), tmp_path / "DIR")
-    for name, count in (("my.txt", 120), ("other.txt", 20)):
-        (tmp_path / name).write_text(paragraphs(count), encoding="utf-8")
+    shutil.copytree(models.resolve("embedded:tiny-random"), folder / "DIR")
+    for name, count in (("my.txt", 120), ("other.txt", 60)):
+        (folder / name).write_text(paragraphs(count), encoding="utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    environment["HF_MODULES_CACHE"] = str(folder / "modules")
 
     def run(*command):
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
         assert done.returncode == 0, (command, done.stderr[-2000:])
         return done.stdout
 
+    return run
+
+
+def test_a_better_slice_by_the_letter_of_the_readme(tmp_path):
+    run = shell(tmp_path)
+    commands = [
+        line for code in blocks_of("A better slice of the same size") for line in code.splitlines()
+    ]
+    said = [run("bash", "-c", line) for line in commands]
+    assert [line.split()[1] for line in commands] == ["slice", "slice", "sensitivity", "search"]
+    sizes = [
+        json.loads((tmp_path / name / "slice.json").read_text()) for name in ("BETTER", "BY_LR")
+    ]
+    assert sizes[1]["parameters"] <= sizes[0]["parameters"] < sizes[0]["parameters_dense"]
+    assert "rise of the NLL" in said[2]
+    assert "after 24 evaluations" in said[3]
+
+
+def test_own_model_by_the_letter_of_the_readme(tmp_path):
+    """Every command of the section, in order, on a model and texts of the names that it uses."""
+    run = shell(tmp_path)
     commands, lm_eval = blocks_of("Your own model")
     said = [run("bash", "-c", line) for line in commands.strip().splitlines()]
     assert [line.split()[1] for line in commands.strip().splitlines()] == [

@@ -305,7 +305,9 @@ def _with_validation(options, what: str):
     ]
     for text, split in texts:
         corpora.check(text, split)
-    if texts[0] == texts[1]:
+    # The files, so that another way to write a path is no other text.
+    read = [{path.resolve() for path in corpora.files_of(*text)} or {text} for text in texts]
+    if read[0] & read[1]:
         raise RequestError(
             f"text {options.text!r} is calibrated on already; give --text another one, to see what "
             "holds beyond it"

@@ -145,7 +145,7 @@ def question_prose(study: Study) -> str:
     lines = []
     for sp in sizes(study):
         by_name = {name(point): point for point in study.contest(sp)}
-        pairs = [(f"{s}, compensated", s) for s in ("constant",)]
+        pairs = [("constant, compensated", "constant")]
         if _PAPER in by_name:
             pairs += [(_PAPER, "constant"), (f"{_PAPER}, compensated", "constant, compensated")]
         others = [s for s in study.profile.beyond_schedules if s != _PAPER]
@@ -156,7 +156,7 @@ def question_prose(study: Study) -> str:
             lines.append(f"- {a} against {b}: {_both(study, by_name[a], by_name[b])}.")
         lines.append("")
     if not study.profile.beyond_schedules:
-        lines.append("This profile compares no other schedule at this size; `standard` does.")
+        lines.append("This profile compares no other schedule at equal size.")
     return "\n".join(lines)
 
 
@@ -200,6 +200,8 @@ def variant_table(study: Study) -> pd.DataFrame:
 
 def choice_prose(study: Study, table: pd.DataFrame) -> str:
     """Whether the networks that are compared are those that validation windows would choose."""
+    if not sizes(study):
+        return NONE
     if table.empty:
         return "This profile has no validation windows, so nothing is chosen in it."
     ranked = table.sort_values("validation perplexity", ignore_index=True)
@@ -220,32 +222,57 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     )
 
 
-def places_figure(study: Study) -> plt.Figure:
-    """Left the rise of the loss by place, cut less or more; right the widths of the schedules."""
+def widths_figure(study: Study) -> plt.Figure:
+    """The width of the stream at each place, by schedule, at the last of the sizes."""
     report.style()
-    if not sizes(study) or not _uses(study, "sensitivity"):
+    if not sizes(study):
         return report.nothing()
     sp = sizes(study)[-1]
-    value = study.get(study.places_request(sp)).value
+    points, own = [*study.contest(sp), *study.variants(sp)], study.contest(sp)[0].network
+    # Compensation and the calibration text leave the widths alone.
+    plain = [p for p in points if p.network == {**own, "plan": p.network["plan"]}]
+    figure, axis = plt.subplots(figsize=(2 * COLUMN_WIDTH, 2.2))
+    looks = zip(cycle(["-", "--", ":", "-."]), cycle(("C0", "C1", "C2", "C3")), strict=False)
+    for point, (line, colour) in zip(plain, looks, strict=False):
+        value = study.get(study.slice_request(point)).value
+        attention = value.get("attention_widths", value["widths"])
+        pairs = [width for pair in zip(attention, value["widths"], strict=True) for width in pair]
+        before = [place / 2 for place in range(len(pairs))]
+        axis.step(before, pairs, line, where="mid", color=colour, label=point.schedule)
+    axis.set(xlabel="layer (MLP half a layer later)", ylabel=f"width, size of SP {percent(sp)}")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.tight_layout()
+    return figure
+
+
+def places_prose(study: Study) -> str:
+    """How to read the figure of places, where there is one (Markdown)."""
+    if not sizes(study) or not _uses(study, "sensitivity"):
+        return "This profile asks for no schedule `sensitivity`, which measures them."
+    return (
+        "All places are cut as constant slicing cuts them, and one alone is cut less (circles) or "
+        "more (triangles): how far does the loss rise? Where circles lie near zero, more width at "
+        "one place buys nothing, since what an earlier place dropped does not come back."
+    )
+
+
+def places_figure(study: Study) -> plt.Figure | None:
+    """The rise of the loss by place, cut less or more than all others; None if not measured."""
+    if not sizes(study) or not _uses(study, "sensitivity"):
+        return None
+    report.style()
+    value = study.get(study.places_request(sizes(study)[-1])).value
     found = rises(value)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.4))
+    figure, axis = plt.subplots(figsize=(2 * COLUMN_WIDTH, 2.2))
     for share, marker, colour in zip(value["shares"], "ov", ("C0", "C1"), strict=True):
         rise = [at_place[share] for at_place in found]
         label = f"{percent(share)} cut there"
-        left.plot(range(len(rise)), rise, marker, color=colour, markersize=3, label=label)
-    left.axhline(0, color="0.6", linewidth=1)
-    left.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
-    plain = [p for p in study.contest(sp) if not p.network.get("compensation")]
-    lines = cycle(["-", "--", ":", "-."])
-    for point, line in zip(plain, lines, strict=False):
-        sliced = study.get(study.slice_request(point)).value
-        pairs = zip(sliced.get("attention_widths", sliced["widths"]), sliced["widths"], strict=True)
-        widths = [width for pair in pairs for width in pair[: _blocks(value)]]
-        right.plot(range(len(widths)), widths, line, label=name(point))
-    right.set(xlabel="place in the stream", ylabel=f"width (size of SP {percent(sp)})")
-    for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(frameon=False)
+        axis.plot(range(len(rise)), rise, marker, color=colour, markersize=3, label=label)
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False)
     figure.tight_layout()
     return figure
 
@@ -287,9 +314,10 @@ def recovery_prose(table: pd.DataFrame) -> str:
         for row in rows.iloc[1:].to_dict("records"):
             more = row["minutes"] - plain["minutes"]
             change = Difference(row["perplexity (%)"], row["low"], row["high"])
+            rate = f", that is {change.estimate / more:+.1f} % a minute" if more > 0 else ""
             lines.append(
                 f"- {text}, {row['network']}: {more:+.1f} minutes, perplexity "
-                f"{change.format('%')}, that is {change.estimate / more:+.1f} % a minute."
+                f"{change.format('%')}{rate}."
             )
     return "\n".join(lines)
 
@@ -357,10 +385,6 @@ def evidence_of(study: Study, point: Point):
 
 def _uses(study: Study, schedule: str) -> bool:
     return schedule in (*study.profile.beyond_schedules, *study.profile.beyond_candidates)
-
-
-def _blocks(places: dict) -> int:
-    return len({place["block"] for place in places["places"]})
 
 
 def _perplexity(study: Study, point: Point, text: str) -> float:

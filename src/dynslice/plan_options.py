@@ -5,110 +5,54 @@ from typing import Any
 
 from dynslice.errors import RequestError
 
+# What each schedule takes beside --slice-percentage.
+TAKES = {
+    "constant": (),
+    "dynamic": ("slice_base", "lr"),
+    "lr": ("lr",),
+    "first": (),
+    "embedding": (),
+    "sensitivity": ("sensitivity",),
+}
+FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
+
 
 def plan_of(options, measured_lr: Sequence[float] | None = None) -> Any:
     """The SlicePlan that the options ask for.
 
     measured_lr: LR of each layer, where `slice --schedule lr` measured it itself. Raises
     RequestError for options that are missing, contradict each other or mean nothing together, and
-    for evidence of another model.
+    for values of another model.
     """
-    from dynslice import models, plan
+    from dynslice import plan
 
     if getattr(options, "match_parameters", None):
-        others = ("slice_percentage", "slice_base", "lr", "round_to", "schedule")
-        others += ("model", "revision")
-        refuse_beside(options, "--match-parameters", *others)
+        others = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")
+        refuse_beside(options, "--match-parameters", *others, "model", "revision")
         return plan.matched(plan.SlicePlan.read(options.match_parameters))
-    if options.slice_percentage is None:
-        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
-    round_to = options.round_to or 8
+    schedule = _schedule(options)
     lr = plan.read_json(options.lr, "LR") if options.lr else None
-    schedule = options.schedule or _default_schedule(options)
-    if options.model:
-        shape = plan.Shape.of(models.load_config(options.model, options.revision))
-    elif options.revision is not None:
-        raise RequestError(
-            f"--revision {options.revision} is that of a model of the hub; give --model too, or "
-            "leave it out"
-        )
-    elif lr:
-        shape = plan.Shape.from_dict(lr.get("shape"))
-    else:
-        raise RequestError("a plan needs --model or --lr to know the widths of the model")
-    if schedule not in plan.SCHEDULES:
-        return _plan_of_size(options, schedule, shape, lr, measured_lr)
-    if options.sensitivity:
-        raise RequestError(
-            f"--sensitivity {options.sensitivity} has no meaning in a {schedule} plan; leave it "
-            "out, or use --schedule sensitivity"
-        )
+    losses = plan.read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
+    shape = _shape(options, schedule, lr or losses)
+    for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
+        if values and "shape" in values and plan.Shape.from_dict(values["shape"]) != shape:
+            raise RequestError(f"the {what} are of another model; measure them anew on this one")
+    share, round_to = options.slice_percentage, options.round_to or 8
     if schedule == "constant":
-        if options.slice_base not in (None, options.slice_percentage):
-            raise RequestError(
-                f"--slice-base {options.slice_base} has no meaning in a constant plan; leave it "
-                "out, or use --schedule dynamic with --lr"
-            )
-        if lr and options.model:
-            raise RequestError(
-                f"--lr {options.lr} has no meaning in a constant plan; leave it out, or use "
-                "--schedule dynamic"
-            )
-        return plan.constant(shape, options.slice_percentage, round_to)
-    if lr is None:
+        return plan.constant(shape, share, round_to)
+    if "lr" in TAKES[schedule] and lr is None and measured_lr is None:
         raise RequestError(
-            "a dynamic plan needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
+            f"a plan of schedule {schedule} needs LR scores: run `dynslice lr --out lr.json` and "
+            "give --lr lr.json"
         )
-    scores = plan.lr_of(lr)
-    _check_same(lr, shape, f"the scores of --lr {options.lr}")
-    base = options.slice_base or 0.0
-    return plan.dynamic(shape, scores, options.slice_percentage, base, round_to)
-
-
-def _plan_of_size(
-    options, schedule: str, shape: Any, lr: dict | None, measured_lr: Sequence[float] | None
-) -> Any:
-    """A plan of a schedule that stores no more than constant slicing does."""
-    from dynslice import plan
-    from dynslice.schedules import Evidence, budget_of, within
-    from dynslice.scores import read_rises
-
-    needed = {"lr": "lr", "sensitivity": "sensitivity"}.get(schedule)
-    for name in ("slice_base", "lr", "sensitivity"):
-        value = getattr(options, name)
-        if value is not None and name != needed:
-            raise RequestError(
-                f"--{name.replace('_', '-')} {value} has no meaning in schedule {schedule}; leave "
-                "it out"
-            )
-    known = {}
-    if schedule == "lr":
-        if lr is None and measured_lr is None:
-            raise RequestError(
-                "schedule lr needs LR scores: run `dynslice lr --out lr.json` and give --lr lr.json"
-            )
-        known["lr"] = measured_lr or plan.lr_of(lr)
+    if schedule == "dynamic":
+        return plan.dynamic(shape, plan.lr_of(lr), share, options.slice_base or 0.0, round_to)
+    known = {"lr": measured_lr or plan.lr_of(lr)} if schedule == "lr" else {}
     if schedule == "sensitivity":
-        if options.sensitivity is None:
-            raise RequestError(
-                "schedule sensitivity needs measured losses: run `dynslice sensitivity --out "
-                "losses.json` and give --sensitivity losses.json"
-            )
-        values = plan.read_json(options.sensitivity, "sensitivity")
-        _check_same(values, shape, f"the losses of --sensitivity {options.sensitivity}")
-        known["rises"] = read_rises(values)
-    if lr is not None:
-        _check_same(lr, shape, f"the scores of --lr {options.lr}")
-    round_to = options.round_to or 8
-    budget = budget_of(shape, options.slice_percentage, round_to)
-    return within(schedule, Evidence(shape, round_to, **known), budget)
+        known = {"rises": _rises(options, losses)}
+    from dynslice.schedules import Evidence, budget_of, within
 
-
-def _check_same(values: dict, shape: Any, what: str) -> None:
-    from dynslice.plan import Shape
-
-    if "shape" in values and Shape.from_dict(values["shape"]) != shape:
-        raise RequestError(f"{what} are of another model; measure them anew on this one")
+    return within(schedule, Evidence(shape, round_to, **known), budget_of(shape, share, round_to))
 
 
 def check_measuring_lr(options) -> None:
@@ -122,8 +66,7 @@ def check_measuring_lr(options) -> None:
             "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
             "give --lr lr.json"
         )
-    if options.slice_percentage is None:
-        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    _schedule(options)
     shape = Shape.of(models.load_config(options.model, options.revision))
     budget_of(shape, options.slice_percentage, options.round_to or 8)
 
@@ -132,11 +75,69 @@ def refuse_beside(options, given: str, *others: str) -> None:
     """Raise RequestError when options are given that `given` leaves without a meaning."""
     for name in others:
         if getattr(options, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise RequestError(f"{given} decides the widths by itself; leave {flag} out")
+            raise RequestError(f"{given} decides the widths by itself; leave {_flag(name)} out")
 
 
-def _default_schedule(options) -> str:
-    base = options.slice_base
-    wants_dynamic = options.lr or (base is not None and base != options.slice_percentage)
-    return "dynamic" if wants_dynamic else "constant"
+def _schedule(options) -> str:
+    """The schedule that is asked for, with nothing beside it that means nothing to it."""
+    base, share = options.slice_base, options.slice_percentage
+    if share is None:
+        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    wants_dynamic = options.lr or base not in (None, share)
+    schedule = options.schedule or ("dynamic" if wants_dynamic else "constant")
+    hints = {
+        "slice_base": "--schedule dynamic and --lr",
+        "lr": "--schedule dynamic or lr",
+        "sensitivity": "--schedule sensitivity",
+    }
+    for name, instead in hints.items():
+        value = getattr(options, name)
+        if value is None or name in TAKES[schedule]:
+            continue
+        if name in FILES and not options.model:  # it says what the model is
+            continue
+        if name == "slice_base" and schedule == "constant" and base == share:
+            continue
+        raise RequestError(
+            f"{_flag(name)} {value} has no meaning in a plan of schedule {schedule}; leave it out, "
+            f"or use {instead}"
+        )
+    return schedule
+
+
+def _shape(options, schedule: str, values: dict | None) -> Any:
+    """The shape of the model, or of the one that the values were measured on."""
+    from dynslice import models, plan
+
+    if options.model:
+        return plan.Shape.of(models.load_config(options.model, options.revision))
+    if options.revision is not None:
+        raise RequestError(
+            f"--revision {options.revision} is that of a model of the hub; give --model too, or "
+            "leave it out"
+        )
+    if values:
+        return plan.Shape.from_dict(values.get("shape"))
+    file = f" or {_flag(TAKES[schedule][-1])}" if TAKES[schedule] else ""
+    raise RequestError(f"a plan needs --model{file} to know the widths of the model")
+
+
+def _rises(options, losses: dict | None) -> Any:
+    from dynslice.scores import read_rises
+
+    if losses is None:
+        raise RequestError(
+            "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity --out "
+            "losses.json` and give --sensitivity losses.json"
+        )
+    measured = losses.get("slice_percentage", options.slice_percentage)
+    if measured != options.slice_percentage:
+        raise RequestError(
+            f"the losses of --sensitivity {options.sensitivity} were measured at slice percentage "
+            f"{measured}, and the plan is for {options.slice_percentage}; measure them anew"
+        )
+    return read_rises(losses)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

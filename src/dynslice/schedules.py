@@ -237,11 +237,15 @@ def _too_small(budget: int, least: SlicePlan) -> RequestError:
 
 
 def _parabola(rises: dict[float, float]) -> Callable[[float], float]:
-    """The convex parabola of least squares through rises by share."""
+    """The parabola of least squares through rises by share; where it is hollow, one without slope.
+
+    Losses grow faster and faster, so a hollow one is noise; a straight line would let ties decide.
+    """
     shares, values = np.array([*rises]), np.array([*rises.values()])
     fitted = np.polyfit(shares, values, min(2, len(shares) - 1))
-    if len(fitted) == 3 and fitted[0] < 0:  # noise: losses grow faster and faster
-        fitted = np.polyfit(shares, values, 1)
+    if len(fitted) == 3 and fitted[0] < 0:
+        steepness, level = np.polyfit(shares**2, values, 1)
+        fitted = (steepness, 0.0, level)
     return lambda share: float(np.polyval(fitted, share))
 
 

@@ -38,7 +38,8 @@ def place_losses(
     one, and activations that are not finite.
     """
     check_plan(model.config, plan)
-    check_tokens(model.config, windows)
+    for read in (calibration, windows):
+        check_tokens(model.config, read)
     if not has_plain_head(model.config):
         raise RequestError("sensitivity needs a plain head; use a schedule that needs none of it")
     for share in shares:
