@@ -144,7 +144,7 @@ def question_prose(study: Study) -> str:
         return NONE
     lines = []
     for sp in sizes(study):
-        by_name = {name(point): point for point in study.contest(sp)}
+        by_name = _by_name(study, sp)
         pairs = [("constant, compensated", "constant")]
         if _PAPER in by_name:
             pairs += [(_PAPER, "constant"), (f"{_PAPER}, compensated", "constant, compensated")]
@@ -169,7 +169,7 @@ def _both(study: Study, a: Point, b: Point) -> str:
     if tasks := compare.choice_tasks(study):
         change = compare.accuracy_change(study, a, b, tasks)
         parts.append(f"accuracy {change.format('points')} (**{change.direction}**)")
-    return "; ".join(parts)
+    return ", ".join(parts)
 
 
 # What validation windows say of the choices
@@ -353,21 +353,24 @@ def readme_prose(study: Study) -> str:
     """What wins at equal size: a sentence for compensation and one for each schedule (Markdown)."""
     if not sizes(study):
         return ""
-    sp = sizes(study)[-1]
-    by_name = {name(point): point for point in study.contest(sp)}
-    plain, ours = by_name["constant"], by_name["constant, compensated"]
-    lines = [
-        "**Beyond the paper**, at the stored parameters of constant slicing with SP "
-        f"{percent(sp)} ([notebook 07](notebooks/rendered/{study.profile.name}/07_beyond.ipynb)):",
-        "",
-        f"- Constant slicing with compensation against without: {_both(study, ours, plain)}.",
+    pairs = [
+        ("Constant slicing with compensation against without", "constant, compensated", "constant")
     ]
     for schedule in study.profile.beyond_schedules:
-        theirs = by_name[f"{schedule}, compensated"]
-        lines.append(
-            f"- Schedule `{schedule}` against constant slicing, both compensated: "
-            f"{_both(study, theirs, ours)}."
-        )
+        said = f"Schedule `{schedule}` against constant slicing, both compensated"
+        pairs.append((said, f"{schedule}, compensated", "constant, compensated"))
+    notebook = f"[notebook 07](notebooks/rendered/{study.profile.name}/07_beyond.ipynb)"
+    lines = [
+        "**Beyond the paper**, at the stored parameters of plain constant slicing, with one draw "
+        f"of the calibration windows ({notebook}):",
+        "",
+    ]
+    for said, a, b in pairs:
+        found = []
+        for sp in sizes(study):
+            by_name = _by_name(study, sp)
+            found.append(f"at SP {percent(sp)} {_both(study, by_name[a], by_name[b])}")
+        lines.append(f"- {said}: {'; '.join(found)}.")
     return "\n".join(lines)
 
 
@@ -375,6 +378,10 @@ def name(point: Point) -> str:
     """A network by its schedule and what was done to it, the size left out."""
     parts = point.label.split(", ")
     return ", ".join(part for part in parts if not part.startswith("size of SP"))
+
+
+def _by_name(study: Study, slice_percentage: float) -> dict[str, Point]:
+    return {name(point): point for point in study.contest(slice_percentage)}
 
 
 def evidence_of(study: Study, point: Point):
