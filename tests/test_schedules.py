@@ -98,7 +98,9 @@ def test_sensitivity_takes_a_hollow_curve_for_noise():
     """A parabola that opens downwards would cut some of equal places and leave the others."""
     share = 0.3
     rises = [{share: 0.0, 0.2: -0.02, 0.4: 0.005} for _ in range(60)]
-    plan = within("sensitivity", Evidence(SMOLLM2, 8, rises=rises), budget_of(SMOLLM2, share, 8))
+    budget = budget_of(SMOLLM2, share, 8)
+    plan = within("sensitivity", Evidence(SMOLLM2, 8, rises=rises), budget)
+    assert plan.parameters <= budget
     for block in (plan.place_widths[2:-1:2], plan.place_widths[1:-1:2]):  # attention, MLP
         assert max(block) - min(block) <= 8
 
