@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers
 
-from dynslice import assets, cli, models
+from dynslice.cli import commands
+from dynslice.core import assets
+from dynslice.inputs import models
 
 CPU = torch.device("cpu")
 
@@ -131,7 +133,7 @@ def ask(capfd):
     def run(*arguments):
         capfd.readouterr()
         try:
-            status = cli.main(list(map(str, arguments)))
+            status = commands.main(list(map(str, arguments)))
         except SystemExit as stop:  # argparse's own way out
             status = stop.code
         said = capfd.readouterr()

@@ -93,7 +93,8 @@ def _child(
     at: the event, after: the seconds at which it is disturbed, by a signal or by an error that
     every later writing gives. cache: another cache. patch: Python that is executed first.
     """
-    from dynslice import cli, paths
+    from dynslice.cli import commands
+    from dynslice.core import paths
 
     said = Path(output + ".said")
     said.mkdir(exist_ok=True)
@@ -131,7 +132,7 @@ def _child(
         threading.Timer(after, disturb).start()
     status = 70
     try:
-        status = cli.main(arguments)
+        status = commands.main(arguments)
     except SystemExit as stop:
         status = stop.code
     except BaseException:
@@ -165,16 +166,15 @@ def _ended(pid: int, output: str) -> dict:
 
 
 def _serve() -> None:
-    import dynslice.cli
-    import dynslice.corpora
-    import dynslice.estimate
-    import dynslice.items
-    import dynslice.measure
-    import dynslice.preflight
-    import dynslice.recovery
-    import dynslice.reproduce
-    import dynslice.streaming  # noqa: F401
-    from dynslice import assets, corpora, models
+    # All that a command may load, once for all.
+    import dynslice.cli.record
+    import dynslice.cli.reproduce
+    import dynslice.evaluate.harness
+    import dynslice.experiment.preflight
+    import dynslice.experiment.runner
+    import dynslice.extensions.finetuning  # noqa: F401
+    from dynslice.core import assets
+    from dynslice.inputs import corpora, models
 
     for name in ("sotu", "wikipedia", "mmlu"):
         corpora._corpus(name)

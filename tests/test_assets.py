@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dynslice import assets, paths
-from dynslice.errors import RequestError, RunError
+from dynslice.core import assets, paths
+from dynslice.core.errors import RequestError, RunError
 
 FILES = {
     "words/data/one.txt": b"one",

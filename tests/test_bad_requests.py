@@ -11,11 +11,20 @@ import torch
 from prose import paragraphs
 from safetensors.torch import load_file, save_file
 
-from dynslice import assets, cli, corpora, evaluation, models, paths, plan, redundancy, slicing
-from dynslice.errors import RequestError
-from dynslice.profile import load as load_profile
-from dynslice.scores import scores_of
-from dynslice.study import Study
+from dynslice.cli import commands
+from dynslice.core import assets, paths
+from dynslice.core.errors import RequestError
+from dynslice.core.tensors import pick_device, pick_dtype
+from dynslice.evaluate import harness, perplexity, task_table
+from dynslice.experiment.profile import load as load_profile
+from dynslice.experiment.study import Study
+from dynslice.inputs import corpora, models, texts
+from dynslice.inputs.checkpoints import save
+from dynslice.method import redundancy, slicing
+from dynslice.method.architectures import dims_of
+from dynslice.method.controls import single
+from dynslice.method.plan import SlicePlan, constant, dynamic
+from dynslice.method.scores import scores_of
 
 MODEL = ["--model", "embedded:tiny-random"]
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -373,8 +382,8 @@ class _Pickled:
 def _make_models(folder):
     """Copies of the tiny model, each with one thing wrong."""
     tiny, tokenizer = models.load("embedded:tiny-random", torch.device("cpu"), torch.float32)
-    models.save(tiny, tokenizer, folder / "sound")
-    models.save(tiny, tokenizer, folder / "shards", shard="200KB")
+    save(tiny, tokenizer, folder / "sound")
+    save(tiny, tokenizer, folder / "shards", shard="200KB")
     for saved in ("sound", "shards"):
         (folder / saved / "checksums.json").unlink()
 
@@ -440,8 +449,8 @@ def _make_models(folder):
 def _make_plans(folder):
     """A sound LR file and a sound plan, and copies with one thing wrong."""
     text = ["--text", "text.txt", "--max-tokens", "64"]
-    assert cli.main(["lr", *MODEL, *text, "--out", "lr.json"]) == 0
-    assert cli.main(["plan", *MODEL, "--slice-percentage", "0.25", "--out", "plan.json"]) == 0
+    assert commands.main(["lr", *MODEL, *text, "--out", "lr.json"]) == 0
+    assert commands.main(["plan", *MODEL, "--slice-percentage", "0.25", "--out", "plan.json"]) == 0
     lr, sound = (json.loads((folder / name).read_text()) for name in ("lr.json", "plan.json"))
     layers = lr["layers"]
 
@@ -509,8 +518,8 @@ def test_reproduce_refuses_before_it_measures(ask, monkeypatch):
     def measured(*_, **__):
         raise AssertionError("measuring began")
 
-    monkeypatch.setattr("dynslice.study.work_off", measured)
-    monkeypatch.setattr("dynslice.efficiency.matrix_rate", lambda *_: 1e11)  # takes a while
+    monkeypatch.setattr("dynslice.experiment.study.work_off", measured)
+    monkeypatch.setattr("dynslice.evaluate.speed.matrix_rate", lambda *_: 1e11)  # takes a while
     request = "reproduce --profile smoke --set eval_windows=99999999"
     check_refusal(*ask(*request.split()), "fewer than 99999999 windows of 128")
 
@@ -537,7 +546,7 @@ def test_plan_of_another_model_is_refused(ask, tmp_path):
 def test_long_text_in_place_of_a_name_is_refused(ask):
     refused = ask("ppl", *MODEL, "--text", paragraphs(2))
     check_refusal(
-        *refused, f"neither a corpus ({', '.join([*corpora.CORPORA, *corpora.HUB])}) nor a file"
+        *refused, f"neither a corpus ({', '.join([*corpora.CORPORA, *texts.HUB])}) nor a file"
     )
 
 
@@ -562,7 +571,7 @@ def _tiny():
 
 
 def _shape():
-    return plan.Shape.of(models.load_config("embedded:tiny-random"))
+    return dims_of(models.load_config("embedded:tiny-random"))
 
 
 def _ids(*size):
@@ -571,11 +580,11 @@ def _ids(*size):
 
 BAD_CALLS = {
     "model": (lambda: models.load_config("embedded:gpt"), "'gpt' is unknown; there are"),
-    "corpus": (lambda: corpora.documents("nope", None), "'nope' is neither a corpus"),
-    "split": (lambda: corpora.documents("sotu", "dev"), "'dev' is unknown; use train"),
-    "task": (lambda: evaluation.tasks(None, None, ["piqua"]), "'piqua' is unknown; the tasks"),
-    "limit": (lambda: evaluation.tasks(None, None, ["piqa"], 0), "limit 0 takes no item; use"),
-    "subset": (lambda: evaluation.check_subset("last", 1), "'last' is unknown; use first or"),
+    "corpus": (lambda: texts.documents("nope", None), "'nope' is neither a corpus"),
+    "split": (lambda: texts.documents("sotu", "dev"), "'dev' is unknown; use train"),
+    "task": (lambda: harness.tasks(None, None, ["piqua"]), "'piqua' is unknown; the tasks"),
+    "limit": (lambda: harness.tasks(None, None, ["piqa"], 0), "limit 0 takes no item; use"),
+    "subset": (lambda: task_table.check_subset("last", 1), "'last' is unknown; use first or"),
     "profile key": (
         lambda: load_profile("smoke", {"sed": 1}),
         "'sed'.*nearest valid name is 'seed'",
@@ -587,21 +596,21 @@ BAD_CALLS = {
         lambda: Study.from_notebook({"profile": "smoke", "round_to": "[8"}),
         "of round_to is not YAML; quote it",
     ),
-    "device": (lambda: models.pick_device("tpu"), "'tpu' is unknown; use auto, cpu"),
-    "dtype": (lambda: models.pick_dtype("int8", torch.device("cpu")), "'int8' is unknown; use"),
-    "slice percentage": (lambda: plan.constant(_shape(), float("nan")), "nan is outside 0 to"),
-    "slice base": (lambda: plan.dynamic(_shape(), [0.1] * 4, 0.2, 0.3), "0.3 is outside 0 to"),
+    "device": (lambda: pick_device("tpu"), "'tpu' is unknown; use auto, cpu"),
+    "dtype": (lambda: pick_dtype("int8", torch.device("cpu")), "'int8' is unknown; use"),
+    "slice percentage": (lambda: constant(_shape(), float("nan")), "nan is outside 0 to"),
+    "slice base": (lambda: dynamic(_shape(), [0.1] * 4, 0.2, 0.3), "0.3 is outside 0 to"),
     "scores": (
-        lambda: plan.dynamic(_shape(), [0.1, float("inf")] * 2, 0.2),
+        lambda: dynamic(_shape(), [0.1, float("inf")] * 2, 0.2),
         "LR of layer 1 is inf",
     ),
-    "number of scores": (lambda: plan.dynamic(_shape(), [0.1] * 3, 0.2), "LR has 3 layers, the"),
-    "rounding": (lambda: plan.constant(_shape(), 0.2, 7), "round_to 7 does not divide"),
-    "layer": (lambda: plan.single(_shape(), 4, 0.2), "layer 4 is outside 0 to 3; count from 0"),
+    "number of scores": (lambda: dynamic(_shape(), [0.1] * 3, 0.2), "LR has 3 layers, the"),
+    "rounding": (lambda: constant(_shape(), 0.2, 7), "round_to 7 does not divide"),
+    "layer": (lambda: single(_shape(), 4, 0.2), "layer 4 is outside 0 to 3; count from 0"),
     "score": (lambda: scores_of([], "euclid"), "score 'euclid' is unknown; use cosine"),
-    "plan": (lambda: plan.SlicePlan.from_dict({}), "is incomplete .no hidden_size.; make"),
-    "short windows": (lambda: evaluation.perplexity(_tiny(), _ids(2, 1)), "predicts no token; use"),
-    "long windows": (lambda: evaluation.perplexity(_tiny(), _ids(1, 2049)), "use at most 2048"),
+    "plan": (lambda: SlicePlan.from_dict({}), "is incomplete .no hidden_size.; make"),
+    "short windows": (lambda: perplexity.perplexity(_tiny(), _ids(2, 1)), "predicts no token; use"),
+    "long windows": (lambda: perplexity.perplexity(_tiny(), _ids(1, 2049)), "use at most 2048"),
     "tokens": (
         lambda: redundancy.layer_redundancy(_tiny(), _ids(1, 8) + 300, 8),
         "the vocabulary of the model has 257; save the tokenizer",
@@ -611,7 +620,7 @@ BAD_CALLS = {
         "last_layer 'final' is unknown; use raw or normed",
     ),
     "calibration": (
-        lambda: slicing.slice_model(_tiny(), _ids(1, 8) + 300, plan.constant(_shape(), 0.25)),
+        lambda: slicing.slice_model(_tiny(), _ids(1, 8) + 300, constant(_shape(), 0.25)),
         "the vocabulary of the model has 257; save the tokenizer",
     ),
 }

@@ -5,12 +5,16 @@ from statistics import fmean
 
 import pytest
 
-from dynslice import assets, compare, equal_size, paths, profile, reproduce
-from dynslice.beyond import Beyond
-from dynslice.design import Point
-from dynslice.errors import RequestError
-from dynslice.executor import describe, needs
-from dynslice.study import Study, check_settings
+from dynslice.cli import record
+from dynslice.core import assets, paths
+from dynslice.core.errors import RequestError
+from dynslice.experiment.agenda import describe, needs
+from dynslice.experiment.equal_size import Beyond
+from dynslice.experiment.profile import load
+from dynslice.experiment.requests import Point
+from dynslice.experiment.study import Study
+from dynslice.experiment.validate import check_settings
+from dynslice.report import equal_size, statistics
 
 WANTED = {
     "tasks": {"piqa": 4},
@@ -58,7 +62,7 @@ def test_no_network_stores_more_than_the_constant_one(study):
 
 def test_choices_read_no_test_window():
     """Test windows are asked of the networks that are compared, and of nothing else."""
-    study = Beyond(profile.load("smoke", WANTED))
+    study = Beyond(load("smoke", WANTED))
     compared = [p.network for sp in (0.25, 0.5) for p in study.contest(sp)]
     compared += [p.network for p in study.recovered(0.5)] + [None]
     evidence = [n for r in study.beyond_requests() for n in needs(r)]
@@ -75,14 +79,14 @@ def test_choices_read_no_test_window():
 def test_what_plans_rest_on_belongs_to_the_requests():
     """So that it is counted, recorded, and compared with the record."""
     for name in ("smoke", "quick", "standard", "full"):
-        requests = Beyond(profile.load(name)).requests()
+        requests = Beyond(load(name)).requests()
         keys = {request.key for request in requests}
         assert {needed.key for request in requests for needed in needs(request)} <= keys
         assert len(keys) == len(requests)
 
 
 def test_what_schedules_rest_on_is_not_what_ranks_them():
-    study = Beyond(profile.load("smoke", {**WANTED, "selection_windows": 5}))
+    study = Beyond(load("smoke", {**WANTED, "selection_windows": 5}))
     kinds = {"places", "search"}
     skips = [r.config["skip"] for r in study.evidence_requests() if r.kind in kinds]
     assert skips == [5] * 3
@@ -90,12 +94,12 @@ def test_what_schedules_rest_on_is_not_what_ranks_them():
 
 def test_evidence_is_compared_with_the_record(study):
     places, search = study.places_request(0.5), study.search_request(0.5)
-    values = reproduce._values(study.get(places))
+    values = record._values(study.get(places))
     assert len(values) == 1 + 2 * len(study.get(places).value["places"])
     losses = study.get(places).value["places"][1]["losses"][0]
     assert values["perplexity, mlp of layer 0 cut by 0.3"] == pytest.approx(exp(fmean(losses)))
     tried = [step["loss"] for step in study.get(search).value["tried"]]
-    assert reproduce._values(study.get(search)) == {"perplexity, best plan tried": exp(min(tried))}
+    assert record._values(study.get(search)) == {"perplexity, best plan tried": exp(min(tried))}
 
 
 def test_labels_and_descriptions_differ(study):
@@ -117,7 +121,7 @@ def test_the_table_compares_with_plain_constant_slicing(study):
     by_name = {equal_size.name(point): point for point in study.contest(0.5)}
     text = study.profile.eval_texts[0]
     ours, reference = by_name["lr, compensated"], by_name["constant"]
-    expected = compare.perplexity_change(study, ours, reference, text)
+    expected = statistics.perplexity_change(study, ours, reference, text)
     assert row["perplexity (%)"] == expected.estimate
     ratio = row["perplexity"] / table.iloc[6]["perplexity"]
     assert 100 * (ratio - 1) == pytest.approx(expected.estimate)
@@ -147,7 +151,7 @@ def test_sentences_say_the_direction_that_the_interval_shows(study):
     prose = equal_size.question_prose(study)
     by_name = {equal_size.name(point): point for point in study.contest(0.5)}
     pair = by_name["lr, compensated"], by_name["constant, compensated"]
-    change = compare.perplexity_change(study, *pair, study.profile.eval_texts[0])
+    change = statistics.perplexity_change(study, *pair, study.profile.eval_texts[0])
     assert f"{change.format('%')} (**{change.direction}**)" in prose
     variants = equal_size.variant_table(study)
     assert len(variants) == 6 + 2 + 6 + 2
@@ -189,11 +193,11 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
 )
 def test_settings_that_do_not_fit_are_refused(setting, sentence):
     with pytest.raises(RequestError, match=sentence):
-        profile.load("smoke", {**WANTED, **setting})
+        load("smoke", {**WANTED, **setting})
 
 
 def test_without_validation_windows_nothing_else_is_tried():
-    study = Beyond(profile.load("smoke", {**WANTED, "selection_windows": None}))
+    study = Beyond(load("smoke", {**WANTED, "selection_windows": None}))
     assert study.variants(0.5) == []
     assert len(study.contest(0.5)) == 6
 

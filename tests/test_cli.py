@@ -7,7 +7,7 @@ import pytest
 from prose import paragraphs
 from safetensors import safe_open
 
-from dynslice import assets
+from dynslice.core import assets
 
 MODEL = ["--model", "embedded:tiny-random"]
 

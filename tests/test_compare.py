@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dynslice import ablations, claims, compare, sweep
-from dynslice.errors import RunError
-from dynslice.profile import load
-from dynslice.results import Measurement, Result, Store
-from dynslice.study import Study
+from dynslice.core.errors import RunError
+from dynslice.experiment.profile import load
+from dynslice.experiment.store import Request, Result, Store
+from dynslice.experiment.study import Study
+from dynslice.report import ablations, claims, pages, perplexity, statistics
+from dynslice.report import tasks as task_report
 
 RNG = np.random.default_rng(4)
 LAYERS, ITEMS = 12, 40
@@ -120,7 +121,7 @@ def points(study, schedule):
 
 def test_a_perplexity_change_is_paired(invented):
     dynamic, matched = points(invented, "dynamic")[0], points(invented, "matched")[0]
-    change = compare.perplexity_change(invented, dynamic, matched, "sotu")
+    change = statistics.perplexity_change(invented, dynamic, matched, "sotu")
     expected = 100 * np.expm1(-0.05)  # the windows' noise is common to both and cancels
     assert change.estimate == pytest.approx(expected)
     assert change.low == pytest.approx(expected)
@@ -134,10 +135,10 @@ def test_sb_is_chosen_on_validation_windows_alone(invented):
     alter(invented, invented.selection_request(favourite), shift_nll(-0.2))
     for text in ("sotu", "wikipedia"):
         alter(invented, invented.perplexity_request(other, text), shift_nll(-0.5))
-    for basis in compare.BASES:
-        assert compare.chosen(invented, basis, 0.3)[0] == favourite
-        assert compare.best(invented, basis, "sotu", 0.3)[0] == other
-    table = sweep.selection_table(invented)
+    for basis in statistics.BASES:
+        assert statistics.chosen(invented, basis, 0.3)[0] == favourite
+        assert statistics.best(invented, basis, "sotu", 0.3)[0] == other
+    table = perplexity.selection_table(invented)
     rows = table[table["SP"] == 0.3]
     assert set(rows["SB chosen on validation"]) == {favourite.slice_base}
     assert set(rows["best SB in hindsight"]) == {other.slice_base}
@@ -184,7 +185,7 @@ def test_verdicts_are_those_of_the_chosen_network(invented, shift, noise, verdic
 
 
 def test_points_and_ratio_are_both_said_where_they_disagree(invented):
-    pairs = [p for p in compare.pairs(invented.task_points()) if p[2] == compare.EQUAL_SIZE]
+    pairs = [p for p in statistics.pairs(invented.task_points()) if p[2] == statistics.EQUAL_SIZE]
     right = {"constant": 4, "matched": 4, "dynamic": 9}
     for point, task in itertools.product([p for pair in pairs for p in pair[:2]], TASKS):
         correct = [int(i < right[point.schedule]) for i in range(ITEMS)]
@@ -193,12 +194,12 @@ def test_points_and_ratio_are_both_said_where_they_disagree(invented):
     outcome = next(
         o
         for o in claims.outcomes(invented)
-        if o.metric == "accuracy" and o.basis == compare.EQUAL_SIZE
+        if o.metric == "accuracy" and o.basis == statistics.EQUAL_SIZE
     )
     assert outcome.change.estimate == pytest.approx(12.5)
     assert outcome.ratio.estimate == pytest.approx(125)
     assert outcome.verdict == "supported"
-    weaker = replace(outcome, change=compare.Difference(2.5, 0.5, 4.5))
+    weaker = replace(outcome, change=statistics.Difference(2.5, 0.5, 4.5))
     assert weaker.verdict == "supported in direction, not in size (read as a ratio: supported)"
 
 
@@ -228,10 +229,10 @@ def test_the_constant_curve_is_interpolated_at_the_networks_size(invented):
     for size in (150e6, 158e6):
         alter(invented, invented.slice_request(dynamic), lambda v, s=size: {**v, "parameters": s})
         costs = np.interp(size, sorted(curve), [curve[s] for s in sorted(curve)])
-        change = compare.curve_change(invented, dynamic, "sotu")
+        change = statistics.curve_change(invented, dynamic, "sotu")
         assert change.estimate == pytest.approx(100 * np.expm1(0.25 - costs))
     alter(invented, invented.slice_request(dynamic), lambda v: {**v, "parameters": 5})
-    assert compare.curve_change(invented, dynamic, "sotu") is None
+    assert statistics.curve_change(invented, dynamic, "sotu") is None
 
 
 def test_mcnemar_is_the_exact_binomial_test(invented):
@@ -240,9 +241,9 @@ def test_mcnemar_is_the_exact_binomial_test(invented):
     for point, first in flips:
         request = invented.task_request(point, "piqa")
         alter(invented, request, lambda v, f=first: {**v, "correct": [*f, *[1] * (ITEMS - 8)]})
-    p = compare.mcnemar(invented, a, b, "piqa")
+    p = statistics.mcnemar(invented, a, b, "piqa")
     assert p == pytest.approx(2 * sum(stats.binom.pmf(k, 8, 0.5) for k in (0, 1)))
-    assert compare.mcnemar(invented, a, a, "piqa") == 1.0
+    assert statistics.mcnemar(invented, a, a, "piqa") == 1.0
 
 
 def test_margins_move_where_accuracy_does_not(invented):
@@ -252,27 +253,27 @@ def test_margins_move_where_accuracy_does_not(invented):
         invented.task_request(a, "piqa"),
         lambda v: {**v, "margin": [m + 0.1 for m in v["margin"]]},
     )
-    assert compare.accuracy_change(invented, a, b, ["piqa"]).estimate == 0
-    change = compare.margin_change(invented, a, b, ["piqa"])
+    assert statistics.accuracy_change(invented, a, b, ["piqa"]).estimate == 0
+    change = statistics.margin_change(invented, a, b, ["piqa"])
     assert (change.estimate, change.direction) == (pytest.approx(0.1), "higher")
 
 
 def test_intervals_hold_the_mean_and_shrink_with_more_windows():
     few, many = RNG.normal(1, 1, 20), RNG.normal(1, 1, 2000)
-    low, high = compare.interval(few)
+    low, high = statistics.interval(few)
     assert low < few.mean() < high
-    narrow = compare.interval(many)
+    narrow = statistics.interval(many)
     normal = 2 * stats.norm.ppf(0.975) * many.std() / np.sqrt(len(many))
     assert narrow[1] - narrow[0] == pytest.approx(normal, rel=0.05)
-    assert compare.interval(np.zeros(5)) == (0.0, 0.0)
+    assert statistics.interval(np.zeros(5)) == (0.0, 0.0)
 
 
 def test_a_single_item_counts_and_is_not_resampled():
     many = RNG.standard_normal(50)
-    low, high = compare.interval(many)
-    one = compare.interval(many, np.array([3.0]))
+    low, high = statistics.interval(many)
+    one = statistics.interval(many, np.array([3.0]))
     assert one == pytest.approx(((low + 3.0) / 2, (high + 3.0) / 2))
-    assert compare.interval(np.array([3.0])) == (3.0, 3.0)
+    assert statistics.interval(np.array([3.0])) == (3.0, 3.0)
 
 
 def test_an_accuracy_of_zero_has_no_ratio(invented):
@@ -292,16 +293,16 @@ def test_tasks_weigh_alike_whatever_their_items(invented):
             made = {"correct": [correct] * count, "margin": [0.0] * count}
             request = invented.task_request(point, task)
             alter(invented, request, lambda v, m=made: {**v, **m})
-    change = compare.accuracy_change(invented, a, b, ["piqa", "arc_easy"])
+    change = statistics.accuracy_change(invented, a, b, ["piqa", "arc_easy"])
     assert change.estimate == pytest.approx(50)  # 75 if items weighed alike
-    assert compare.accuracy(invented, a, ["piqa", "arc_easy"]) == pytest.approx(50)
+    assert statistics.accuracy(invented, a, ["piqa", "arc_easy"]) == pytest.approx(50)
 
 
 def test_results_of_other_items_are_not_paired(invented):
     a, b = invented.task_points()[:2]
     alter(invented, invented.task_request(a, "piqa"), lambda v: {**v, "items": [1]})
     with pytest.raises(RunError, match="different items"):
-        compare.accuracy_change(invented, a, b, ["piqa"])
+        statistics.accuracy_change(invented, a, b, ["piqa"])
 
 
 def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
@@ -358,18 +359,18 @@ def test_a_sign_that_depends_on_the_calibration_is_said(invented):
 
 
 def test_every_page_and_figure_comes_from_these_results(invented):
-    comparison = sweep.perplexity_comparison(invented)
-    sweep.sweep_figure(comparison)
-    sweep.accuracy_figure(sweep.task_table(invented))
+    comparison = perplexity.perplexity_comparison(invented)
+    perplexity.sweep_figure(comparison)
+    task_report.accuracy_figure(task_report.task_table(invented))
     ablations.lr_figure(ablations.lr_table(invented))
     ablations.sensitivity_figure(ablations.sensitivity_table(invented))
     ablations.shuffle_figure(ablations.shuffle_table(invented))
-    deviations = claims.deviations_block(invented)
+    deviations = pages.deviations_block(invented)
     assert "nan" not in deviations
-    before = claims.readme_block(invented)
+    before = pages.claims_block(invented)
     request = invented.perplexity_request(points(invented, "dynamic")[0], "sotu")
     alter(invented, request, shift_nll(-0.3))
-    assert claims.readme_block(invented) != before
+    assert pages.claims_block(invented) != before
 
 
 @pytest.mark.parametrize("others", [TASKS, {}])
@@ -384,19 +385,21 @@ def test_generation_tasks_have_a_row_and_no_part_in_averages(others, tmp_path):
         **({**generated, **nothing} if request.config.get("task") == "gsm8k_cot" else {}),
     }
     study.fill()
-    rows = sweep.task_table(study)
+    rows = task_report.task_table(study)
     shown = rows[rows["task"] == "gsm8k_cot (exact_match,flexible-extract)"]
     assert set(shown["accuracy"]) == {50.0}
     assert shown["margin"].isna().all()
     assert ("average" in set(rows["task"])) == bool(others)
-    assert sweep.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
-    assert set(sweep.task_comparison(study)["task"]) == ({*others, "average"} if others else set())
-    sweep.accuracy_figure(rows)
+    assert task_report.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
+    assert set(task_report.task_comparison(study)["task"]) == (
+        {*others, "average"} if others else set()
+    )
+    task_report.accuracy_figure(rows)
     assert "nan" not in claims.claims_prose(study) + claims.levels(study)
     if others:
         without = Invented(load("smoke", SETTINGS), Store(tmp_path / "without"), "cpu", True).fill()
         assert claims.levels(study) == claims.levels(without)
-        old = sweep.task_table(without)
+        old = task_report.task_table(without)
         new = rows[~rows["task"].str.startswith("gsm8k")].reset_index(drop=True)
         pd.testing.assert_frame_equal(new, old, check_dtype=False)
 
@@ -405,5 +408,5 @@ def test_requests_of_the_ablations_differ_in_what_they_vary(invented):
     """No two variants ask for the same network, and each differs from its reference."""
     networks = [a.point.network for a in invented.ablations()]
     networks += [point.network for point in invented.ablated()]
-    keys = {Measurement("network", network).key for network in networks}
+    keys = {Request("network", network).key for network in networks}
     assert len(keys) == len(networks)

@@ -6,20 +6,22 @@ import pytest
 import torch
 from conftest import CPU, TINY
 
-from dynslice import models, slicing, streaming
-from dynslice.compensation import Compensation, Regression
-from dynslice.errors import RequestError, RunError
-from dynslice.exactness import Exactness
-from dynslice.plan import Shape, constant, of_places
-from dynslice.signals import Signals
-from dynslice.slicing import slice_model, sliced_weights
+from dynslice.core.errors import RequestError, RunError
+from dynslice.extensions.compensation import Compensation, Regression
+from dynslice.inputs import models
+from dynslice.method import slicing
+from dynslice.method.activations import Activations
+from dynslice.method.architectures import dims_of, empty_sliced, family_of
+from dynslice.method.numerics import RoundingAudit
+from dynslice.method.plan import constant, of_places
+from dynslice.method.slicing import slice_model, sliced_weights
 
 OURS = Compensation()
 
 
 def uneven(model):
     """A plan with another width at every place."""
-    shape = Shape.of(model.config)
+    shape = dims_of(model.config)
     places = len(shape.reads) * shape.layers
     return of_places("uneven", shape, [20 + (7 * place) % 24 for place in range(places)], 1)
 
@@ -27,7 +29,7 @@ def uneven(model):
 def final_stream(model, windows):
     """What enters the final norm of a dense or sliced model."""
     seen = []
-    norm = model.get_submodule(models.family_of(model.config).final_norm)
+    norm = model.get_submodule(family_of(model.config).final_norm)
     handle = norm.register_forward_hook(lambda _module, given, _output: seen.append(given[0]))
     with torch.inference_mode():
         model(windows, use_cache=False)
@@ -47,9 +49,9 @@ def test_with_an_endless_ridge_it_is_plain_slicing(tiny, tokens, shortcut):
 
 def test_the_sliced_model_computes_what_was_fitted(tiny, tokens):
     """The stream that slicing ends with is the one that enters the final norm afterwards."""
-    plan, x = uneven(tiny), Signals(CPU)
-    weights = dict(sliced_weights(tiny, tokens, plan, x, Exactness(), compensation=OURS))
-    sliced = slicing.empty_sliced(tiny, plan)
+    plan, x = uneven(tiny), Activations(CPU)
+    weights = dict(sliced_weights(tiny, tokens, plan, x, RoundingAudit(torch.float32), OURS))
+    sliced = empty_sliced(tiny, plan)
     sliced.load_state_dict(weights, assign=True)
     fitted = torch.cat(list(x))
     got = final_stream(sliced.eval(), tokens)
@@ -57,8 +59,8 @@ def test_the_sliced_model_computes_what_was_fitted(tiny, tokens):
 
 
 def test_it_brings_the_stream_nearer_to_the_dense_one(tiny, tokens):
-    plan, wanted = constant(Shape.of(tiny.config), 0.5, 1), final_stream(tiny, tokens)
-    if hasattr(tiny.get_submodule(models.family_of(tiny.config).final_norm), "normalized_shape"):
+    plan, wanted = constant(dims_of(tiny.config), 0.5, 1), final_stream(tiny, tokens)
+    if hasattr(tiny.get_submodule(family_of(tiny.config).final_norm), "normalized_shape"):
         wanted = wanted - wanted.mean(-1, keepdim=True)
     size = wanted.norm(dim=-1)
 
@@ -80,7 +82,7 @@ def test_lost_directions_that_follow_from_the_kept_ones_come_back(name, monkeypa
     d = model.config.hidden_size
     generator = torch.Generator().manual_seed(1)
     follow = torch.randn(d // 2, d // 2, generator=generator)
-    family = models.family_of(model.config)
+    family = family_of(model.config)
     with torch.no_grad():
         for table in family.embeddings:
             weight = model.get_parameter(f"{table}.weight")
@@ -96,7 +98,7 @@ def test_lost_directions_that_follow_from_the_kept_ones_come_back(name, monkeypa
     monkeypatch.setattr(slicing, "principal_basis", lambda x, centred: torch.eye(d).double())
     draw = torch.Generator().manual_seed(2)
     windows, unseen = (torch.randint(2, 97, (8, 24), generator=draw) for _ in range(2))
-    plan = constant(Shape.of(model.config), 0.5, 1)
+    plan = constant(dims_of(model.config), 0.5, 1)
     with torch.inference_mode():
         wanted = model(unseen, use_cache=False).logits
         plain = slice_model(model, windows, plan).model(unseen, use_cache=False).logits
@@ -127,13 +129,13 @@ def test_it_costs_two_passes(monkeypatch, tokens):
         return block_output(layer, block, *given)
 
     monkeypatch.setattr(slicing, "block_output", counted)
-    slice_model(model, tokens, constant(Shape.of(model.config), 0.25), OURS)
+    slice_model(model, tokens, constant(dims_of(model.config), 0.25), OURS)
     assert all(runs.count(run) == 2 for run in set(runs))
     assert len(set(runs)) == 2 * model.config.num_hidden_layers
 
 
 def test_a_plan_that_cuts_nothing_is_corrected_by_nothing(tiny, tokens):
-    plan = constant(Shape.of(tiny.config), 0.0)
+    plan = constant(dims_of(tiny.config), 0.0)
     plain, ours = (slice_model(tiny, tokens, plan, c).model for c in (None, OURS))
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], weight, atol=1e-5, rtol=0)
@@ -146,10 +148,10 @@ def test_where_its_signals_are_makes_no_difference(name, host, tokens, tmp_path)
     model = TINY[name]()
     plan = uneven(model)
     wanted = slice_model(model, tokens, plan, OURS).model.state_dict()
-    x, files = Signals(CPU, host, folder=tmp_path), []
+    x, files = Activations(CPU, host, folder=tmp_path), []
     got = {}
     for weight_name, weight in sliced_weights(
-        model, tokens, plan, x, Exactness(), compensation=OURS
+        model, tokens, plan, x, RoundingAudit(torch.float32), OURS
     ):
         got[weight_name] = weight
         files += tmp_path.rglob("*.safetensors")
@@ -161,9 +163,9 @@ def test_where_its_signals_are_makes_no_difference(name, host, tokens, tmp_path)
 def test_slice_to_takes_a_compensation(tmp_path, tokens):
     path = models.resolve("embedded:tiny-random")
     model, _ = models.load(path, CPU, torch.float32)
-    plan = constant(Shape.of(model.config), 0.25)
+    plan = constant(dims_of(model.config), 0.25)
     wanted = slice_model(model, tokens, plan, OURS).model.state_dict()
-    streaming.slice_to(tmp_path / "out", path, tokens, plan, CPU, torch.float32, compensation=OURS)
+    models.slice_saved(tmp_path / "out", path, tokens, plan, CPU, torch.float32, start=OURS)
     got = models.load(str(tmp_path / "out"), CPU, torch.float32)[0].state_dict()
     assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
 
@@ -244,7 +246,7 @@ def test_a_ridge_that_rounding_defeats_is_said():
 
 def test_a_store_beside_another_shares_its_room(tmp_path):
     batch = torch.ones(1, 2, 4)
-    x = Signals(CPU, 2 * batch.nbytes, folder=tmp_path)
+    x = Activations(CPU, 2 * batch.nbytes, folder=tmp_path)
     beside = x.beside()
     for store in (x, beside, beside):
         store.append(batch.clone())

@@ -4,8 +4,10 @@ import pytest
 import torch
 from prose import paragraphs
 
-from dynslice import assets, corpora, models
-from dynslice.errors import RequestError
+from dynslice.core import assets
+from dynslice.core.errors import RequestError
+from dynslice.inputs import corpora, models, texts
+from dynslice.inputs.windows import consecutive_windows, sample_windows, token_stream, token_windows
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +33,19 @@ def rows(windows):
 
 
 def test_tokens_are_the_document_and_a_blank_line(text, tokenizer):
-    stream = corpora.tokens(text, None, tokenizer)
+    stream = token_stream(text, None, tokenizer)
     assert tokenizer.decode(stream) == paragraphs(20) + "\n\n"
 
 
 def test_documents_follow_each_other_between_blank_lines(tokenizer):
-    first, second = corpora.documents("wikipedia", "test")[:2]
-    stream = corpora.tokens("wikipedia", "test", tokenizer, limit=len((first + second).encode()))
+    first, second = texts.documents("wikipedia", "test")[:2]
+    stream = token_stream("wikipedia", "test", tokenizer, limit=len((first + second).encode()))
     assert f"{first}\n\n{second}\n\n".startswith(tokenizer.decode(stream))
 
 
 def test_seed_shuffles_documents(tokenizer):
     plain, one, again, two = (
-        corpora.tokens("wikipedia", "test", tokenizer, limit=500, seed=seed)
+        token_stream("wikipedia", "test", tokenizer, limit=500, seed=seed)
         for seed in (None, 1, 1, 2)
     )
     assert torch.equal(one, again)
@@ -52,14 +54,14 @@ def test_seed_shuffles_documents(tokenizer):
 
 
 def test_blocks_are_consecutive_and_the_last_short_one_is_dropped():
-    blocks = corpora.blocks(torch.arange(26), 8, None, "numbers")
+    blocks = consecutive_windows(torch.arange(26), 8, None, "numbers")
     assert torch.equal(blocks, torch.arange(24).view(3, 8))
 
 
 def test_count_takes_the_first_blocks(text, tokenizer):
-    every = corpora.windows(text, None, tokenizer, 64, None)
+    every = token_windows(text, None, tokenizer, 64, None)
     assert len(every) == len(paragraphs(20) + "\n\n") // 64
-    assert torch.equal(corpora.windows(text, None, tokenizer, 64, 5), every[:5])
+    assert torch.equal(token_windows(text, None, tokenizer, 64, 5), every[:5])
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -68,34 +70,34 @@ def test_too_few_windows_is_refused_naming_the_text(text, tokenizer, seed):
     with pytest.raises(
         RequestError, match=rf"{text}' holds {length} tokens, fewer than 200 windows of 64"
     ):
-        corpora.windows(text, None, tokenizer, 64, 200, seed)
+        token_windows(text, None, tokenizer, 64, 200, seed)
 
 
 def test_text_shorter_than_one_window_is_refused(text, tokenizer):
     with pytest.raises(RequestError, match="fewer than one window of 9999"):
-        corpora.windows(text, None, tokenizer, 9999, None)
+        token_windows(text, None, tokenizer, 9999, None)
 
 
 def test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(text, tokenizer):
-    every = rows(corpora.windows(text, None, tokenizer, 64, None))
+    every = rows(token_windows(text, None, tokenizer, 64, None))
     assert len(set(every)) == len(every)
-    drawn = rows(corpora.windows(text, None, tokenizer, 64, 100, seed=7))
+    drawn = rows(token_windows(text, None, tokenizer, 64, 100, seed=7))
     assert len(set(drawn)) == 100
     assert set(drawn) < set(every)
-    assert rows(corpora.windows(text, None, tokenizer, 64, 100, seed=7)) == drawn
-    assert rows(corpora.windows(text, None, tokenizer, 64, 100, seed=8)) != drawn
+    assert rows(token_windows(text, None, tokenizer, 64, 100, seed=7)) == drawn
+    assert rows(token_windows(text, None, tokenizer, 64, 100, seed=8)) != drawn
     assert drawn != every[:100]
 
 
 def test_skipped_windows_are_those_of_a_smaller_draw(text, tokenizer):
-    stream = corpora.tokens(text, None, tokenizer)
-    first, both = (rows(corpora.drawn(stream, 64, n, 7, text)) for n in (30, 70))
-    others = rows(corpora.drawn(stream, 64, 40, 7, text, skip=30))
+    stream = token_stream(text, None, tokenizer)
+    first, both = (rows(sample_windows(stream, 64, n, 7, text)) for n in (30, 70))
+    others = rows(sample_windows(stream, 64, 40, 7, text, skip=30))
     assert len(others) == 40
     assert sorted([*first, *others]) == sorted(both)
     assert len(set(both)) == 70
     with pytest.raises(RequestError, match="fewer than 200 windows"):
-        corpora.drawn(stream, 64, 40, 7, text, skip=160)
+        sample_windows(stream, 64, 40, 7, text, skip=160)
 
 
 BAD_FILES = {
@@ -112,7 +114,7 @@ def test_file_that_is_no_text_is_refused(name, tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(RequestError, match=f"text.txt' {message}"):
-        corpora.tokens(str(path), None, tokenizer)
+        token_stream(str(path), None, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["no-such-text", "very long " * 500])
@@ -120,22 +122,22 @@ def test_name_of_nothing_is_refused(name):
     with pytest.raises(
         RequestError, match=r"neither a corpus \(sotu, .*, pg19\) nor a file or directory"
     ):
-        corpora.check(name, None)
+        texts.check(name, None)
 
 
 def test_file_has_no_splits(text):
     with pytest.raises(RequestError, match="is a file and has no splits"):
-        corpora.check(text, "test")
+        texts.check(text, "test")
 
 
 def test_unknown_split_is_refused():
     with pytest.raises(RequestError, match="split 'dev' is unknown; use train, validation, test"):
-        corpora.check("sotu", "dev")
+        texts.check("sotu", "dev")
 
 
 @pytest.mark.parametrize("name", corpora.CORPORA)
 def test_splits_hold_documents_each_once(name):
-    splits = [corpora.documents(name, split) for split in corpora.SPLITS]
+    splits = [texts.documents(name, split) for split in texts.SPLITS]
     every = [document for split in splits for document in split]
     assert all(split for split in splits)
     assert len(set(every)) == len(every)
@@ -143,12 +145,12 @@ def test_splits_hold_documents_each_once(name):
 
 def test_wikipedia_splits_share_no_long_sentence():
     seen = {}
-    for split in corpora.SPLITS:
-        for passage in corpora.documents("wikipedia", split):
+    for split in texts.SPLITS:
+        for passage in texts.documents("wikipedia", split):
             for sentence in passage.split(". "):
                 if len(sentence) > 40:
                     assert seen.setdefault(sentence, split) == split
 
 
 def test_corpus_without_a_split_is_its_validation_text():
-    assert corpora.documents("sotu", None) == corpora.documents("sotu", "validation")
+    assert texts.documents("sotu", None) == texts.documents("sotu", "validation")

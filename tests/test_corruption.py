@@ -9,12 +9,19 @@ import pytest
 import yaml
 from prose import paragraphs
 
-from dynslice import assets, cli, corpora, evaluation, items, models, paths, published
-from dynslice.errors import RequestError, RunError
-from dynslice.plan import SlicePlan, lr_of, read_json
-from dynslice.profile import load as load_profile
-from dynslice.results import Measurement, Result, Store
-from dynslice.study import Study
+from dynslice.cli import commands
+from dynslice.core import assets, paths
+from dynslice.core.errors import RequestError, RunError
+from dynslice.core.files import read_json
+from dynslice.core.tensors import DTYPES, pick_device
+from dynslice.evaluate import harness
+from dynslice.experiment.profile import load as load_profile
+from dynslice.experiment.store import Request, Result, Store
+from dynslice.experiment.study import Study
+from dynslice.inputs import corpora, models, texts
+from dynslice.method.plan import SlicePlan
+from dynslice.method.scores import lr_of
+from dynslice.report import published
 
 TINY = "embedded:tiny-random"
 
@@ -82,7 +89,7 @@ def test_asset(which, damage, sotu, monkeypatch, record_property):
     assert path.name in assets.verify()["sotu"][0]
     corpora._corpus.cache_clear()
     with pytest.raises(RequestError, match=rf"'sotu' is damaged: .*{path.name}.*dynslice assets"):
-        corpora.documents("sotu", "test")
+        texts.documents("sotu", "test")
     asked = []
 
     def download(asset, folder):
@@ -131,7 +138,7 @@ def test_embedded_model_is_made_anew(name, damage, cache, capsys, record_propert
 
 CONFIG = {"model": "m", "text": "sotu", "seed": 1}
 RESULT = Result("ppl", CONFIG, {"perplexity": 12.5}, 3.5, 1024, {"commit": "abc"})
-ASKED = Measurement("ppl", CONFIG)
+ASKED = Request("ppl", CONFIG)
 
 
 def one_digit(path: Path) -> None:
@@ -206,7 +213,7 @@ def made(tmp_path_factory):
         [*sliced, "--out", str(folder / "whole")],
         [*sliced, "--stream", "--host-memory", "0.004", "--out", str(folder / "streamed")],
     ):
-        assert cli.main(command) == 0
+        assert commands.main(command) == 0
     return folder
 
 
@@ -340,13 +347,13 @@ def reworded(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncated, reworded])
 def test_damaged_copy_of_a_data_set_changes_no_score(damage, cache, monkeypatch, record_property):
     """lm-eval keeps a copy of the data; scores come from the verified files."""
-    monkeypatch.setattr(items, "TASK_FILES", cache / "lm_eval_tasks")
-    model, tokenizer = models.load(TINY, models.pick_device("cpu"), models.DTYPES["float32"])
+    monkeypatch.setattr(harness, "TASK_FILES", cache / "lm_eval_tasks")
+    model, tokenizer = models.load(TINY, pick_device("cpu"), DTYPES["float32"])
 
     def scores():
-        items.items_of.cache_clear()
-        items._task_manager.cache_clear()
-        return evaluation.tasks(model, tokenizer, ["piqa"], 4)["piqa"]
+        harness.items_of.cache_clear()
+        harness._task_manager.cache_clear()
+        return harness.tasks(model, tokenizer, ["piqa"], 4)["piqa"]
 
     try:
         sound = scores()
@@ -358,6 +365,6 @@ def test_damaged_copy_of_a_data_set_changes_no_score(damage, cache, monkeypatch,
             damage(path)
         assert scores() == sound
     finally:
-        items.items_of.cache_clear()
-        items._task_manager.cache_clear()
+        harness.items_of.cache_clear()
+        harness._task_manager.cache_clear()
     record_property("corruptions caught", 1)

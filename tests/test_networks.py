@@ -6,12 +6,16 @@ import pytest
 import torch
 from conftest import CPU
 
-from dynslice import assets, corpora, hub_models, hub_texts, models, paths
-from dynslice.evaluation import perplexity, tasks
-from dynslice.plan import Shape, constant
-from dynslice.redundancy import layer_redundancy
-from dynslice.slicing import slice_model
-from dynslice.study import Study
+from dynslice.core import assets, hub, paths
+from dynslice.evaluate.harness import tasks
+from dynslice.evaluate.perplexity import perplexity
+from dynslice.experiment.study import Study
+from dynslice.inputs import corpora, models, texts
+from dynslice.inputs.checkpoints import save
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import constant
+from dynslice.method.redundancy import layer_redundancy
+from dynslice.method.slicing import slice_model
 
 SMALL = {
     "ablation_slice_percentage": None,
@@ -38,9 +42,9 @@ def test_a_spread_network_gives_the_same_values(crowded, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     windows = torch.randint(257, (4, 64), generator=torch.Generator().manual_seed(0))
     dense, tokenizer = models.load("embedded:tiny-random", CPU, torch.float32)
-    models.save(dense, tokenizer, tmp_path / "dense", shard="100KB")
-    plan = constant(Shape.of(dense.config), 0.25)
-    models.save(slice_model(dense, windows, plan).model, tokenizer, tmp_path / "sliced")
+    save(dense, tokenizer, tmp_path / "dense", shard="100KB")
+    plan = constant(dims_of(dense.config), 0.25)
+    save(slice_model(dense, windows, plan).model, tokenizer, tmp_path / "sliced")
     for name in ("dense", "sliced"):
         whole, _ = models.load(str(tmp_path / name), CPU, torch.float32)
         spread, _ = models.load(str(tmp_path / name), CPU, torch.float32, spread=True)
@@ -85,12 +89,12 @@ def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypa
     asked = []
     folder = models.resolve("embedded:tiny-random")
     monkeypatch.setattr(paths, "OUTPUT", tmp_path)
-    monkeypatch.setattr(hub_models, "refusal", lambda *_: "cannot be reached")
+    monkeypatch.setattr(hub, "model_refusal", lambda *_: "cannot be reached")
     monkeypatch.setattr(
-        hub_models, "snapshot", lambda name, revision=None: asked.append(revision) or folder
+        hub, "snapshot", lambda name, revision=None: asked.append(revision) or folder
     )
-    monkeypatch.setattr(hub_models, "commit_of", lambda *_: "c0ffee")
-    monkeypatch.setattr(corpora, "commit_of", lambda text, revision: f"{text} at {revision}")
+    monkeypatch.setattr(hub, "model_commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(texts, "commit_of", lambda text, revision: f"{text} at {revision}")
     study = Study.open(
         "smoke",
         device="cpu",
@@ -103,7 +107,7 @@ def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypa
     assert (request.config["revision"], request.config["text_revision"]) == ("v1", "v2")
     read = []
     monkeypatch.setattr(
-        hub_texts, "documents", lambda *a: read.append(a) or corpora.documents("wikipedia", "test")
+        corpora, "documents", lambda *a: read.append(a) or texts.documents("wikipedia", "test")
     )
     stood_in = Study.open("smoke", stand_ins={"sotu": "c4"}, revisions={"c4": "abc"})
     assert stood_in._text("sotu", "train")["text_revision"] == "abc"

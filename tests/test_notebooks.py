@@ -16,13 +16,15 @@ import pytest
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
 
-from dynslice import ablations, claims, compare, models, paths, profile, report, sweep
-from dynslice.design import percent
-from dynslice.errors import RequestError
-from dynslice.study import Study
+from dynslice.core import paths
+from dynslice.core.errors import RequestError
+from dynslice.experiment.profile import load, percent
+from dynslice.experiment.study import Study
+from dynslice.inputs import models
+from dynslice.report import ablations, claims, layer_redundancy, perplexity, statistics, style
 
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
-SMOKE = profile.load("smoke")
+SMOKE = load("smoke")
 
 # Everything differs from the profile `smoke`; a single item has nothing to resample.
 CHANGED = {
@@ -180,7 +182,7 @@ def private():
     """Names of this machine that a rendered notebook must not hold, words of the project apart."""
     found = {str(paths.ROOT), str(paths.CACHE), sys.prefix, str(Path.home())}
     names = {getpass.getuser(), platform.node(), platform.node().partition(".")[0]}
-    ours = [*SOURCES, *Path(report.__file__).parent.glob("*.py")]
+    ours = [*SOURCES, *Path(style.__file__).parent.glob("*.py")]
     words = set(re.findall(r"[\w-]+", " ".join(path.read_text() for path in ours).lower()))
     return found | {name for name in names if len(name) > 3 and name.lower() not in words}
 
@@ -230,8 +232,8 @@ def test_changed_parameters_are_those_that_the_notebooks_speak_of(changed):
 
 def test_percentages_models_and_layers_are_those_of_the_run(changed, folder):
     text = of_the_run(changed)
-    settings = profile.load("smoke", CHANGED)
-    shares = {0.0, compare.CONFIDENCE}
+    settings = load("smoke", CHANGED)
+    shares = {0.0, statistics.CONFIDENCE}
     for name, value in settings.model_dump().items():
         if re.search(r"slice_(percentages?|bases?)$|_slice$", name):
             shares |= set(value) if isinstance(value, list) else {value}
@@ -298,14 +300,14 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name(source, tmp_path)
 
 def test_figures_name_shares_and_curves_as_asked(changed, folder):
     tables = folder / "figures/smoke"
-    changes = sweep.sweep_figure(pd.read_csv(tables / "perplexity_comparison.csv"))
+    changes = perplexity.sweep_figure(pd.read_csv(tables / "perplexity_comparison.csv"))
     assert [axis.get_title() for axis in changes.axes] == ["mmlu, SP 12.5%", "mmlu, SP 50%"]
     levels = pd.read_csv(tables / "perplexity.csv")
-    assert "dynamic, SB 6.25%" in legends(sweep.perplexity_figure(levels))
+    assert "dynamic, SB 6.25%" in legends(perplexity.perplexity_figure(levels))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "OUTPUT", folder)
         study = Study.open("smoke", **CHANGED)
-        figure = sweep.redundancy_figure(sweep.redundancy_table(study), study)
+        figure = layer_redundancy.redundancy_figure(layer_redundancy.redundancy_table(study), study)
     assert {"slice base, 18.75%", "mean, 37.5%"} <= legends(figure)
     assert 100 * pd.read_csv(tables / "layer_redundancy.csv")["FS"].max() < top(figure)
 
@@ -316,7 +318,7 @@ def test_figures_draw_every_slice_base(changed, folder):
     dynamic = table[table["schedule"] == "dynamic"].iloc[0]
     rows = pd.DataFrame([{**dynamic, "SB": base} for base in bases])
     many = pd.concat([table[table["schedule"] != "dynamic"], rows])
-    figure = sweep.perplexity_figure(many)
+    figure = perplexity.perplexity_figure(many)
     assert {f"dynamic, SB {percent(base)}" for base in bases} <= legends(figure)
     looks = {(line.get_marker(), line.get_color()) for line in figure.axes[0].lines}
     assert len(looks) >= len(bases)

@@ -12,9 +12,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from dynslice import assets, claims, models, paths, profile, reproduce
-from dynslice.recovery import Recovery
-from dynslice.study import Study
+from dynslice.cli import record
+from dynslice.core import assets, paths
+from dynslice.experiment.profile import load
+from dynslice.experiment.study import Study
+from dynslice.extensions.finetuning import FineTuning
+from dynslice.inputs import models
+from dynslice.report import pages
 
 RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
@@ -83,7 +87,7 @@ def test_tables_of_a_record_are_those_of_its_results(again):
 def test_pages_say_what_the_record_says(name):
     study = Study.open(name, from_record=True)
     found = 0
-    for path, block in reproduce.PAGES.items():
+    for path, block in record.PAGES.items():
         _, start, rest = path.read_text().partition(f"<!-- record:{name} -->\n")
         if start:
             found += 1
@@ -93,12 +97,12 @@ def test_pages_say_what_the_record_says(name):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_pages_are_what_a_record_would_write(name, tmp_path, monkeypatch):
-    copies = {tmp_path / path.name: block for path, block in reproduce.PAGES.items()}
-    for path in reproduce.PAGES:
+    copies = {tmp_path / path.name: block for path, block in record.PAGES.items()}
+    for path in record.PAGES:
         (tmp_path / path.name).write_text(path.read_text().replace("Measured on", "Dreamt on"))
-    before = {path.name: path.read_text() for path in reproduce.PAGES}
-    monkeypatch.setattr(reproduce, "PAGES", copies)
-    reproduce.update_pages(Study.open(name, from_record=True))
+    before = {path.name: path.read_text() for path in record.PAGES}
+    monkeypatch.setattr(record, "PAGES", copies)
+    record.update_pages(Study.open(name, from_record=True))
     pages = {path.name: path.read_text() for path in copies}
     for page in pages:
         block = re.search(rf"<!-- record:{name} -->.*?<!-- /record:{name} -->", before[page], re.S)
@@ -107,7 +111,7 @@ def test_pages_are_what_a_record_would_write(name, tmp_path, monkeypatch):
 
 def test_a_changed_result_changes_what_the_readme_would_say():
     study = Study.open("quick", from_record=True)
-    before = claims.readme_block(study)
+    before = pages.claims_block(study)
     original = study.store.get
     victim = study.perplexity_request(study.points()[2], "sotu").key
 
@@ -118,7 +122,7 @@ def test_a_changed_result_changes_what_the_readme_would_say():
         return result
 
     study.store.get = get
-    assert claims.readme_block(study) != before
+    assert pages.claims_block(study) != before
 
 
 # Numbers outside the generated parts. They are no results: each is a fact of the method, of a
@@ -127,7 +131,7 @@ def test_a_changed_result_changes_what_the_readme_would_say():
 
 def prose():
     """(where, text) of everything that people wrote: pages without blocks, code and links."""
-    for path in reproduce.PAGES:
+    for path in record.PAGES:
         yield (
             path.name,
             re.sub(r"<!-- ([\w:]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S),
@@ -186,10 +190,10 @@ def test_facts_in_prose_are_true():
         1e-5
     )  # the eps that docs/deviations.md calls the same
     assert "Q4_1" in paths.ASSET_MANIFEST.read_text()
-    assert set(profile.load("standard").tasks.values()) == {150}
-    paper = profile.load("paper")
+    assert set(load("standard").tasks.values()) == {150}
+    paper = load("paper")
     assert (paper.calibration_windows, paper.selection_windows) == (128, 120)
-    assert (Recovery(steps=1).rank, Recovery(steps=1).alpha) == (32, 10)
+    assert (FineTuning(steps=1).rank, FineTuning(steps=1).alpha) == (32, 10)
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11.5"
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import TINY, decoder
 
-from dynslice.errors import RequestError
-from dynslice.plan import Shape, constant
-from dynslice.slicing import principal_basis, slice_model
+from dynslice.core.errors import RequestError
+from dynslice.method.architectures import dims_of
+from dynslice.method.numerics import principal_basis
+from dynslice.method.plan import constant
+from dynslice.method.slicing import slice_model
 
 D = 48
 NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -156,7 +158,7 @@ def logits_of(model, tokens):
 @pytest.mark.parametrize(("case", "family", "dtype"), NETWORKS, ids=str)
 def test_slices_are_finite_and_the_same_every_time(case, family, dtype, tokens):
     model, windows = build(family, case, dtype)
-    plan = constant(Shape.of(model.config), 0.5)
+    plan = constant(dims_of(model.config), 0.5)
     sliced, again = (slice_model(model, windows, plan).model for _ in range(2))
     weights = sliced.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
@@ -167,7 +169,7 @@ def test_slices_are_finite_and_the_same_every_time(case, family, dtype, tokens):
 @pytest.mark.parametrize(("case", "family", "dtype"), NETWORKS, ids=str)
 def test_full_widths_leave_logits_unchanged(case, family, dtype, tokens):
     model, windows = build(family, case, dtype)
-    sliced = slice_model(model, windows, constant(Shape.of(model.config), 0.0)).model
+    sliced = slice_model(model, windows, constant(dims_of(model.config), 0.0)).model
     expected = logits_of(model, tokens)
     assert expected.isfinite().all()
     atol = TOLERANCE[dtype] * float(expected.abs().max())
@@ -186,7 +188,7 @@ def test_full_widths_leave_logits_unchanged(case, family, dtype, tokens):
 )
 def test_a_network_as_wide_as_the_calibration_rank_keeps_those_logits(case, family, rank):
     model, windows = build(family, case)
-    shape = Shape.of(model.config)
+    shape = dims_of(model.config)
     expected = logits_of(model, windows)
 
     def difference(width):
@@ -204,7 +206,7 @@ def test_a_network_as_wide_as_the_calibration_rank_keeps_those_logits(case, fami
 def test_a_channel_of_1e6_is_kept(tokens):
     """A basis without it would lose nearly all of the stream."""
     model, windows = build("phi", "channel of 1e6")
-    sliced = slice_model(model, windows, constant(Shape.of(model.config), 0.5)).model
+    sliced = slice_model(model, windows, constant(dims_of(model.config), 0.5)).model
     expected = logits_of(model, tokens)
     atol = 1e-2 * float(expected.abs().max())
     torch.testing.assert_close(logits_of(sliced, tokens), expected, atol=atol, rtol=0)
@@ -242,14 +244,14 @@ def test_weights_that_are_not_finite_are_refused(family, name, value):
     number_of(model, name).fill_(NOT_FINITE[value])
     windows = torch.arange(2, 98).view(4, 24) % 97
     with pytest.raises(RequestError, match="not finite"):
-        slice_model(model, windows, constant(Shape.of(model.config), 0.25))
+        slice_model(model, windows, constant(dims_of(model.config), 0.25))
 
 
 @pytest.mark.parametrize(("case", "family", "dtype"), OVERFLOWS, ids=str)
 def test_weights_beyond_float16_are_refused(case, family, dtype):
     model, windows = build(family, case, dtype)
     with pytest.raises(RequestError, match="not finite"):
-        slice_model(model, windows, constant(Shape.of(model.config), 0.5))
+        slice_model(model, windows, constant(dims_of(model.config), 0.5))
 
 
 @pytest.mark.parametrize("family", ["opt", "phi"])
@@ -258,7 +260,7 @@ def test_activations_that_overflow_are_refused(family, tokens):
     model = TINY[family]()
     scaled(1e37)(model)
     with pytest.raises(RequestError, match="not finite"):
-        slice_model(model, tokens, constant(Shape.of(model.config), 0.25))
+        slice_model(model, tokens, constant(dims_of(model.config), 0.25))
 
 
 @pytest.mark.parametrize(
@@ -274,4 +276,4 @@ def test_weights_that_no_calibration_signal_meets_are_refused(name, slice_percen
     model = TINY["mistral"]()
     model.get_parameter(f"{name}.weight").data.view(-1)[7] = float("nan")
     with pytest.raises(RequestError, match="not finite"):
-        slice_model(model, tokens, constant(Shape.of(model.config), slice_percentage))
+        slice_model(model, tokens, constant(dims_of(model.config), slice_percentage))

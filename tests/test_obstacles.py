@@ -3,10 +3,9 @@
 import pytest
 import transformers
 
-from dynslice import models
-from dynslice.errors import RequestError
-from dynslice.obstacles import obstacle
-from dynslice.sliced import FAMILIES
+from dynslice.core.errors import RequestError
+from dynslice.method.architectures import check_family, obstacle
+from dynslice.method.modeling_sliced import FAMILIES
 
 OPT = transformers.OPTConfig
 
@@ -29,7 +28,7 @@ OPT = transformers.OPTConfig
 )
 def test_what_cannot_be_sliced_exactly_is_refused(config, reason):
     with pytest.raises(RequestError, match=f"can't be sliced exactly: .*{reason}.*; the families"):
-        models.check_family(config)
+        check_family(config)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

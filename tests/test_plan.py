@@ -6,21 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from dynslice.errors import RequestError
-from dynslice.plan import (
-    Shape,
-    SlicePlan,
-    constant,
-    dynamic,
-    lr_of,
-    matched,
-    shuffled,
-    single,
-    with_embedding,
-)
-from dynslice.scores import normalise
+from dynslice.core.errors import RequestError
+from dynslice.method.controls import matched, shuffled, single, with_embedding
+from dynslice.method.plan import ModelDims, SlicePlan, constant, dynamic
+from dynslice.method.scores import lr_of, normalise
 
-SMOLLM2 = Shape(
+SMOLLM2 = ModelDims(
     hidden_size=576,
     layers=30,
     vocab_size=49152,
@@ -29,7 +20,7 @@ SMOLLM2 = Shape(
     fixed=28311552,
     dense_parameters=134515008,
 )
-SMALL = Shape(
+SMALL = ModelDims(
     hidden_size=64,
     layers=4,
     vocab_size=97,

@@ -7,17 +7,13 @@ import pytest
 import torch
 from conftest import CPU
 
-from dynslice import (
-    assets,
-    hub_models,
-    hub_texts,
-    models,
-    preflight,
-    reproduce,
-)
-from dynslice.errors import RequestError, RunError
-from dynslice.estimate import Estimator, Machine, task_tokens, text_tokens
-from dynslice.study import Study
+from dynslice.cli import reproduce
+from dynslice.core import assets, hub
+from dynslice.core.errors import RequestError, RunError
+from dynslice.experiment import preflight
+from dynslice.experiment.estimate import Estimator, Machine, task_tokens, text_tokens
+from dynslice.experiment.study import Study
+from dynslice.inputs import corpora, models
 
 # That of the committed benchmark, data/bench/smollm2-135m-cpu.json; the eigen-decomposition of
 # the same cores.
@@ -29,9 +25,9 @@ PAPER = ("meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1")
 def no_hub(monkeypatch):
     """No network, and no local cache of the hub."""
     away = "could not be had from the hub: connect to the network"
-    monkeypatch.setattr(hub_models, "refusal", lambda *_: away)
-    monkeypatch.setattr(hub_models, "snapshot", lambda *_: None)
-    monkeypatch.setattr(hub_texts, "obstacle", lambda text, *_: f"text {text!r} is away")
+    monkeypatch.setattr(hub, "model_refusal", lambda *_: away)
+    monkeypatch.setattr(hub, "snapshot", lambda *_: None)
+    monkeypatch.setattr(corpora, "obstacle", lambda text, *_: f"text {text!r} is away")
 
 
 @pytest.mark.parametrize("name", ["quick", "standard"])
@@ -124,9 +120,9 @@ def test_the_hubs_refusals_are_told_apart_without_its_words(error, sentence, mon
         raise getattr(huggingface_hub.errors, error)("token=hf_secret", response=response)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
-    hub_models.refusal.cache_clear()
-    said = hub_models.refusal("somebody/some-model", "v9")
-    hub_models.refusal.cache_clear()
+    hub.model_refusal.cache_clear()
+    said = hub.model_refusal("somebody/some-model", "v9")
+    hub.model_refusal.cache_clear()
     assert said.startswith(sentence)
     assert "hf_secret" not in said
 
@@ -186,7 +182,7 @@ def test_the_machines_yardsticks_are_measured():
 
 
 def test_tasks_of_the_hub_are_in_the_way_without_it(monkeypatch):
-    monkeypatch.setattr(hub_texts, "_is_away", lambda *_: True)
+    monkeypatch.setattr(hub, "is_away", lambda *_: True)
     study = Study.open("smoke", device="cpu", tasks={"gsm8k_cot": 2})
     found = preflight.forecast(study, study.task_requests(), machine=MACHINE)
     assert [o for o in found.obstacles if o.startswith("task 'gsm8k_cot' is dataset")]
@@ -194,7 +190,7 @@ def test_tasks_of_the_hub_are_in_the_way_without_it(monkeypatch):
 
 
 def test_a_configuration_alone_is_no_downloaded_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_models, "snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr(hub, "snapshot", lambda *_: tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert not models.in_cache("somebody/model")
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}

@@ -13,8 +13,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dynslice import costs, paths, profile, reproduce
-from dynslice.study import Study
+from dynslice.cli import record
+from dynslice.core import paths
+from dynslice.experiment.profile import Profile, parse_overrides
+from dynslice.experiment.study import Study
+from dynslice.report import efficiency
 
 LOCK = paths.ROOT / "requirements.lock"
 RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
@@ -47,7 +50,7 @@ def test_notebook_sources_are_clean_and_take_parameters(path):
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1
     assert all(len("".join(cell["source"]).splitlines()) <= 20 for cell in code)
-    known = {*profile.Profile.model_fields, "profile", "from_record", "device"}
+    known = {*Profile.model_fields, "profile", "from_record", "device"}
     names = re.findall(r"^(\w+) =", "".join(tagged[0]["source"]), flags=re.M)
     assert set(names) <= known
 
@@ -65,7 +68,7 @@ def test_a_record_is_complete_and_of_one_clean_commit(name):
 def test_a_record_agrees_with_itself_and_not_with_altered_values(name):
     study = Study.open(name, from_record=True)
     requests = study.requests()
-    same = reproduce.agree(study, requests)
+    same = record.agree(study, requests)
     assert same["agree"] == same["values"] > 0
     altered = Study.open(name, from_record=True)
     original = altered.store.get
@@ -77,14 +80,14 @@ def test_a_record_agrees_with_itself_and_not_with_altered_values(name):
         return result
 
     altered.store.get = get
-    outcome = reproduce.agree(altered, requests)
+    outcome = record.agree(altered, requests)
     count = sum(request.kind == "ppl" for request in requests)
     assert outcome["values"] - outcome["agree"] == count
     assert outcome["largest_deviation"] == pytest.approx(0.002)
 
 
 def test_commands_in_the_readme_are_understood():
-    from dynslice.cli import options_of
+    from dynslice.cli.commands import options_of
 
     text = (paths.ROOT / "README.md").read_text()
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("dynslice ")]
@@ -97,16 +100,17 @@ def test_commands_in_the_readme_are_understood():
     for _, *arguments in commands:
         options = options_of(arguments)
         if options.command == "reproduce":
-            assert set(profile.parse_overrides(options.set)) <= set(profile.Profile.model_fields)
+            assert set(parse_overrides(options.set)) <= set(Profile.model_fields)
 
 
 def test_python_in_the_readme_runs():
     text = (paths.ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    code = next(block for block in blocks if "slice_model" in block)
+    code = next(block for block in blocks if "dynamic_slicing" in block)
     namespace = {}
     exec(code.replace("embedded:smollm2-135m", "embedded:tiny-random"), namespace)
-    assert namespace["sliced"].num_parameters() == namespace["dynamic"].parameters
+    sliced = namespace["sliced"]
+    assert sliced.model.num_parameters() == sliced.plan.parameters
 
 
 @pytest.fixture
@@ -137,10 +141,10 @@ def test_one_command_measures_all_that_needs_a_gpu(on_a_gpu):
     finished, asked = on_a_gpu("nothing")
     assert finished.returncode == 0, finished.stderr
     benches = [line for line in asked if "dynslice bench" in line]
-    missing = [c for n, c in costs.BENCHES.values() if n.endswith("-cuda")]
+    missing = [c for n, c in efficiency.BENCHES.values() if n.endswith("-cuda")]
     assert benches == [
         f"-m {command} --out data/bench/{name}.json"
-        for name, command in costs.BENCHES.values()
+        for name, command in efficiency.BENCHES.values()
         if command in missing and not (paths.BENCH / f"{name}.json").is_file()
     ]
     assert "-m pytest tests/test_device.py" in asked

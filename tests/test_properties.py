@@ -9,17 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dynslice.errors import RequestError
-from dynslice.plan import (
-    Shape,
-    SlicePlan,
-    constant,
-    dynamic,
-    matched,
-    shuffled,
-    single,
-    with_embedding,
-)
+from dynslice.core.errors import RequestError
+from dynslice.method.controls import matched, shuffled, single, with_embedding
+from dynslice.method.plan import ModelDims, SlicePlan, constant, dynamic
 
 EPS = 1e-9
 SMALLEST = 5e-324  # the smallest number above zero, a denormal
@@ -40,7 +32,7 @@ def shapes(draw):
     d = draw(st.one_of(st.integers(1, 128), st.sampled_from([576, 768, 4096])))
     blocks = draw(st.integers(1, 2))
     sizes = st.lists(st.integers(1, 4 * d), min_size=blocks, max_size=blocks).map(tuple)
-    shape = Shape(
+    shape = ModelDims(
         hidden_size=d,
         layers=draw(st.integers(1, 20)),
         vocab_size=draw(st.integers(1, 50_000)),

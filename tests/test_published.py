@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from test_compare import TEXT_LEVEL, Invented, points
 
-from dynslice import paths, published, report
-from dynslice.errors import RequestError
-from dynslice.profile import load
-from dynslice.results import Store
+from dynslice.core import paths
+from dynslice.core.errors import RequestError
+from dynslice.experiment.profile import load
+from dynslice.experiment.store import Store
+from dynslice.report import published, style
 
 MODEL = "Some-Lab/Some-Model"
 SETTINGS = {
@@ -123,7 +124,7 @@ def test_a_readers_number_stands_beside_ours_of_equal_settings(invented):
     ]
     assert "**3 of 3** rows" in published.page(table, invented)
     assert "3 of them with equal settings" in published.page(table, invented)
-    report.save_table(table, invented, "published")
+    style.save_table(table, invented, "published")
     saved = {path.suffix: path.read_text() for path in paths.figures("smoke").iterdir()}
     assert set(saved) == {".csv", ".md", ".tex"}
     assert all("17.5" in text and "A paper" in text for text in saved.values())
@@ -195,7 +196,7 @@ def test_nothing_joins_for_another_model(invented):
         f"No published perplexity is for {MODEL}; `data/published` holds 1 of other models: "
         f"{MODEL}-2."
     )
-    report.save_table(table, invented, "published")  # writes nothing
+    style.save_table(table, invented, "published")  # writes nothing
     assert not (paths.figures("smoke") / "published.csv").exists()
 
 
@@ -274,7 +275,7 @@ def test_a_file_that_is_no_utf8_is_refused(invented):
 def test_a_spreadsheets_byte_order_mark_is_no_part_of_a_column(invented):
     (paths.PUBLISHED / "reader.csv").write_text(f"{HEADER}\n{GOOD}\n", encoding="utf-8-sig")
     assert [cell.value for cell in published.read()] == [5]
-    assert report.rounded(published.table(invented))["SB"].tolist() == ["-"]
+    assert style.rounded(published.table(invented))["SB"].tolist() == ["-"]
 
 
 def test_a_stand_in_is_no_equal_setting(tmp_path, monkeypatch):

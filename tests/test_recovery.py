@@ -5,15 +5,17 @@ import torch
 from conftest import TINY
 from test_slicing import logits_of
 
-from dynslice import models
-from dynslice.errors import RequestError
-from dynslice.plan import Shape, constant
-from dynslice.recovery import Recovery, recover
-from dynslice.slicing import slice_model
+from dynslice.core.errors import RequestError
+from dynslice.extensions.finetuning import FineTuning, finetune
+from dynslice.inputs import models
+from dynslice.inputs.checkpoints import save
+from dynslice.method.architectures import dims_of, family_of
+from dynslice.method.plan import constant
+from dynslice.method.slicing import slice_model
 
 
 def sliced(model, tokens):
-    return slice_model(model, tokens, constant(Shape.of(model.config), 0.25, 1)).model
+    return slice_model(model, tokens, constant(dims_of(model.config), 0.25, 1)).model
 
 
 def loss_of(model, tokens):
@@ -27,12 +29,12 @@ def test_the_loss_falls_and_the_network_stores_what_it_stored(name, tokens):
     network = sliced(model, tokens)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     first = loss_of(network, tokens)
-    merged, seconds = recover(network, tokens, Recovery(40, learning_rate=3e-2))
+    merged, seconds = finetune(network, tokens, FineTuning(40, learning_rate=3e-2))
     assert loss_of(merged, tokens) < 0.95 * first
     assert seconds > 0
     after = merged.state_dict()
     assert {k: t.shape for k, t in after.items()} == {k: t.shape for k, t in before.items()}
-    family = models.family_of(model.config)
+    family = family_of(model.config)
     trained = {n for block in family.blocks for n in (*block.reads, *block.writes)}
     for key, tensor in after.items():
         in_block = any(key.endswith(f".{name}.weight") for name in trained)
@@ -44,7 +46,7 @@ def test_the_loss_falls_and_the_network_stores_what_it_stored(name, tokens):
 def test_it_is_the_same_again_and_the_seed_reaches_it(tokens):
     state = torch.get_rng_state()
     results = [
-        logits_of(recover(sliced(TINY["llama"](), tokens), tokens, Recovery(3), seed)[0], tokens)
+        logits_of(finetune(sliced(TINY["llama"](), tokens), tokens, FineTuning(3), seed)[0], tokens)
         for seed in (1, 1, 2)
     ]
     assert torch.equal(results[0], results[1])
@@ -55,14 +57,14 @@ def test_it_is_the_same_again_and_the_seed_reaches_it(tokens):
 
 def test_windows_come_again_when_there_are_more_steps(tokens):
     network = sliced(TINY["llama"](), tokens)
-    merged, _ = recover(network, tokens[:2], Recovery(5))
+    merged, _ = finetune(network, tokens[:2], FineTuning(5))
     assert logits_of(merged, tokens).isfinite().all()
 
 
 def test_it_is_saved_and_loaded_as_any_slice(tokens, tmp_path):
     _, tokenizer = models.load("embedded:tiny-random", torch.device("cpu"), torch.float32)
-    merged, _ = recover(sliced(TINY["llama"](), tokens), tokens, Recovery(2))
-    models.save(merged, tokenizer, tmp_path / "out")
+    merged, _ = finetune(sliced(TINY["llama"](), tokens), tokens, FineTuning(2))
+    save(merged, tokenizer, tmp_path / "out")
     loaded, _ = models.load(str(tmp_path / "out"), torch.device("cpu"), torch.float32)
     assert torch.equal(logits_of(loaded, tokens), logits_of(merged, tokens))
 
@@ -70,9 +72,9 @@ def test_it_is_saved_and_loaded_as_any_slice(tokens, tmp_path):
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 1, "learning_rate": 0.0}])
 def test_numbers_that_make_no_training_are_refused(wrong):
     with pytest.raises(RequestError, match="makes no training"):
-        Recovery(**wrong)
+        FineTuning(**wrong)
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tokens):
     with pytest.raises(RequestError, match="vocabulary"):
-        recover(sliced(TINY["llama"](), tokens), tokens + 1000, Recovery(1))
+        finetune(sliced(TINY["llama"](), tokens), tokens + 1000, FineTuning(1))

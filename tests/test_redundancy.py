@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import TINY, decoder, write_of_the_last_block
 
-from dynslice import corpora
-from dynslice.errors import RequestError
-from dynslice.plan import Shape, constant
-from dynslice.redundancy import layer_redundancy
-from dynslice.scores import SCORES, normalise, scores_of
-from dynslice.slicing import slice_model
+from dynslice.core.errors import RequestError
+from dynslice.inputs.windows import sliding_windows
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import constant
+from dynslice.method.redundancy import layer_redundancy
+from dynslice.method.scores import SCORES, normalise, scores_of
+from dynslice.method.slicing import slice_model
 
 LAYERS = 3
 
@@ -81,13 +82,13 @@ def test_windows_weigh_alike_however_they_are_batched(tokens, monkeypatch):
     model = TINY["llama"]()
     whole = layer_redundancy(model, tokens, 24).lr
     monkeypatch.setattr(
-        "dynslice.redundancy.batches", lambda windows, _desc, _device: iter(windows.split(4))
+        "dynslice.method.redundancy.batches", lambda windows, _desc, _device: iter(windows.split(4))
     )
     assert layer_redundancy(model, tokens, 24).lr == pytest.approx(whole, abs=1e-6)
 
 
 def test_result_says_what_it_was_measured_on(tokens):
-    windows = corpora.sliding(tokens.flatten(), 24, 10)
+    windows = sliding_windows(tokens.flatten(), 24, 10)
     result = layer_redundancy(TINY["llama"](), windows, 10, "normed").to_dict()
     asked = {"tokens": 144, "windows": 13, "window": 24, "stride": 10, "last_layer": "normed"}
     assert {key: result[key] for key in asked} == asked
@@ -100,11 +101,11 @@ def test_result_says_what_it_was_measured_on(tokens):
 def test_sliding_windows_start_at_every_stride(length, window, stride):
     stream = torch.arange(length)
     expected = [stream[i : i + window] for i in range(0, length - window + 1, stride)]
-    assert torch.equal(corpora.sliding(stream, window, stride), torch.stack(expected))
+    assert torch.equal(sliding_windows(stream, window, stride), torch.stack(expected))
 
 
 def test_text_shorter_than_a_window_is_one_short_window(tokens):
-    windows = corpora.sliding(tokens[0], 1024, 256)
+    windows = sliding_windows(tokens[0], 1024, 256)
     assert torch.equal(windows, tokens[:1])
     result = layer_redundancy(TINY["llama"](), windows, 256)
     assert (result.tokens, result.windows, result.window) == (24, 1, 24)
@@ -113,7 +114,7 @@ def test_text_shorter_than_a_window_is_one_short_window(tokens):
 @pytest.mark.parametrize("length", [0, 1])
 def test_stream_without_a_pair_of_tokens_is_refused(length):
     with pytest.raises(RequestError, match=f"holds {length} token.*at least 2"):
-        corpora.sliding(torch.zeros(length, dtype=torch.long), 8, 4)
+        sliding_windows(torch.zeros(length, dtype=torch.long), 8, 4)
 
 
 def test_non_finite_activations_are_an_error_that_names_the_layer(tiny, tokens):
@@ -141,7 +142,7 @@ def test_normalised_scores_span_zero_to_one():
 
 def test_sliced_model_is_refused(tokens):
     model = TINY["llama"]()
-    sliced = slice_model(model, tokens, constant(Shape.of(model.config), 0.25)).model
+    sliced = slice_model(model, tokens, constant(dims_of(model.config), 0.25)).model
     with pytest.raises(RequestError, match="sliced already"):
         layer_redundancy(sliced, tokens, 24)
 

@@ -13,9 +13,11 @@ import pytest
 import yaml
 from prose import paragraphs
 
-from dynslice import assets, models, paths, profile
-from dynslice.results import Store
-from dynslice.study import Study
+from dynslice.core import assets, paths
+from dynslice.experiment.profile import load
+from dynslice.experiment.store import Store
+from dynslice.experiment.study import Study
+from dynslice.inputs import models
 
 MODELS = ("tiny-llama-3", "tiny-mistral")
 NOTEBOOKS = 7
@@ -72,7 +74,7 @@ def test_rehearsal_reads_stand_ins_and_streams_sharded_models(rehearsal):
 
 
 def test_rehearsal_is_the_paper_but_for_sizes():
-    paper, rehearsal = profile.load("paper"), profile.load("rehearsal")
+    paper, rehearsal = load("paper"), load("rehearsal")
     same = ("calibration_text", "eval_texts", "eval_split", "lr_text", "lr_split", "seed")
     same += ("lr_last_layer", "round_to")
     for key in same:
@@ -186,6 +188,6 @@ def test_profile_of_models_names_a_folder_for_each(tmp_path):
     del settings["model"]
     settings["models"] = ["somebody/one", str(tmp_path / "two")]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
-    named = [profile.load(str(tmp_path / "mine.yaml"), {"model": m}) for m in settings["models"]]
+    named = [load(str(tmp_path / "mine.yaml"), {"model": m}) for m in settings["models"]]
     assert [p.name for p in named] == ["mine/one", "mine/two"]
-    assert profile.load(str(tmp_path / "mine.yaml")).model == "somebody/one"
+    assert load(str(tmp_path / "mine.yaml")).model == "somebody/one"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dynslice.errors import DiskError
-from dynslice.results import Measurement, Result, Store
+from dynslice.core.errors import DiskError
+from dynslice.experiment.store import Request, Result, Store
 
 CONFIG = {"model": "m", "plan": {"slice_percentage": 0.25}, "text": "sotu", "seed": 1}
 RESULT = Result(
@@ -18,7 +18,7 @@ RESULT = Result(
     peak_memory_bytes=1024,
     provenance={"commit": "abc", "device": "here"},
 )
-ASKED = Measurement("ppl", CONFIG)
+ASKED = Request("ppl", CONFIG)
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_what_is_put_is_got(store):
 
 
 def test_what_is_missing_is_none(store):
-    assert store.get(Measurement("ppl", {**CONFIG, "seed": 2})) is None
-    assert store.get(Measurement("lr", CONFIG)) is None
+    assert store.get(Request("ppl", {**CONFIG, "seed": 2})) is None
+    assert store.get(Request("lr", CONFIG)) is None
 
 
 def test_put_leaves_one_readable_file(store):
@@ -62,17 +62,17 @@ def test_key_ignores_where_when_and_what_came_out():
     [{"seed": 2}, {"plan": {"slice_percentage": 0.3}}, {"text": "wikipedia"}, {"limit": None}],
 )
 def test_key_depends_on_everything_asked(change):
-    assert Measurement("ppl", {**CONFIG, **change}).key != ASKED.key
+    assert Request("ppl", {**CONFIG, **change}).key != ASKED.key
 
 
 def test_key_depends_on_the_kind_and_not_on_the_order():
-    assert Measurement("lr", CONFIG).key != ASKED.key
-    assert Measurement("ppl", dict(reversed(CONFIG.items()))).key == ASKED.key
+    assert Request("lr", CONFIG).key != ASKED.key
+    assert Request("ppl", dict(reversed(CONFIG.items()))).key == ASKED.key
 
 
 def test_key_depends_on_the_method_version(monkeypatch):
     before = ASKED.key
-    monkeypatch.setattr("dynslice.results.METHOD_VERSION", -1)
+    monkeypatch.setattr("dynslice.experiment.store.METHOD_VERSION", -1)
     assert ASKED.key != before
 
 
@@ -125,7 +125,7 @@ def test_failed_write_leaves_the_old_result_and_no_temporary_file(store, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(DiskError, match="is full; free some"):
-        patch.setattr("dynslice.files.os.replace", full)
+        patch.setattr("dynslice.core.files.os.replace", full)
         store.put(replace(RESULT, seconds=9.0))
     assert store.get(ASKED) == RESULT
     assert files(store) == [f"{ASKED.key}.json"]

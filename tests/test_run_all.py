@@ -13,7 +13,8 @@ import pytest
 import yaml
 from prose import paragraphs
 
-from dynslice import models, paths
+from dynslice.core import paths
+from dynslice.inputs import models
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynslice import scores
-from dynslice.errors import RequestError
-from dynslice.plan import Shape, SlicePlan, constant
-from dynslice.schedules import SCHEDULES, Evidence, budget_of, search, within
+from dynslice.core.errors import RequestError
+from dynslice.extensions.schedules import SCHEDULES, Evidence, budget_of, search, within
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import ModelDims, SlicePlan, constant
+from dynslice.method.scores import read_rises, rises
 
-SHAPES = {name: Shape.of(TINY[name]().config) for name in ("llama", "opt", "phi")}
-SMOLLM2 = Shape(576, 30, 49152, (960, 3072), (576, 1536), 28311552, 134515008)
+SHAPES = {name: dims_of(TINY[name]().config) for name in ("llama", "opt", "phi")}
+SMOLLM2 = ModelDims(576, 30, 49152, (960, 3072), (576, 1536), 28311552, 134515008)
 
 
 def places_of(shape):
@@ -172,7 +173,7 @@ def test_rises_are_means_against_the_plan():
         "shares": [0.2, 0.4],
         "places": [{"share": 0.3, "losses": [[1.0, 2.0], [3.0, 4.0]]}],
     }
-    assert scores.rises(value) == [{0.3: 0.0, 0.2: -0.5, 0.4: 1.5}]
+    assert rises(value) == [{0.3: 0.0, 0.2: -0.5, 0.4: 1.5}]
 
 
 @pytest.mark.parametrize(
@@ -188,4 +189,4 @@ def test_rises_are_means_against_the_plan():
 )
 def test_a_file_without_losses_is_refused(values):
     with pytest.raises(RequestError, match="lists no losses; make it with"):
-        scores.read_rises(values)
+        read_rises(values)

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from conftest import TINY, projector_oracle
 from test_slicing import logits_of
 
-from dynslice.errors import RequestError
-from dynslice.evaluation import perplexity
-from dynslice.plan import Shape, constant
-from dynslice.sensitivity import place_losses
+from dynslice.core.errors import RequestError
+from dynslice.evaluate.perplexity import perplexity
+from dynslice.evaluate.place_losses import place_losses
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import constant
 
 
 def nll_of(logits, windows):
@@ -27,7 +28,7 @@ def unseen():
 
 
 def test_cutting_one_place_of_the_dense_model_is_one_projector_in_it(tiny, tokens, unseen):
-    shape = Shape.of(tiny.config)
+    shape = dims_of(tiny.config)
     value = place_losses(tiny, tokens, unseen, constant(shape, 0.0, 1), [0.25, 0.5])
     assert value["plan"] == pytest.approx(perplexity(tiny, unseen)["nll"], abs=1e-5)
     assert value["shares"] == [0.25, 0.5]
@@ -43,7 +44,7 @@ def test_cutting_one_place_of_the_dense_model_is_one_projector_in_it(tiny, token
 
 def test_around_a_plan_all_other_places_are_cut_as_it_says(tokens, unseen):
     model = TINY["llama"]()
-    shape = Shape.of(model.config)
+    shape = dims_of(model.config)
     plan = constant(shape, 0.25, 1)
     value = place_losses(model, tokens, unseen, plan, [0.25, 0.5])
     expected = nll_of(projector_oracle(model, tokens, unseen, plan.place_widths), unseen)
@@ -59,7 +60,7 @@ def test_around_a_plan_all_other_places_are_cut_as_it_says(tokens, unseen):
 
 def test_calibration_windows_may_be_longer(tokens, unseen):
     model = TINY["mistral"]()
-    plan = constant(Shape.of(model.config), 0.25, 1)
+    plan = constant(dims_of(model.config), 0.25, 1)
     value = place_losses(model, tokens, unseen[:, :15], plan, [0.5])
     expected = projector_oracle(model, tokens, unseen[:, :15], plan.place_widths)
     assert value["plan"] == pytest.approx(nll_of(expected, unseen[:, :15]).tolist(), abs=2e-3)
@@ -67,7 +68,7 @@ def test_calibration_windows_may_be_longer(tokens, unseen):
 
 def test_places_are_named_in_the_order_of_the_stream(tokens, unseen):
     model = TINY["llama"]()
-    value = place_losses(model, tokens, unseen, constant(Shape.of(model.config), 0.25, 1), [0.5])
+    value = place_losses(model, tokens, unseen, constant(dims_of(model.config), 0.25, 1), [0.5])
     names = [(place["layer"], place["block"]) for place in value["places"]]
     assert names == [(i, block) for i in range(3) for block in ("attention", "mlp")]
 
@@ -76,12 +77,12 @@ def test_places_are_named_in_the_order_of_the_stream(tokens, unseen):
 def test_a_share_that_is_none_is_refused(share, tokens, unseen):
     model = TINY["llama"]()
     with pytest.raises(RequestError, match=f"share {share} is outside 0 to 1"):
-        place_losses(model, tokens, unseen, constant(Shape.of(model.config), 0.25, 1), [share])
+        place_losses(model, tokens, unseen, constant(dims_of(model.config), 0.25, 1), [share])
 
 
 def test_a_plan_of_another_model_is_refused(tokens, unseen):
     model = TINY["llama"]()
-    other = replace(Shape.of(model.config), vocab_size=50)
+    other = replace(dims_of(model.config), vocab_size=50)
     with pytest.raises(RequestError, match="made for another model"):
         place_losses(model, tokens, unseen, constant(other, 0.25, 1), [0.5])
 
@@ -89,5 +90,5 @@ def test_a_plan_of_another_model_is_refused(tokens, unseen):
 def test_the_model_is_left_alone(tokens, unseen):
     model = TINY["llama"]()
     before = logits_of(model, unseen)
-    place_losses(model, tokens, unseen, constant(Shape.of(model.config), 0.25, 1), [0.5])
+    place_losses(model, tokens, unseen, constant(dims_of(model.config), 0.25, 1), [0.5])
     assert torch.equal(logits_of(model, unseen), before)

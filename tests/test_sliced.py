@@ -10,16 +10,17 @@ import torch
 from prose import paragraphs
 from transformers import AutoModelForCausalLM
 
-from dynslice import models
-from dynslice.plan import Shape, SlicePlan
-from dynslice.slicing import slice_model
+from dynslice.inputs import models
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import SlicePlan
+from dynslice.method.slicing import slice_model
 
 WIDTHS = (40, 17, 31)
 
 
 @pytest.fixture
 def sliced(tiny, tokens):
-    shape = Shape.of(tiny.config)
+    shape = dims_of(tiny.config)
     return slice_model(
         tiny, tokens, SlicePlan("test", 0.0, 0.0, 1, (0.0,) * 3, WIDTHS, shape)
     ).model

@@ -7,11 +7,15 @@ import torch
 from conftest import TINY, projector_oracle
 from transformers import MistralConfig, MistralForCausalLM
 
-from dynslice import corpora, models
-from dynslice.errors import RequestError
-from dynslice.evaluation import perplexity
-from dynslice.plan import Shape, SlicePlan, constant, dynamic, single
-from dynslice.slicing import principal_basis, slice_model
+from dynslice.core.errors import RequestError
+from dynslice.evaluate.perplexity import perplexity
+from dynslice.inputs import models
+from dynslice.inputs.windows import token_windows
+from dynslice.method.architectures import dims_of
+from dynslice.method.controls import single
+from dynslice.method.numerics import principal_basis
+from dynslice.method.plan import SlicePlan, constant, dynamic
+from dynslice.method.slicing import slice_model
 
 
 def uneven(shape, widths):
@@ -24,7 +28,7 @@ def logits_of(model, tokens):
 
 
 def test_full_widths_leave_logits_unchanged(tiny, tokens):
-    shape = Shape.of(tiny.config)
+    shape = dims_of(tiny.config)
     sliced = slice_model(tiny, tokens, constant(shape, 0.0)).model
     torch.testing.assert_close(
         logits_of(sliced, tokens), logits_of(tiny, tokens), atol=2e-4, rtol=0
@@ -42,7 +46,7 @@ def test_full_widths_leave_logits_unchanged(tiny, tokens):
     ],
 )
 def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths, embedding):
-    plan = uneven(Shape.of(tiny.config), widths)
+    plan = uneven(dims_of(tiny.config), widths)
     plan = replace(plan, own_attention=embedding and (embedding, *plan.widths[1:]))
     evaluation = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(9))
     sliced = slice_model(tiny, tokens, plan).model
@@ -56,20 +60,20 @@ def test_sliced_model_equals_dense_model_with_projectors(tiny, tokens, widths, e
 
 def test_dense_model_is_left_as_it_was(tiny, tokens):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    slice_model(tiny, tokens, constant(Shape.of(tiny.config), 0.5))
+    slice_model(tiny, tokens, constant(dims_of(tiny.config), 0.5))
     after = tiny.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_sliced_model_can_be_fine_tuned(tokens):
     model = TINY["llama"]()
-    sliced = slice_model(model, tokens, constant(Shape.of(model.config), 0.25)).model
+    sliced = slice_model(model, tokens, constant(dims_of(model.config), 0.25)).model
     sliced(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None for p in sliced.parameters())
 
 
 def test_stored_tensors_match_the_plans_count(tiny, tokens):
-    shape = Shape.of(tiny.config)
+    shape = dims_of(tiny.config)
     for plan in (constant(shape, 0.5), uneven(shape, (40, 17, 31))):
         sliced = slice_model(tiny, tokens, plan).model
         assert sum(tensor.numel() for tensor in sliced.state_dict().values()) == plan.parameters
@@ -78,10 +82,11 @@ def test_stored_tensors_match_the_plans_count(tiny, tokens):
 
 def test_calibration_batches_do_not_change_the_result(tokens, monkeypatch):
     model = TINY["mistral-sliding"]()
-    plan = constant(Shape.of(model.config), 0.5)
+    plan = constant(dims_of(model.config), 0.5)
     whole = slice_model(model, tokens, plan).model
-    monkeypatch.setattr(corpora, "batches", lambda windows, *_: iter(windows.split(1)))
-    monkeypatch.setattr("dynslice.slicing.batches", corpora.batches)
+    monkeypatch.setattr(
+        "dynslice.method.activations.batches", lambda windows, *_: iter(windows.split(1))
+    )
     single = slice_model(model, tokens, plan).model
     torch.testing.assert_close(
         logits_of(whole, tokens), logits_of(single, tokens), atol=1e-3, rtol=1e-3
@@ -94,7 +99,7 @@ def test_each_block_runs_once_per_calibration_batch(tokens):
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append("attention"))
         layer.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
-    slice_model(model, tokens, constant(Shape.of(model.config), 0.25))  # one batch of 6 x 24
+    slice_model(model, tokens, constant(dims_of(model.config), 0.25))  # one batch of 6 x 24
     # The last MLP runs for no place: the head reads the full stream in its own basis.
     assert calls == ["attention", "mlp", "attention", "mlp", "attention"]
 
@@ -104,7 +109,7 @@ def test_blocks_after_the_last_cut_do_not_run(tokens):
     calls = []
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
-    slice_model(model, tokens, single(Shape.of(model.config), 1, 0.5))
+    slice_model(model, tokens, single(dims_of(model.config), 1, 0.5))
     assert calls == [0, 1]
 
 
@@ -121,11 +126,11 @@ def test_non_finite_weights_are_named(tokens):
     model = TINY["llama"]()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(RequestError, match="not finite in float"):
-        slice_model(model, tokens, constant(Shape.of(model.config), 0.25))
+        slice_model(model, tokens, constant(dims_of(model.config), 0.25))
 
 
 def test_plan_of_another_model_is_refused(tokens):
-    plan = constant(Shape.of(TINY["llama"]().config), 0.25)
+    plan = constant(dims_of(TINY["llama"]().config), 0.25)
     with pytest.raises(RequestError, match="another model"):
         slice_model(TINY["mistral-sliding"](), tokens, plan)
 
@@ -135,23 +140,23 @@ def test_plan_of_another_model_is_refused(tokens):
 
 @pytest.fixture(scope="module")
 def calibration(smollm2):
-    return corpora.windows("sotu", "train", smollm2[1], 512, 8, seed=1)
+    return token_windows("sotu", "train", smollm2[1], 512, 8, seed=1)
 
 
 @pytest.fixture(scope="module")
 def held_out(smollm2):
-    return corpora.windows("sotu", "test", smollm2[1], 256, 4, seed=1)
+    return token_windows("sotu", "test", smollm2[1], 256, 4, seed=1)
 
 
 @pytest.fixture(scope="module")
 def sliced_smollm2(smollm2, calibration):
     model = smollm2[0]
-    return slice_model(model, calibration, constant(Shape.of(model.config), 0.25)).model
+    return slice_model(model, calibration, constant(dims_of(model.config), 0.25)).model
 
 
 def test_smollm2_logits_survive_folding_and_rotation(smollm2, calibration, held_out):
     model = smollm2[0]
-    rotated = slice_model(model, calibration[:2], constant(Shape.of(model.config), 0.0)).model
+    rotated = slice_model(model, calibration[:2], constant(dims_of(model.config), 0.0)).model
     difference = (logits_of(rotated, held_out) - logits_of(model, held_out)).abs().max()
     assert difference <= 2e-3
     expected = perplexity(model, held_out)["perplexity"]
@@ -174,14 +179,14 @@ def test_smollm2_as_mistral_gives_the_same_slice(smollm2, calibration, held_out,
     mistral = MistralForCausalLM(MistralConfig(**settings, sliding_window=None))
     mistral.load_state_dict(model.state_dict())
     mistral = mistral.eval()
-    sliced = slice_model(mistral, calibration, constant(Shape.of(mistral.config), 0.25)).model
+    sliced = slice_model(mistral, calibration, constant(dims_of(mistral.config), 0.25)).model
     assert perplexity(sliced, held_out)["perplexity"] == pytest.approx(
         perplexity(sliced_smollm2, held_out)["perplexity"], rel=1e-5
     )
 
 
 def test_slicing_more_never_stores_more(smollm2):
-    shape = Shape.of(models.load_config("embedded:smollm2-135m"))
+    shape = dims_of(models.load_config("embedded:smollm2-135m"))
     lr = [0.1 * i for i in range(shape.layers)]
     shares = [i / 50 for i in range(45)]
     for make in (constant, lambda s, sp: dynamic(s, lr, sp)):

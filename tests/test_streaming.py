@@ -13,13 +13,22 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from conftest import CPU, TINY
 
-from dynslice import efficiency, memory, models, streaming
-from dynslice.compensation import Compensation
-from dynslice.errors import RequestError
-from dynslice.exactness import Exactness
-from dynslice.plan import Shape, SlicePlan, constant
-from dynslice.signals import Signals
-from dynslice.slicing import slice_model, sliced_weights
+from dynslice.core.errors import RequestError
+from dynslice.extensions.compensation import Compensation
+from dynslice.inputs import models
+from dynslice.method import streaming
+from dynslice.method.activations import Activations
+from dynslice.method.architectures import dims_of
+from dynslice.method.footprint import (
+    extra_memory,
+    largest_weight,
+    signal_bytes,
+    slicing_workspace,
+    stored_bytes,
+)
+from dynslice.method.numerics import RoundingAudit
+from dynslice.method.plan import SlicePlan, constant
+from dynslice.method.slicing import slice_model, sliced_weights
 
 MIB = 2**20
 
@@ -34,11 +43,11 @@ def saved(model, folder):
 @pytest.mark.parametrize("name", TINY)
 def test_streamed_slice_equals_the_one_in_memory(name, tokens, tmp_path):
     model = TINY[name]()
-    shape = Shape.of(model.config)
+    shape = dims_of(model.config)
     plan = SlicePlan("test", 0.0, 0.0, 1, (0.0,) * 3, (40, 17, 31), shape)
     source, out = saved(model, tmp_path / "dense"), tmp_path / "sliced"
     budget = streaming.Budget(host=memory_needed(model.config, plan, tokens) + 1000)
-    streaming.slice_to(out, source, tokens, plan, CPU, torch.float32, budget=budget)
+    models.slice_saved(out, source, tokens, plan, CPU, torch.float32, budget=budget)
 
     wanted = slice_model(model, tokens, plan).model
     got, tokenizer = models.load(str(out), CPU, torch.float32)
@@ -55,16 +64,16 @@ def test_streamed_slice_equals_the_one_in_memory(name, tokens, tmp_path):
 
 def memory_needed(config, plan, windows):
     """The least budget, in which all signals go to disk."""
-    workspace = memory.slicing_workspace(config, plan, windows.shape[1], CPU, torch.float32)
-    largest = memory.largest_weight(config, torch.float32)
+    workspace = slicing_workspace(config, plan, windows.shape[1], CPU, torch.float32)
+    largest = largest_weight(config, torch.float32)
     return max(int(workspace / 0.8), workspace + 2 * largest)
 
 
 def test_budget_below_one_layer_is_refused_with_what_it_takes(tokens, tmp_path):
     model = TINY["llama"]()
-    plan = constant(Shape.of(model.config), 0.25)
+    plan = constant(dims_of(model.config), 0.25)
     slice_to = partial(
-        streaming.slice_to, tmp_path / "out", saved(model, tmp_path / "dense"), tokens, plan
+        models.slice_saved, tmp_path / "out", saved(model, tmp_path / "dense"), tokens, plan
     )
     with pytest.raises(RequestError, match=r"host memory of 1000 B is less than the 2\.1 MiB"):
         slice_to(CPU, torch.float32, budget=streaming.Budget(host=1000))
@@ -73,22 +82,22 @@ def test_budget_below_one_layer_is_refused_with_what_it_takes(tokens, tmp_path):
 
 def test_model_without_safetensors_is_refused(tokens, tmp_path):
     model = TINY["llama"]()
-    plan = constant(Shape.of(model.config), 0.25)
+    plan = constant(dims_of(model.config), 0.25)
     source = saved(model, tmp_path / "dense")
     for file in (tmp_path / "dense").glob("*.safetensors*"):
         file.unlink()
     with pytest.raises(RequestError, match="has no safetensors"):
-        streaming.slice_to(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
+        models.slice_saved(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
 
 
 def test_truncated_weights_are_named(tokens, tmp_path):
     model = TINY["llama"]()
-    plan = constant(Shape.of(model.config), 0.25)
+    plan = constant(dims_of(model.config), 0.25)
     source = saved(model, tmp_path / "dense")
     shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(RequestError, match=f"weights in {shard.name} cannot be read"):
-        streaming.slice_to(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
+        models.slice_saved(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
     with pytest.raises(RequestError, match=r"the weights of model .* cannot be loaded"):
         models.load(source, CPU, torch.float32)
 
@@ -97,7 +106,7 @@ def test_truncated_weights_are_named(tokens, tmp_path):
 def test_signals_are_the_same_wherever_they_are_kept(room, tmp_path):
     draw = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 24, 48, generator=draw) for _ in range(3)]
-    x = Signals(CPU, room, folder=tmp_path)
+    x = Activations(CPU, room, folder=tmp_path)
     for batch in batches:
         x.append(batch.clone())
     on_disk = {None: 0, 0: 3}.get(room, 2)
@@ -143,18 +152,26 @@ def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(
         for name in names:
             set_module_tensor_to_device(module, name, "meta")
 
-    plan = constant(Shape.of(config), 0.25)
+    plan = constant(dims_of(config), 0.25)
     windows = torch.randint(5, vocabulary, (8, window))
 
     def slice_all():
-        given = (model, windows, plan, Signals(CPU), Exactness(), use, compensation)
+        given = (
+            model,
+            windows,
+            plan,
+            Activations(CPU),
+            RoundingAudit(torch.float32),
+            compensation,
+            use,
+        )
         for _ in sliced_weights(*given):
             pass
 
     asked = compensation is not None
-    predicted = memory.slicing_workspace(config, plan, window, CPU, torch.float32, asked)
-    predicted += memory.signal_bytes(plan, windows.numel(), torch.float32, asked)
-    assert predicted == pytest.approx(efficiency.extra_memory(slice_all, CPU), rel=0.2)
+    predicted = slicing_workspace(config, plan, window, CPU, torch.float32, asked)
+    predicted += signal_bytes(plan, windows.numel(), torch.float32, asked)
+    assert predicted == pytest.approx(extra_memory(slice_all, CPU), rel=0.2)
 
 
 # In a process of its own, whose resident set nothing else adds to.
@@ -162,17 +179,19 @@ SLICE_WITHIN = """
 import json, sys
 from pathlib import Path
 import torch
-from dynslice import models, streaming
-from dynslice.plan import Shape, constant
-from dynslice.results import peak_memory_bytes, reset_peak_memory
+from dynslice.core.tensors import peak_memory_bytes, reset_peak_memory
+from dynslice.inputs import models
+from dynslice.method import streaming
+from dynslice.method.architectures import dims_of
+from dynslice.method.plan import constant
 
 source, out, budget = sys.argv[1:]
 device = torch.device("cpu")
 
 def run(model, folder, window, **options):
-    plan = constant(Shape.of(models.load_config(model)), 0.25)
+    plan = constant(dims_of(models.load_config(model)), 0.25)
     windows = torch.randint(257, (4, window), generator=torch.Generator().manual_seed(0))
-    streaming.slice_to(Path(folder), model, windows, plan, device, torch.float32, **options)
+    models.slice_saved(Path(folder), model, windows, plan, device, torch.float32, **options)
 
 run("embedded:tiny-random", out + "-warm-up", 32)  # loads the libraries
 reset_peak_memory(device)
@@ -195,7 +214,7 @@ def test_model_of_four_times_the_budget_is_sliced_within_it(tmp_path):
         tie_word_embeddings=False,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    assert efficiency.stored_bytes(model) >= 4 * budget
+    assert stored_bytes(model) >= 4 * budget
     model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
     models.load_tokenizer("embedded:tiny-random").save_pretrained(tmp_path / "dense")
 
@@ -206,7 +225,7 @@ def test_model_of_four_times_the_budget_is_sliced_within_it(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout) <= budget
 
-    plan = constant(Shape.of(config), 0.25)
+    plan = constant(dims_of(config), 0.25)
     windows = torch.randint(257, (4, 128), generator=torch.Generator().manual_seed(0))
     wanted = slice_model(model, windows, plan).model.state_dict()
     got = models.load(str(tmp_path / "sliced"), CPU, torch.float32)[0].state_dict()

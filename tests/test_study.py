@@ -6,9 +6,14 @@ import sys
 
 import pytest
 
-from dynslice import assets, claims, corpora, models, paths, slicing, study, sweep
-from dynslice.errors import RequestError, RunError
-from dynslice.study import Study
+from dynslice.core import assets, paths
+from dynslice.core.errors import RequestError, RunError
+from dynslice.experiment import validate
+from dynslice.experiment.study import Study
+from dynslice.inputs import models, windows
+from dynslice.inputs.windows import token_stream
+from dynslice.method import slicing
+from dynslice.report import claims, perplexity, tasks
 
 SMALL = {
     "tasks": {},
@@ -54,8 +59,10 @@ def test_the_model_is_loaded_once_and_each_slice_made_once(small, monkeypatch):
 
 
 def test_each_text_is_tokenised_once(small, monkeypatch):
-    asked, tokens = [], corpora.tokens
-    monkeypatch.setattr(corpora, "tokens", lambda *a, **k: asked.append(a[:2]) or tokens(*a, **k))
+    asked, tokens = [], token_stream
+    monkeypatch.setattr(
+        windows, "token_stream", lambda *a, **k: asked.append(a[:2]) or tokens(*a, **k)
+    )
     small.ensure(small.requests())
     assert len(asked) == len(set(asked)) >= 3  # LR, calibration, evaluation
 
@@ -130,21 +137,21 @@ def test_result_files_are_json_with_provenance(small):
 
 
 def test_a_share_that_cannot_be_cut_is_refused_before_measuring(small):
-    study.check(small.profile)
+    validate.check_profile(small.profile)
     greedy = Study.open("smoke", slice_percentages=[0.99])
     with pytest.raises(RequestError, match=r"0\.99 is outside"):
-        study.check(greedy.profile)
+        validate.check_profile(greedy.profile)
 
 
 def test_a_study_without_pairs_still_reports(small):
     alone = Study.open("smoke", device="cpu", **{**SMALL, "slice_bases": []})
-    comparison = sweep.perplexity_comparison(alone)
+    comparison = perplexity.perplexity_comparison(alone)
     assert comparison.empty
-    assert "compares no dynamic" in sweep.comparison_prose(
+    assert "compares no dynamic" in comparison.comparison_prose(
         comparison, "perplexity (%)", "perplexity"
     )
-    sweep.difference_figure(comparison, "perplexity (%)", "dynamic")
-    assert sweep.task_table(alone).empty
+    comparison.difference_figure(comparison, "perplexity (%)", "dynamic")
+    assert tasks.task_table(alone).empty
     assert set(claims.claims_table(alone)["verdict on this model"]) == {"not tested here"}
 
 
@@ -164,28 +171,28 @@ def test_a_file_is_not_calibrated_on_and_evaluated_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     both = Study.open("smoke", calibration_text=str(text), eval_texts=["./text.txt"])
     with pytest.raises(RequestError, match=r"'\./text\.txt' .* is calibrated on"):
-        study.check(both.profile)
+        validate.check_profile(both.profile)
 
 
 def test_a_text_too_short_for_its_windows_is_refused_before_measuring():
     assets.fetch()
     greedy = Study.open("smoke", ablation_calibration_windows=[10**6])
     with pytest.raises(RequestError, match="fewer than 1000000 windows of 128"):
-        study.check(greedy.profile)
+        validate.check_profile(greedy.profile)
 
 
 @pytest.mark.parametrize("name", ["smoke", "quick", "standard", "full"])
 def test_built_in_profiles_can_run(name):
     assets.fetch()
-    study.check(Study.open(name).profile)
+    validate.check_profile(Study.open(name).profile)
 
 
 def test_a_report_of_stored_results_needs_no_torch():
     """It takes seconds to load, in the kernel of each notebook."""
     code = (
         "import sys\n"
-        "from dynslice import ablations, claims, compare, costs, published, sweep\n"
-        "from dynslice.study import Study\n"
+        "from dynslice.report import ablations, claims, efficiency, perplexity, published\n"
+        "from dynslice.experiment.study import Study\n"
         "study = Study.open('quick', from_record=True)\n"
         "assert not study.missing(study.requests())\n"
         "assert len(claims.readme_block(study)) > 100\n"

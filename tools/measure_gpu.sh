@@ -26,7 +26,7 @@ while read -r name command; do
         step $command --out "data/bench/$name.json"
     fi
 done < <("$python" -c '
-from dynslice.costs import BENCHES
+from dynslice.report.efficiency import BENCHES
 for name, command in BENCHES.values():
     if name.endswith("-cuda"):
         print(name, command)')

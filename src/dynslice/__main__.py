@@ -3,8 +3,8 @@
 import sys
 
 try:
-    from dynslice.cli import main
+    from dynslice.cli.commands import main
 
     sys.exit(main())
-except KeyboardInterrupt:  # before `main` could heed it
+except KeyboardInterrupt:  # before `main` could handle it
     sys.exit("dynslice: interrupted; the same command again starts anew")

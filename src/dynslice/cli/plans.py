@@ -1,0 +1,149 @@
+"""From the options of `plan` and `slice` to a plan."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dynslice.core.errors import RequestError
+
+# What each schedule takes beside --slice-percentage.
+TAKES = {
+    "constant": (),
+    "dynamic": ("slice_base", "lr"),
+    "lr": ("lr",),
+    "first": (),
+    "embedding": (),
+    "sensitivity": ("sensitivity",),
+}
+
+FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
+
+
+def plan_of(options, measured_lr: Sequence[float] | None = None) -> Any:
+    """The SlicePlan that the options ask for.
+
+    measured_lr: LR of each layer, where `slice --schedule lr` measured it itself. Raises
+    RequestError for options that are missing, contradict each other or mean nothing together, and
+    for values of another model.
+    """
+    from dynslice.core import files
+    from dynslice.extensions.schedules import Evidence, budget_of, within
+    from dynslice.method.controls import matched
+    from dynslice.method.plan import ModelDims, SlicePlan, constant, dynamic
+    from dynslice.method.scores import lr_of
+
+    if getattr(options, "match_parameters", None):
+        others = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")
+        refuse_beside(options, "--match-parameters", *others, "model", "revision")
+        return matched(SlicePlan.read(options.match_parameters))
+    schedule = _schedule(options)
+    lr = files.read_json(options.lr, "LR") if options.lr else None
+    losses = files.read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
+    shape = _shape(options, schedule, lr or losses)
+    for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
+        if values and "shape" in values and ModelDims.from_dict(values["shape"]) != shape:
+            raise RequestError(f"the {what} are of another model; measure them anew on this one")
+    share, round_to = options.slice_percentage, options.round_to or 8
+    if schedule == "constant":
+        return constant(shape, share, round_to)
+    if "lr" in TAKES[schedule] and lr is None and measured_lr is None:
+        raise RequestError(
+            f"a plan of schedule {schedule} needs LR scores: run `dynslice lr --out lr.json` and "
+            "give --lr lr.json"
+        )
+    if schedule == "dynamic":
+        return dynamic(shape, lr_of(lr), share, options.slice_base or 0.0, round_to)
+    known = {"lr": measured_lr or lr_of(lr)} if schedule == "lr" else {}
+    if schedule == "sensitivity":
+        known = {"rises": _rises(options, losses)}
+
+    return within(schedule, Evidence(shape, round_to, **known), budget_of(shape, share, round_to))
+
+
+def check_measuring_lr(options) -> None:
+    """Whether `slice --schedule lr` can measure LR itself, before anything heavy starts."""
+    from dynslice.extensions.schedules import budget_of
+    from dynslice.inputs import models
+    from dynslice.method.architectures import dims_of
+
+    if options.stream:
+        raise RequestError(
+            "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
+            "give --lr lr.json"
+        )
+    _schedule(options)
+    shape = dims_of(models.load_config(options.model, options.revision))
+    budget_of(shape, options.slice_percentage, options.round_to or 8)
+
+
+def refuse_beside(options, given: str, *others: str) -> None:
+    """Raise RequestError when options are given that `given` leaves without a meaning."""
+    for name in others:
+        if getattr(options, name) is not None:
+            raise RequestError(f"{given} decides the widths by itself; leave {_flag(name)} out")
+
+
+def _schedule(options) -> str:
+    """The schedule that is asked for, with nothing beside it that means nothing to it."""
+    base, share = options.slice_base, options.slice_percentage
+    if share is None:
+        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    wants_dynamic = options.lr or base not in (None, share)
+    schedule = options.schedule or ("dynamic" if wants_dynamic else "constant")
+    hints = {
+        "slice_base": "--schedule dynamic and --lr",
+        "lr": "--schedule dynamic or lr",
+        "sensitivity": "--schedule sensitivity",
+    }
+    for name, instead in hints.items():
+        value = getattr(options, name)
+        if value is None or name in TAKES[schedule]:
+            continue
+        if name in FILES and not options.model:  # it says what the model is
+            continue
+        if name == "slice_base" and schedule == "constant" and base == share:
+            continue
+        raise RequestError(
+            f"{_flag(name)} {value} has no meaning in a plan of schedule {schedule}; leave it out, "
+            f"or use {instead}"
+        )
+    return schedule
+
+
+def _shape(options, schedule: str, values: dict | None) -> Any:
+    """The shape of the model, or of the one that the values were measured on."""
+    from dynslice.inputs import models
+    from dynslice.method.architectures import dims_of
+    from dynslice.method.plan import ModelDims
+
+    if options.model:
+        return dims_of(models.load_config(options.model, options.revision))
+    if options.revision is not None:
+        raise RequestError(
+            f"--revision {options.revision} is that of a model of the hub; give --model too, or "
+            "leave it out"
+        )
+    if values:
+        return ModelDims.from_dict(values.get("shape"))
+    file = f" or {_flag(TAKES[schedule][-1])}" if TAKES[schedule] else ""
+    raise RequestError(f"a plan needs --model{file} to know the widths of the model")
+
+
+def _rises(options, losses: dict | None) -> Any:
+    from dynslice.method.scores import read_rises
+
+    if losses is None:
+        raise RequestError(
+            "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity --out "
+            "losses.json` and give --sensitivity losses.json"
+        )
+    measured = losses.get("slice_percentage", options.slice_percentage)
+    if measured != options.slice_percentage:
+        raise RequestError(
+            f"the losses of --sensitivity {options.sensitivity} were measured at slice percentage "
+            f"{measured}, and the plan is for {options.slice_percentage}; measure them anew"
+        )
+    return read_rises(losses)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,156 @@
+"""Results of record: copying a run, and how another run agrees with it."""
+
+from collections.abc import Callable
+from math import exp
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dynslice.core import files, paths
+from dynslice.core.errors import RequestError
+from dynslice.core.paths import shown_path
+from dynslice.experiment.profile import by_model
+from dynslice.experiment.store import Request, Result, Store
+from dynslice.experiment.study import Study
+from dynslice.report import efficiency, pages
+
+# The pages with parts that a record speaks for, between its markers.
+PAGES = {
+    paths.ROOT / "README.md": pages.claims_block,
+    paths.ROOT / "docs" / "deviations.md": pages.deviations_block,
+}
+
+
+def record(profile: str) -> tuple[dict, list[str]]:
+    """Copy the results of a complete run of a clean tree to data/record/<profile>.
+
+    Raises RequestError when results are missing or were not all measured at one clean commit, of
+    this project and of what the hub gave.
+    """
+    recorded = [_record_one(profile, chosen) for chosen in by_model(profile, {})]
+    facts = [outcome for outcome, _ in recorded]
+    lines = [line for _, line in recorded]
+    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+
+
+def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, str]:
+    study = Study.open(profile, **chosen)
+    requests = study.requests()
+    if missing := study.missing(requests):
+        raise RequestError(
+            f"profile {profile!r} lacks {len(missing)} of {len(requests)} measurements; run "
+            f"`dynslice reproduce --profile {profile}` first"
+        )
+    results = [study.store.get(request) for request in requests]
+    commits = {result.provenance["commit"] for result in results}
+    if len(commits) != 1 or None in commits or any(r.provenance["dirty"] for r in results):
+        raise RequestError(
+            f"the results of {profile!r} do not come from one clean commit; commit, delete "
+            f"{shown_path(study.store.folder)} and run the profile again"
+        )
+    for name in {name for r in results for name in r.provenance.get("hub_commits", {})}:
+        read = {r.provenance.get("hub_commits", {}).get(name) for r in results} - {None}
+        if len(read) > 1:
+            raise RequestError(
+                f"the results of {profile!r} read {name} at {len(read)} commits of the hub; set "
+                f"revisions to one of {', '.join(sorted(read))} and run the profile again"
+            )
+    with files.appearing(paths.record(study.profile.name)) as fresh:
+        for result in results:
+            Store(fresh).put(result)
+    update_pages(Study.open(profile, from_record=True, **chosen))
+    name, commit = study.profile.name, commits.pop()
+    facts = {"profile": name, "results": len(results), "commit": commit}
+    return facts, f"{len(results)} results of commit {commit[:10]} are the record of {name}"
+
+
+def update_pages(study: Study) -> None:
+    """Rewrite the parts of the README and of docs/ that a record or a benchmark speaks for."""
+    for path, block in PAGES.items():
+        _fill(path, f"record:{study.profile.name}", lambda block=block: block(study))
+        _fill(path, "bench", efficiency.bench_block)
+
+
+def _fill(page: Path, name: str, text: Callable[[], str]) -> None:
+    """Write `text` between the markers of that name, where a page has them."""
+    before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    if start:
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        files.write(page, f"{before}{start}\n{text()}\n{end}{after}")
+
+
+def agree(study: Study, requests: list[Request]) -> dict | None:
+    """Compare every value with the record; None where there is no record to compare with.
+
+    Tolerance: relative 0.1 % where both were measured on the same class of device; otherwise 1 %,
+    and for accuracies 0.02.
+    """
+    record = Store(paths.record(study.profile.name), of_record=True)
+    compared = agreeing = 0
+    largest, where = 0.0, None
+    for request in requests:
+        ours, theirs = study.store.get(request), record.get(request)
+        if ours is None or theirs is None:
+            continue
+        same_class = ours.provenance["device_class"] == theirs.provenance["device_class"]
+        for name, (value, expected) in _paired_values(ours, theirs).items():
+            deviation = abs(value - expected) / max(abs(expected), 1e-12)
+            within = deviation <= (1e-3 if same_class else 1e-2)
+            if request.kind == "task" and not same_class:
+                within = abs(value - expected) <= 0.02
+            compared, agreeing = compared + 1, agreeing + within
+            if deviation > largest:
+                largest, where = deviation, f"{name} in {request.key}"
+    if not compared:
+        return None
+    return {
+        "agree": agreeing,
+        "values": compared,
+        "largest_deviation": largest,
+        "largest_deviation_at": where,
+    }
+
+
+def _paired_values(ours: Result, theirs: Result) -> dict[str, tuple[float, float]]:
+    return {name: (value, _values(theirs)[name]) for name, value in _values(ours).items()}
+
+
+def _values(result: Result) -> dict[str, float]:
+    """The numbers of a result that a reader would quote."""
+    value = result.value
+    if result.kind == "lr":
+        return {f"LR of layer {x['index']}": x["lr"] for x in value["layers"]}
+    if result.kind in ("ppl", "centred"):
+        return {"perplexity": value["perplexity"]}
+    if result.kind == "sensitivity":
+        nll = {f"layer {x['index']} cut": x["nll"] for x in value["layers"]}
+        nll["no layer cut"] = value["dense"]
+        return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
+    if result.kind == "places":
+        nll = {"as planned": value["plan"]}
+        for place in value["places"]:
+            where = f"{place['block']} of layer {place['layer']}"
+            at_shares = zip(value["shares"], place["losses"], strict=True)
+            nll |= {f"{where} cut by {share}": losses for share, losses in at_shares}
+        return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
+    if result.kind == "search":
+        return {"perplexity, best plan tried": exp(min(step["loss"] for step in value["tried"]))}
+    if result.kind == "speed":
+        counts = ("stored_bytes", "prefill_flops", "decode_bytes")
+        return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}
+    if result.kind == "task":
+        names = ("acc", "acc_norm")
+        accuracies = {name: value[name] for name in names if value[name] is not None}
+        return {**accuracies, **value.get("metrics", {})}
+    return {"stored parameters": value["parameters"]}
+
+
+def agreement_line(agreement: dict | None, profile: str) -> str:
+    if agreement is None:
+        have = "holds none of these values" if paths.record(profile).is_dir() else "does not exist"
+        return f"nothing to compare with: the record of profile {profile} {have}"
+    return (
+        f"{agreement['agree']} of {agreement['values']} values agree with the record "
+        f"(largest deviation {agreement['largest_deviation']:.2%}"
+        + (f", {agreement['largest_deviation_at']})" if agreement["largest_deviation_at"] else ")")
+    )

@@ -1,0 +1,238 @@
+"""`dynslice reproduce` and `dynslice record`: a profile from measurements to rendered notebooks."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dynslice.cli.record import agree, agreement_line
+from dynslice.core import files, interrupt, paths
+from dynslice.core.errors import RequestError, RunError
+from dynslice.core.paths import shown_path
+from dynslice.experiment.executor import check_executor
+from dynslice.experiment.profile import by_model
+from dynslice.experiment.profile import load as load_profile
+from dynslice.experiment.store import Request, unique
+from dynslice.experiment.study import Study
+from dynslice.experiment.validate import check_profile, check_settings
+
+# What each notebook needs measured, by its number.
+NEEDS = {
+    "01": Study.redundancy_requests,
+    "02": Study.perplexity_requests,
+    "03": Study.task_requests,
+    "04": Study.ablation_requests,
+    "05": Study.efficiency_requests,
+    "06": Study.requests,
+    "07": Study.beyond_requests,
+}
+
+
+def run(
+    profile: str,
+    overrides: dict[str, Any],
+    only: list[str] | None = None,
+    dry_run: bool = False,
+    from_record: bool = False,
+    device: str = "auto",
+    executor: str = "local",
+    address: str | None = None,
+) -> tuple[dict, list[str]]:
+    """Measure what is missing, execute the notebooks, and say how the values agree with the record.
+
+    executor, address: see `executor.work_off`. Returns the outcome as a dict and as lines. Raises
+    RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
+    """
+    check_executor(executor, address, load_profile(profile, overrides).placement)
+    runs = []
+    for chosen in by_model(profile, overrides):
+        study = Study.open(profile, from_record, device, **chosen)
+        notebooks = _notebooks(only)
+        requests = unique([r for number in notebooks for r in NEEDS[number](study)])
+        runs.append((study, chosen, notebooks, requests))
+    if dry_run:
+        return _dry_run([(study, requests) for study, _, _, requests in runs], executor, address)
+    for study, _, _, requests in runs:
+        _check_places(study)
+        if not from_record:
+            _prepare(study, requests, executor, address)
+    outcomes, failed = [], []
+    for run_ in runs:
+        try:
+            outcomes.append(_run_one(profile, *run_, executor, address))
+        except RunError as error:  # the other models go on
+            failed.append(f"{run_[0].profile.name}: {error}" if len(runs) > 1 else str(error))
+    if failed:
+        raise RunError("\n".join(failed))
+    facts = [outcome for outcome, _ in outcomes]
+    lines = [line for _, lines in outcomes for line in lines]
+    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+
+
+def _dry_run(
+    planned: list[tuple[Study, list[Request]]], executor: str, address: str | None
+) -> tuple[dict, list[str]]:
+    from dynslice.experiment import preflight
+
+    facts, lines = [], []
+    for study, requests in planned:
+        found = preflight.forecast(study, study.missing(requests), executor, address)
+        facts.append(preflight.facts(study, requests, found))
+        lines += preflight.lines(study, requests, found)
+    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+
+
+def _check_places(study: Study) -> None:
+    """Refuse places that cannot be written, before anything heavy starts. Raises RequestError."""
+    name = study.profile.name
+    results = [] if study.from_record else [study.store.folder]
+    for place in (*results, paths.figures(name), paths.rendered(name)):
+        files.check_writable(place, "let it be written, or set DYNSLICE_OUTPUT to another place")
+
+
+def _prepare(study: Study, requests: list[Request], executor: str, address: str | None) -> None:
+    """Refuse what cannot run, before anything heavy starts. Raises RequestError."""
+    missing = study.missing(requests)
+    if not missing:
+        return
+    from dynslice.core import assets
+    from dynslice.experiment import preflight
+
+    assets.fetch()
+    if not preflight.is_remote(study.profile.model):  # of the others the forecast says why not
+        check_settings(study.profile)
+    if obstacles := preflight.forecast(study, missing, executor, address).obstacles:
+        raise RequestError(obstacles[0])
+    check_profile(study.profile)
+
+
+def _run_one(
+    profile: str,
+    study: Study,
+    overrides: dict[str, Any],
+    notebooks: dict[str, Path],
+    requests: list[Request],
+    executor: str,
+    address: str | None,
+) -> tuple[dict, list[str]]:
+    start = time.perf_counter()
+    from_record = study.from_record
+    measured = study.ensure(requests, executor, address)
+    measuring = time.perf_counter() - start
+
+    parameters = {"profile": profile, "from_record": from_record}
+    # A notebook's own None keeps the profile's value, and its texts are read as YAML.
+    given = {name: "null" if value is None else value for name, value in overrides.items()}
+    parameters |= {"device": study.device, **given}
+    rendered = paths.rendered(study.profile.name)
+    with files.claim(rendered / ".rendering", _say_waiting):
+        for position, path in enumerate(notebooks.values(), start=1):
+            print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
+            _execute(path, rendered / path.name, parameters)
+    seconds = time.perf_counter() - start
+
+    agreement = None if from_record else agree(study, requests)
+    outcome = {
+        "profile": study.profile.name,
+        "measured": measured,
+        "measurements": len(requests),
+        "seconds": round(seconds, 1),
+        "notebooks": shown_path(paths.rendered(study.profile.name)),
+        "figures": shown_path(paths.figures(study.profile.name)),
+        "agreement": agreement,
+    }
+    lines = [
+        f"rendered {len(requests)} measurements of the record"
+        if from_record
+        else f"measured {measured} of {len(requests)} values in {_minutes(measuring)}"
+        + (", the others were in the store" if measured < len(requests) else ""),
+        f"profile {study.profile.name} took {_minutes(seconds)}",
+        f"rendered notebooks: {outcome['notebooks']}",
+        f"figures and tables: {outcome['figures']}",
+    ]
+    if not from_record:
+        lines.append(agreement_line(agreement, study.profile.name))
+    return outcome, lines
+
+
+def _say_waiting() -> None:
+    print("another run renders the notebooks; waiting for it", file=sys.stderr)
+
+
+def _notebooks(only: list[str] | None) -> dict[str, Path]:
+    """Notebook sources by number, all or the chosen ones, in order."""
+    every = {path.name[:2]: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    if not every:
+        raise RequestError(
+            f"no notebooks in {shown_path(paths.NOTEBOOKS)}; run from a checkout of the repository"
+        )
+    if only is None:
+        return every
+    chosen = {}
+    for name in only:
+        number = Path(name).name[:2]
+        if number not in every or not every[number].stem.startswith(Path(name).stem):
+            have = ", ".join(path.stem for path in every.values())
+            raise RequestError(f"notebook {name!r} is unknown; there are {have}")
+        chosen[number] = every[number]
+    return dict(sorted(chosen.items()))
+
+
+def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook by papermill; `target` appears when it is complete."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    # It warns of parameters that a notebook's cell does not list; the study checks them all.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with files.scratch(target.parent) as scratch:
+        unfinished = scratch / target.name
+        try:
+            _in_a_thread(
+                papermill.execute_notebook,
+                str(source),
+                str(unfinished),
+                parameters,
+                cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
+                kernel_name="python3",
+                progress_bar=sys.stderr.isatty(),
+                extra_arguments=["--log-level=40"],  # errors only: no advice about transports
+            )
+        except papermill.PapermillExecutionError as error:
+            raise RunError(
+                f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
+                "Jupyter to see the cell"
+            ) from error
+        except DeadKernelError as error:
+            raise RunError(
+                f"the kernel of notebook {source.name} died; is there memory enough? The same "
+                "command again goes on from there"
+            ) from error
+        content = json.loads(unfinished.read_text(encoding="utf-8"))
+        # Paths and clock times of this machine do not belong in a rendered notebook.
+        content["metadata"].pop("papermill", None)
+        for cell in content["cells"]:
+            cell["metadata"].pop("papermill", None)
+            cell["metadata"].pop("execution", None)
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, target)
+
+
+def _in_a_thread(run: Callable, *arguments, **options) -> None:
+    """Run something that would take signals for itself where they do not reach it."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, *arguments, **options)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            interrupt.kill_children()
+            raise
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

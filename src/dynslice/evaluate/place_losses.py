@@ -1,0 +1,93 @@
+"""What each place is worth: the loss when the stream is cut more or less at that place alone.
+
+All other places are cut as a plan says, since cuts add up to less than their sum: what one place
+drops, the next can not drop again. Bases are those of the stream that is cut so before it
+(eigenvectors of the calibration tokens). What comes before the place runs once for all, so that
+the places together take half as many passes as there are places, for each share.
+"""
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from dynslice.core.errors import RequestError
+from dynslice.core.tensors import check_finite, check_tokens
+from dynslice.evaluate.perplexity import has_plain_head, head_losses
+from dynslice.method.activations import Activations, centring, residual_stream
+from dynslice.method.architectures import check_plan, family_of
+from dynslice.method.modeling_sliced import subtracts_mean
+from dynslice.method.numerics import principal_basis
+from dynslice.method.plan import SlicePlan
+from dynslice.method.slicing import BlockInPlace, run_block
+
+
+@torch.inference_mode()
+def place_losses(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    windows: Tensor,
+    plan: SlicePlan,
+    shares: list[float],
+) -> dict:
+    """NLL in nats per token of windows [n, T]: by the plan, and with one place cut by a share.
+
+    calibration: token windows [m, T'] whose signals give the bases. Returns {"plan": [n],
+    "shares", "places": [{"layer", "block", "share", "losses": [[n] of each share]}]}, places in
+    the order in which the stream comes by, with the share that the plan cuts there. Raises
+    RequestError for a share outside 0 to 1, a plan of another model, a head that is not a plain
+    one, and activations that are not finite.
+    """
+    check_plan(model.config, plan)
+    for read in (calibration, windows):
+        check_tokens(model.config, read)
+    if not has_plain_head(model.config):
+        raise RequestError("sensitivity needs a plain head; use a schedule that needs none of it")
+    for share in shares:
+        if not 0 < share < 1:
+            raise RequestError(f"share {share} is outside 0 to 1; give one such as 0.3")
+    family, d = family_of(model.config), model.config.hidden_size
+    centred, final_norm = centring(model, family), model.get_submodule(family.final_norm)
+    mean_free = subtracts_mean(final_norm)
+
+    x, h = Activations(model.device), Activations(model.device)
+
+    def blocks(given: list[dict]) -> list[BlockInPlace]:
+        layers = zip(model.get_submodule(family.layers), given, strict=True)
+        pairs = [(layer, own, block) for layer, own in layers for block in family.blocks]
+        return [BlockInPlace(layer, block, own, centred) for layer, own, block in pairs]
+
+    fitting = blocks(residual_stream(model, calibration, x))
+    steps = blocks(residual_stream(model, windows, h))
+    bases, planned = [], h.copied()
+    both = zip(fitting, steps, plan.place_widths, strict=False)
+    for fit, step, width in tqdm(both, total=len(steps), desc="bases", leave=False):
+        bases.append(principal_basis(x, centred=mean_free).float())
+        run_block(x, bases[-1][:, width:], fit)
+        run_block(planned, bases[-1][:, width:], step)
+
+    def losses(stream: Activations) -> list[float]:
+        nll, start = [], 0
+        for batch in stream:
+            ids = windows[start : start + len(batch)].to(model.device)
+            nll.append(head_losses(model, final_norm(batch), ids).view(len(ids), -1))
+            start += len(batch)
+        mean = torch.cat(nll).double().mean(dim=1)
+        check_finite(mean, "the log-likelihood", model.dtype)
+        return mean.tolist()
+
+    places = []
+    for place, step in enumerate(tqdm(steps, desc="sensitivity", unit="place", leave=False)):
+        rows = []
+        for share in shares:
+            widths = [round(d * (1 - share)), *plan.place_widths[place + 1 : -1]]
+            stream = h.copied()
+            for basis, width, later in zip(bases[place:], widths, steps[place:], strict=True):
+                run_block(stream, basis[:, width:], later)
+            rows.append(losses(stream))
+            stream.clear()
+        run_block(h, bases[place][:, plan.place_widths[place] :], step)
+        layer, cut = place // len(family.blocks), 1 - plan.place_widths[place] / d
+        row = {"layer": layer, "block": step.block.name, "share": cut, "losses": rows}
+        places.append(row)
+    return {"plan": losses(planned), "shares": list(shares), "places": places}

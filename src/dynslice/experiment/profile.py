@@ -1,0 +1,309 @@
+"""Profiles: everything that a run can be told, as flat keys that --set and papermill override."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dynslice.core import paths
+from dynslice.core.errors import RequestError
+from dynslice.evaluate import task_table
+from dynslice.inputs.corpora import HUB
+
+_Count = Annotated[int, Field(ge=1)]
+
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
+
+# Schedules of equal size beside constant (see `schedules`).
+_AtSize = Literal["lr", "first", "embedding", "sensitivity", "search"]
+
+
+class Profile(BaseModel):
+    """The parameters of a study. Shares are of the hidden size, windows and strides in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    description: str
+    model: str = Field(description="embedded:NAME, a directory, or a hub id")
+    revision: str | None = Field(default=None, description="of a hub model")
+    models: list[str] = Field(
+        default=[], description="run the profile once for each, in folders of their own"
+    )
+    revisions: dict[str, str] = Field(
+        default={}, description="hub model or corpus: branch, tag or commit"
+    )
+    stand_ins: dict[str, str] = Field(
+        default={}, description="corpus: file, directory or corpus that is read in its place"
+    )
+    placement: Literal["resident", "streamed", "spread"] = Field(
+        default="resident",
+        description="dense and sliced network on the device at once; or one network at a time, "
+        "sliced layer by layer from its checkpoint; or this, spread over all GPUs",
+    )
+    device_memory_gib: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
+    )
+    host_memory_gib: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"]
+    seed: _Seed = Field(description="draws the calibration and evaluation windows")
+    draw_seed: _Seed = Field(
+        default=0, description="draws the items of a stratified subset, and the shuffles"
+    )
+
+    slice_percentages: list[float] = Field(min_length=1, description="SP: constant and dynamic")
+    slice_bases: list[float] = Field(description="SB of the dynamic plans, where below SP")
+    round_to: int = Field(ge=1, description="widths are multiples of this")
+
+    lr_text: str = Field(description="text whose LR makes the dynamic plans")
+    lr_split: Literal["train", "validation", "test"] | None
+    lr_max_tokens: int | None = Field(ge=2)
+    lr_window: int = Field(ge=2)
+    lr_stride: int = Field(ge=1)
+    lr_last_layer: Literal["raw", "normed"]
+    lr_compare_texts: list[str] = Field(description="further texts for LR by corpus")
+
+    calibration_text: str
+    calibration_windows: int = Field(ge=1)
+    calibration_window: int = Field(ge=2)
+
+    eval_texts: list[str] = Field(min_length=1)
+    eval_split: Literal["train", "validation", "test"] | None
+    eval_windows: int | None = Field(ge=1, description="null takes the whole split")
+    eval_window: int = Field(ge=2)
+    selection_windows: int | None = Field(
+        ge=1, description="validation windows of the first text that choose SB; null: no choice"
+    )
+
+    tasks: dict[str, _Count | None] = Field(
+        description="task: limit of items (per subject for MMLU), null takes all"
+    )
+    task_subset: Literal["first", "stratified"] = Field(
+        description="which items a limit takes; stratified: a limit of mmlu is for all subjects"
+    )
+    task_slice_percentages: list[float]
+    task_slice_bases: list[float]
+
+    speed_slice_percentages: list[float] = Field(description="SP of notebook 05's throughput")
+    speed_slice_bases: list[float] = Field(description="SB of its dynamic networks")
+    speed_windows: int = Field(ge=1, description="windows of one prefill")
+    speed_window: int = Field(ge=32, description="tokens of each, the first 32 are the prompt")
+    speed_new_tokens: int = Field(ge=1, description="tokens decoded at batch 1")
+    speed_repeats: int = Field(ge=1, description="timed repeats, after one that is not")
+
+    figure_slice_percentage: float = Field(ge=0, lt=1, description="SP of the LR -> FS figure")
+    figure_slice_base: float = Field(ge=0, lt=1, description="SB of the LR -> FS figure")
+
+    ablation_slice_percentage: float | None = Field(description="SP of notebook 04; null: none")
+    ablation_slice_base: float = Field(description="SB of notebook 04's dynamic network")
+    ablation_last_layers: list[Literal["raw", "normed"]] = Field(description="LR of other ends")
+    ablation_scores: list[Literal["cosine", "angular", "update"]] = Field(
+        description="redundancy scores other than the cosine"
+    )
+    ablation_round_to: list[_Count] = Field(description="other roundings of the widths")
+    ablation_embedding: bool = Field(description="embedding width apart from layer 0's")
+    ablation_shuffles: int = Field(
+        ge=0, le=1000, description="draws of the same widths in random order"
+    )
+    ablation_calibration_windows: list[_Count] = Field(description="other calibration sizes")
+    ablation_calibration_texts: list[str] = Field(description="other calibration texts")
+    ablation_calibration_seeds: list[_Seed] = Field(description="seeds beside the profile's")
+    ablation_lr_tokens: list[Annotated[int, Field(ge=2)]] = Field(
+        description="other lengths of the LR text"
+    )
+    single_layer_slice: float | None = Field(description="share cut from one layer; null: none")
+    single_layer_calibration_windows: int = Field(ge=1)
+    single_layer_eval_windows: int = Field(ge=1)
+
+    beyond_slice_percentages: list[float] = Field(
+        default=[], description="sizes of notebook 07: what constant slicing stores at these SP"
+    )
+    beyond_schedules: list[_AtSize] = Field(
+        default=[], description="schedules of that size beside constant, by every measure"
+    )
+    beyond_candidates: list[_AtSize] = Field(
+        default=[], description="the same by validation windows only, at the last of the sizes"
+    )
+    beyond_ridge: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="ridge of the compensation"
+    )
+    beyond_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default=[], description="other ridges, by validation windows only"
+    )
+    beyond_calibration_windows: list[_Count] = Field(
+        default=[], description="other calibration sizes, by validation windows only"
+    )
+    sensitivity_reach: float = Field(
+        default=0.4, gt=0, lt=1, description="one place is cut by SP less and SP more this share"
+    )
+    sensitivity_calibration_windows: int = Field(default=8, ge=1, description="and of the search")
+    sensitivity_eval_windows: int = Field(
+        default=6, ge=1, description="validation windows, and of the search"
+    )
+    search_evaluations: int = Field(default=24, ge=1, description="networks that a search slices")
+    recovery_steps: int = Field(
+        default=0, ge=0, description="of LoRA on the calibration text, one window each; 0: none"
+    )
+    recovery_windows: int = Field(default=16, ge=1, description="that are drawn again and again")
+    recovery_window: int = Field(default=1024, ge=2, description="tokens of each")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "Profile":
+        shares = [*self.slice_percentages, *self.task_slice_percentages]
+        shares += [*self.slice_bases, *self.task_slice_bases, self.ablation_slice_base]
+        shares += [*self.speed_slice_percentages, *self.speed_slice_bases]
+        shares += [self.ablation_slice_percentage or 0.0, self.single_layer_slice or 0.0]
+        shares += self.beyond_slice_percentages
+        for share in shares:
+            if not 0 <= share < 1:
+                raise ValueError(f"slice share {share} is outside 0 to 1")
+        task_table.check_names(self.tasks)
+        parts = self.name.split("/")
+        if not all(re.fullmatch(r"[\w.-]+", part) and part.strip(".") for part in parts):
+            raise ValueError(
+                f"name {self.name!r} becomes a folder: use letters, digits, '.', '_' and '-'"
+            )
+        for key, values in self:
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"{key} {values} names something twice: leave one of them")
+        self._check_names()
+        if self.placement != "resident" and self.speed_slice_percentages:
+            raise ValueError(
+                f"placement {self.placement} holds one network at a time, and "
+                "speed_slice_percentages asks for two: use placement resident, or []"
+            )
+        if self.placement == "resident" and (self.device_memory_gib or self.host_memory_gib):
+            raise ValueError(
+                "device_memory_gib and host_memory_gib are budgets of placement streamed or spread"
+            )
+        self._check_beyond()
+        if self.figure_slice_base > self.figure_slice_percentage:
+            raise ValueError("figure_slice_base exceeds figure_slice_percentage")
+        if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
+            raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
+        return self
+
+    def _check_beyond(self) -> None:
+        """What only validation windows are to see is not compared anyway."""
+        others = {
+            "beyond_candidates": set(self.beyond_schedules),
+            "beyond_ridges": {self.beyond_ridge},
+            "beyond_calibration_windows": {self.calibration_windows},
+        }
+        for key, known in others.items():
+            values = getattr(self, key)
+            if both := known & set(values):
+                raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
+        if "sensitivity" in (*self.beyond_schedules, *self.beyond_candidates):
+            most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
+            if most >= 1:
+                raise ValueError(
+                    f"sensitivity_reach {self.sensitivity_reach} goes up to a share of {most:g}, "
+                    "where nothing is left; give a smaller one"
+                )
+
+    def _check_names(self) -> None:
+        """What stands in for or has a revision must be something that the profile can read."""
+        texts = {self.lr_text, *self.lr_compare_texts, self.calibration_text, *self.eval_texts}
+        texts |= {*self.ablation_calibration_texts, *HUB}
+        known = {"stand_ins": texts, "revisions": {*HUB, *self.models, self.model}}
+        for key, names in known.items():
+            for name in getattr(self, key):
+                if name not in names:
+                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{key} of {name!r}, which is not read; did you mean {near!r}")
+        folders = [_folder_of(model) for model in self.models]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"models {self.models} would share a folder: rename one of them")
+
+    @property
+    def model_revision(self) -> str | None:
+        """The revision that is asked of the model."""
+        return self.revision or self.revisions.get(self.model)
+
+
+def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
+    """A profile by name or YAML file, with some keys replaced.
+
+    Raises RequestError naming the key, what is wrong with it and the nearest valid name.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        have = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
+        raise RequestError(f"profile {name!r} is unknown; there are {have}, or give a YAML file")
+    if path.parent != paths.PROFILES and (paths.PROFILES / path.name).is_file():
+        raise RequestError(
+            f"profile file {name!r} has the name of a built-in profile, whose results it would "
+            "mix with; rename it"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"profile {name!r} is not YAML ({reason}); mend the file") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"profile {name!r} holds no keys; start from a copy of quick.yaml")
+    values = {"name": path.stem, **values, **(overrides or {})}
+    for key in values:
+        _check_key(key)
+    if values.get("models") and isinstance(values["models"], list):
+        values.setdefault("model", values["models"][0])
+        values["name"] = f"{values['name']}/{_folder_of(str(values['model']))}"
+    try:
+        return Profile(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "profile"
+        if first["type"] == "missing":
+            raise RequestError(f"profile {name!r} has no {where}; add it") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        value = f", {where} = {first['input']!r}" if first["loc"] else ""
+        raise RequestError(f"profile {name!r}{value}: {reason}") from error
+
+
+def _folder_of(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2].removeprefix("embedded:")
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` strings -> overrides; values are YAML. Raises RequestError for a bad pair."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise RequestError(f"--set {pair!r} is not of the form key=value")
+        _check_key(key)
+        overrides[key] = parse_value(text, key)
+    return overrides
+
+
+def parse_value(text: str, key: str) -> Any:
+    """A value given as text, read as YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"value {text!r} of {key} is not YAML; quote it") from error
+
+
+def _check_key(key: Any) -> None:  # YAML has keys of other types too
+    if key not in Profile.model_fields:
+        near = difflib.get_close_matches(str(key), Profile.model_fields, n=1, cutoff=0.0)[0]
+        raise RequestError(f"profile key {key!r} is unknown; the nearest valid name is {near!r}")
+
+
+def percent(share: float) -> str:
+    """A share that a profile asks for as text: 25%, 12.5%; two that differ read differently."""
+    return f"{100 * share:.4g}%"
+
+
+def by_model(profile: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+    """The overrides of each run that a profile asks for: one for each of its models."""
+    models = load(profile, overrides).models
+    if "model" in overrides or not models:
+        return [overrides]
+    return [{**overrides, "model": model} for model in models]

@@ -1,0 +1,203 @@
+"""Missing measurements side by side, by workers of Ray."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
+from typing import Any
+
+from dynslice.core import interrupt, paths
+from dynslice.core.errors import DiskError, RequestError, RunError, in_one_line
+from dynslice.experiment.agenda import Job, WorkQueue, attempt
+from dynslice.experiment.profile import Profile
+from dynslice.experiment.store import Request, Store
+
+_ATTEMPTS = 3  # at a measurement whose worker dies
+
+_PATIENCE = 15  # seconds for a Ray cluster to answer
+
+
+class Worker:
+    """A process of Ray's that keeps its model; what it loses when killed can be made again."""
+
+    def __init__(self, settings: Profile, store: Store, device: str, threads: int, folder: str):
+        self.threads, self.folder = threads, folder
+        self.given = (settings, store, device)
+
+    @cached_property
+    def bench(self) -> Any:
+        """The workbench with the dense model loaded; made again where a killed worker restarts."""
+        import torch
+
+        from dynslice.experiment.runner import Runner
+
+        os.chdir(self.folder)  # relative paths of models and texts mean what they mean there
+        torch.set_num_threads(self.threads)
+        bench = Runner(*self.given)
+        bench.prepare()
+        return bench
+
+    def load(self) -> None:
+        """Make the workbench before there is a unit for it."""
+        self.bench  # noqa: B018
+
+    def measure(self, request: Request, network: dict | None) -> str | None:
+        """Why a measurement failed, None when its result is in the store."""
+        with self.bench.store.claim(Job(network, [request]).name, lambda: None):
+            return attempt(self.bench, request, network)
+
+
+def run_by_ray(
+    agenda: WorkQueue, settings: Profile, store: Store, device: str, address: str | None
+) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(
+            f"device {device!r} names one GPU, and Ray hands them out itself; use auto, cpu or cuda"
+        )
+    agenda.bar.set_postfix_str("waiting for Ray")
+    with _cluster(address) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        device, count, cpus = shares(nodes, device, len(agenda.waiting))
+        moved = {"DYNSLICE_CACHE": str(paths.CACHE), "DYNSLICE_OUTPUT": str(paths.OUTPUT)}
+        remote = ray.remote(
+            num_gpus=int(device == "cuda"),
+            num_cpus=cpus,
+            max_restarts=-1,
+            max_task_retries=_ATTEMPTS - 1,
+            runtime_env={"env_vars": moved},
+        )(Worker)
+        arguments = (settings, store, device, max(cpus, 1), os.getcwd())
+        _hand_out(agenda, ray, lambda: remote.remote(*arguments), count)
+
+
+def _hand_out(agenda: WorkQueue, ray: Any, make: Callable, count: int) -> None:
+    """Give each worker a unit whenever it has none, one measurement at a time.
+
+    A worker gets its first unit when it has loaded the model, so one that finds no place in a
+    busy cluster holds nothing back.
+    """
+    busy: dict[Any, tuple[Any, Job | None]] = {}  # what is awaited -> whose it is, of which unit
+    idle = []
+
+    def load() -> None:
+        worker = make()
+        busy[worker.load.remote()] = (worker, None)
+
+    def start(worker: Any, unit: Job) -> None:
+        agenda.started(unit.requests[0])
+        busy[worker.measure.remote(unit.requests[0], unit.network)] = (worker, unit)
+
+    for _ in range(count):
+        load()
+    while agenda.left:
+        [done], _ = ray.wait(list(busy))
+        worker, unit = busy.pop(done)
+        try:
+            error = ray.get(done)
+        except ray.exceptions.RayError as failure:
+            if isinstance(cause := getattr(failure, "cause", None), DiskError):
+                raise cause from failure
+            error = _reason(failure)
+            if unit is None:
+                raise RunError(f"a worker could not load the model: {error}") from failure
+            for request in unit.requests:  # a network that kills its worker is not sliced again
+                agenda.finished(request, error)
+            ray.kill(worker)
+            load()
+        else:
+            if unit is not None:
+                agenda.finished(unit.requests[0], error)
+            if unit is not None and unit.requests[1:]:
+                start(worker, Job(unit.network, unit.requests[1:]))
+            else:
+                idle.append(worker)
+        while idle and (unit := agenda.take()):
+            start(idle.pop(), unit)
+        while idle and not agenda.waiting:  # room for a worker whose node was lost
+            ray.kill(idle.pop())
+
+
+def shares(nodes: list[dict], device: str, wanted: int) -> tuple[str, int, int]:
+    """Device, number of workers and CPUs of each, for `wanted` units on the nodes of a cluster.
+
+    nodes: the resources of each. One worker per GPU, else one per CPU; where there are fewer
+    units than that, each worker gets more CPUs. Raises RequestError where a GPU is wanted and
+    there is none.
+    """
+    gpu_nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if device == "cuda" and not gpu_nodes:
+        raise RequestError("device 'cuda' is not available in the Ray cluster; use --device cpu")
+    if gpu_nodes and device != "cpu":
+        count = min(wanted, sum(int(node["GPU"]) for node in gpu_nodes))
+        return "cuda", count, min(int(n.get("CPU", 0) // n["GPU"]) for n in gpu_nodes)
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cpus:
+        raise RequestError("the Ray cluster has no CPU to give; start it with --num-cpus")
+    count = min(wanted, sum(cpus))
+    return "cpu", count, min(sum(cpus) // count, *cpus)
+
+
+def _reason(failure: Exception) -> str:
+    if (cause := getattr(failure, "cause", None)) is not None:
+        return in_one_line(cause)
+    text = str(failure)
+    if "worker process has died" in text:
+        return f"its worker died at each of {_ATTEMPTS} attempts; does it have memory enough?"
+    why = text.partition(" because ")[2] or text or "no reason given"
+    return f"Ray lost its worker ({why.splitlines()[0].rstrip('.')})"
+
+
+def import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        import ray
+    except ImportError as error:
+        raise RequestError(
+            "executor 'ray' needs the package ray; `pip install -e '.[ray]'`, or use "
+            "--executor local"
+        ) from error
+    return ray
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray, connected to the cluster at `address`, or to one of this process on this machine."""
+    ray = import_ray()
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    small = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # nothing is sent
+    if address is not None:
+        _reach(address)
+    # Whatever it is told, Ray prints on stdout that a worker died, where results go.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        try:
+            ray.init(address=address or "local", **quiet, **({} if address else small))
+            interrupt.handle_again()  # or Ray would end the process in its own way
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise RequestError where no cluster answers.
+
+    Tried in a process of its own, because Ray itself tries for minutes and then ends the process.
+    """
+    attempt = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
+    command = [sys.executable, "-c", attempt, address]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer in {_PATIENCE} s"
+    else:
+        if tried.returncode == 0:
+            return
+        last = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = last.partition(". ")[0]
+    raise RequestError(
+        f"no Ray cluster can be reached at address {address!r} ({reason}); give auto or the "
+        "host:port that `ray start` printed on this machine, with RAY_AUTH_MODE=token set if it "
+        "asks for a token, or leave --address out"
+    )

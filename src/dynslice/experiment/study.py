@@ -1,0 +1,86 @@
+"""A study: the measurements of one profile, and their results; only what is missing is computed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dynslice.core import paths
+from dynslice.core.errors import RunError
+from dynslice.experiment.equal_size import Beyond
+from dynslice.experiment.executor import run_all
+from dynslice.experiment.profile import Profile, load, parse_value
+from dynslice.experiment.store import Request, Result, Store
+
+
+class Study(Beyond):
+    """The measurements of one profile and where their results are kept."""
+
+    def __init__(self, settings: Profile, store: Store, device: str, from_record: bool = False):
+        super().__init__(settings)
+        self.store = store
+        self.device = device
+        self.from_record = from_record
+
+    @classmethod
+    def open(
+        cls, name: str = "quick", from_record: bool = False, device: str = "auto", **overrides: Any
+    ) -> "Study":
+        """The study of a profile, measuring for itself or reading the committed record.
+
+        Raises RequestError for an unknown profile, key or value.
+        """
+        settings = load(name, overrides)
+        folder = paths.record if from_record else paths.results
+        store = Store(folder(settings.name), of_record=from_record)
+        return cls(settings, store, device, from_record)
+
+    @classmethod
+    def from_notebook(cls, variables: dict[str, Any]) -> "Study":
+        """The study that a notebook's parameters ask for.
+
+        variables: the notebook's `globals()` after its parameters cell. Profile keys that are
+        None keep the profile's value; text (from `papermill -p`) is read as YAML where the key
+        is no string. Raises RequestError for a name that is no parameter.
+        """
+        plain = (str, int, float, list, dict, type(None))
+        given = {
+            name: value
+            for name, value in variables.items()
+            if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
+        }
+        fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
+        chosen = given.pop("profile", "quick")
+        overrides = {name: _from_text(name, v) for name, v in given.items() if v is not None}
+        return cls.open(chosen, **fixed, **overrides)
+
+    def missing(self, requests: Iterable[Request]) -> list[Request]:
+        """Those without a usable result."""
+        return [request for request in requests if self.store.get(request) is None]
+
+    def ensure(
+        self, requests: list[Request], executor: str = "local", address: str | None = None
+    ) -> int:
+        """Compute what is missing, here or by Ray; how many measurements that were.
+
+        Raises RunError when reading from a record that lacks some, and at the end when some
+        failed; RequestError where Ray is asked for and cannot start.
+        """
+        missing = self.missing(requests)
+        if not missing:
+            return 0
+        if self.from_record:
+            raise RunError(
+                f"the record of {self.profile.name!r} lacks {len(missing)} of {len(requests)} "
+                "measurements; run without --from-record to measure them"
+            )
+        return run_all(missing, self.profile, self.store, self.device, executor, address)
+
+    def get(self, request: Request) -> Result:
+        """A result, measured now if need be."""
+        self.ensure([request])
+        return self.store.get(request)
+
+
+def _from_text(name: str, value: Any) -> Any:
+    field = Profile.model_fields.get(name)
+    is_text = field is not None and field.annotation in (str, str | None) and value != "null"
+    return parse_value(value, name) if isinstance(value, str) and not is_text else value

@@ -1,0 +1,171 @@
+"""Saved models on disk: found, read weight by weight, checked and written."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from dynslice.core import files
+from dynslice.core.errors import RequestError, in_one_line
+from dynslice.core.tensors import check_weight
+from dynslice.method.architectures import family_of, require_dense
+
+INDEX = "model.safetensors.index.json"
+
+SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
+
+
+def weight_files(folder: Path, name: str) -> dict[str, Path]:
+    """The safetensors file of each weight that a folder of model `name` holds.
+
+    Raises RequestError for a folder without safetensors (pickles are never read), and for files
+    that are broken or lead out of the folder.
+    """
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if not whole.is_file() and not index.is_file():
+        raise RequestError(
+            f"model {name!r} has no safetensors, and other files of weights are not read; save it "
+            "anew with transformers"
+        )
+    path = whole if whole.is_file() else index
+    try:
+        if path == whole:
+            with safe_open(whole, framework="pt") as file:
+                return dict.fromkeys(file.keys(), whole)
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(file).name != file for file in parts.values()):
+            raise ValueError("it names files in other folders")
+        if lost := sorted(file for file in {*parts.values()} if not (folder / file).is_file()):
+            raise ValueError(f"{lost[0]} is missing")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RequestError(
+            f"the weights of model {name!r} cannot be read from {path.name} "
+            f"({in_one_line(error)}); save the model anew with transformers"
+        ) from error
+    return {weight: folder / file for weight, file in parts.items()}
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    shard: str = "5GB",
+) -> None:
+    """Write weights (safetensors), config and tokenizer to a `folder` that appears as in `saving`.
+
+    shard: the largest file of weights.
+    """
+    with saving(folder) as unfinished:
+        write(model, tokenizer, unfinished, shard)
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str = "5GB"
+) -> None:
+    """Write weights (safetensors), config and tokenizer into a folder that is there."""
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=shard)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill with a model; `folder` appears with its checksums when that is done.
+
+    Raises DiskError where there is no room for it.
+    """
+    with files.appearing(folder) as unfinished:
+        yield unfinished
+        files.seal(unfinished)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the screen for a while."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+class Checkpoint:
+    """A model without weights, and its checkpoint from which they come when they are used."""
+
+    def __init__(self, name: str, config, stored: dict[str, Path], device, dtype: torch.dtype):
+        """stored: the safetensors file of each weight, as `weight_files` gives it."""
+        require_dense(config, "slicing")
+        self.name, self.device, self.dtype, self._files = name, device, dtype, stored
+        with init_empty_weights(include_buffers=False), quiet():
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for module in self.model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, buffer.to(device))
+        for key, _ in self.model.named_parameters():
+            self._stored_name(key)  # refuses a checkpoint that lacks a weight before any work
+
+    @contextmanager
+    def use(self, path: str) -> Iterator[nn.Module]:
+        """A module by its name, with its weights on the device until the context ends."""
+        module = self.model.get_submodule(path)
+        names = [name for name, _ in module.named_parameters()]
+        try:
+            for name, weight in zip(names, self._read([f"{path}.{n}" for n in names]), strict=True):
+                set_module_tensor_to_device(module, name, self.device, weight)
+            yield module
+        finally:
+            for name in names:
+                set_module_tensor_to_device(module, name, "meta")
+
+    def _read(self, names: list[str]) -> Iterator[Tensor]:
+        for name in names:
+            stored = self._stored_name(name)
+            try:
+                with safe_open(self._files[stored], framework="pt") as file:
+                    # A copy: products of memory that a file is mapped to round differently.
+                    weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
+            except (OSError, SafetensorError) as error:
+                raise RequestError(_broken(self._files[stored], error)) from error
+            check_weight(weight, stored, self.name)
+            wanted = self.model.get_parameter(name).shape
+            if weight.shape != wanted:
+                raise RequestError(
+                    f"weight {stored} of model {self.name!r} is of shape {list(weight.shape)}, its "
+                    f"config.json asks for {list(wanted)}; save the model anew with transformers"
+                )
+            yield weight
+
+    def _stored_name(self, name: str) -> str:
+        """The name of a weight in the checkpoint: a tied head is the embedding."""
+        prefix = f"{self.model.base_model_prefix}."
+        tied = (self.model.config.tie_word_embeddings and name == "lm_head.weight") or None
+        family = family_of(self.model.config)
+        every = [name, tied and f"{family.embedding}.weight"]
+        for candidate in filter(None, every):
+            for spelling in (candidate, candidate.removeprefix(prefix)):
+                if spelling in self._files:
+                    return spelling
+        raise RequestError(
+            f"the checkpoint holds no weight {name!r}; load the model with transformers and save "
+            "it anew, or slice it without streaming"
+        )
+
+
+def _broken(path: Path, error: Exception) -> str:
+    reason = in_one_line(error)
+    return f"the weights in {path.name} cannot be read ({reason}); save the model anew"

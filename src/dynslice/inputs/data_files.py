@@ -1,0 +1,118 @@
+"""Directories of text files by split, and rows of data files."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dynslice.core.errors import RequestError
+
+SPLITS = ("train", "validation", "test")
+
+# Directories
+
+_FORMATS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
+
+_FILE = re.compile(
+    rf"(?P<split>{'|'.join(SPLITS)})(-\d+-of-\d+(-[0-9a-f]+)?)?\.(?P<format>{'|'.join(_FORMATS)})"
+    r"(?P<gz>\.gz)?"
+)
+
+
+def files_of(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split that a directory, or else its folder `data`, holds, in name order.
+
+    Raises RequestError when one split comes in several formats.
+    """
+    for place in (folder, folder / "data"):
+        found: dict[str, list[Path]] = {}
+        for path in sorted(place.iterdir()) if place.is_dir() else []:
+            match = _FILE.fullmatch(path.name)
+            if match and path.is_file() and not (match["gz"] and match["format"] == "txt"):
+                found.setdefault(match["split"], []).append(path)
+        for split, paths in found.items():
+            formats = sorted({_FILE.fullmatch(path.name)["format"] for path in paths})
+            if len(formats) > 1:
+                raise RequestError(
+                    f"text {str(folder)!r} holds split {split} in several formats "
+                    f"({', '.join(formats)}); leave one of them"
+                )
+        if found:
+            return {split: found[split] for split in SPLITS if split in found}
+    return {}
+
+
+def split_files(folder: str, split: str) -> list[Path]:
+    """The files of one split of a directory. Raises RequestError when it has none."""
+    found = files_of(Path(folder))
+    if split not in found:
+        have = ", ".join(found) or "none"
+        raise RequestError(
+            f"text {folder!r} is a directory without split {split!r} (it has {have}); add "
+            f"{split}.txt, .jsonl, .json, .json.gz or .parquet, or use a split that is there"
+        )
+    return found[split]
+
+
+def folder_documents(folder: str, split: str) -> list[str]:
+    """The rows of a split's files as documents: their column `text`, or the only one of strings.
+
+    Empty rows are left out. Raises RequestError when a file cannot be read or it is not clear
+    which column is meant.
+    """
+    read = iter(rows(split_files(folder, split)))
+    first = next(read, None)
+    if first is None:
+        raise RequestError(f"text {folder!r} has no rows in split {split}; fill its files")
+    strings = [name for name, value in first.items() if isinstance(value, str)]
+    if "text" not in first and len(strings) != 1:
+        raise RequestError(
+            f"text {folder!r} has no column 'text' in split {split}, and not exactly one of "
+            f"strings (columns: {', '.join(first)}); name the one to read 'text'"
+        )
+    column = "text" if "text" in first else strings[0]
+
+    def every() -> Iterator[dict[str, Any]]:
+        yield first
+        yield from read
+
+    texts = _column(every(), column, f"text {folder!r}")
+    return [text for text in texts if text.strip()]
+
+
+def rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """The rows of data files of one format, one after the other; only what is asked for is read."""
+    import datasets
+
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
+    kind = _FORMATS[files[0].name.removesuffix(".gz").rpartition(".")[2]]
+    try:
+        names = [str(path) for path in files]
+        yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
+    except Exception as error:  # of datasets, Arrow, gzip and json, each its own
+        shown = f"{files[0].name} and {len(files) - 1} more" if files[1:] else files[0].name
+        raise RequestError(
+            f"{shown} in {str(files[0].parent)!r} cannot be read as {kind}; mend or replace the "
+            "file"
+        ) from error
+
+
+def _column(read: Iterable[dict[str, Any]], column: str, what: str) -> Iterator[str]:
+    for row in read:
+        text = row.get(column)
+        if column not in row or not isinstance(text, str | None):
+            raise RequestError(
+                f"{what} has no column {column!r} of strings (columns: {', '.join(row)}); use "
+                "another revision or file"
+            )
+        yield text or ""
+
+
+def _once(texts: Iterable[str]) -> Iterator[str]:
+    """Texts that are not blank, each the first time."""
+    seen = set()
+    for text in texts:
+        if text.strip() and text not in seen:
+            seen.add(text)
+            yield text

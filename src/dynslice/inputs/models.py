@@ -1,0 +1,248 @@
+"""Loading causal language models: embedded, from a directory, or from the hub."""
+
+import hashlib
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dynslice.core import files, hub, paths
+from dynslice.core.errors import RequestError, in_one_line
+from dynslice.core.tensors import check_weight
+from dynslice.inputs.checkpoints import SAFE, Checkpoint, quiet, save, weight_files
+from dynslice.inputs.embedded_models import EMBEDDED
+from dynslice.method.architectures import check_family
+from dynslice.method.modeling_sliced import SLICED_CLASSES
+from dynslice.method.plan import SlicePlan
+from dynslice.method.slicing import Sliced
+from dynslice.method.streaming import slice_to
+
+for _config, _model in SLICED_CLASSES.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+
+
+def load(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    spread: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a dense or sliced causal LM in evaluation mode, with its tokenizer.
+
+    name: `embedded:...`, a directory, or a hub id. spread: let accelerate place the layers over
+    all GPUs, then host memory, then disk, instead of everything on `device`. Raises RequestError
+    when there is no such model or it can't be sliced exactly.
+    """
+    load_config(name, revision)
+    tokenizer = load_tokenizer(name, revision)
+    if spread and torch.cuda.is_available() and (device.type == "cpu" or device.index is not None):
+        raise RequestError(
+            f"device {str(device)!r} names one place, and a spread network takes all GPUs; leave "
+            "--device out, or do not spread it"
+        )
+    source = resolve(name, revision)
+    check_weights(name, revision)
+    options = {"device_map": "auto", "offload_folder": str(_offloaded(name))} if spread else {}
+    with quiet():
+        try:
+            model, told = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                revision=revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+                **SAFE,
+            )
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of safetensors and of each part that a config describes
+            raise RequestError(
+                f"the weights of model {name!r} cannot be loaded from safetensors "
+                f"({in_one_line(error)}); save the model anew with transformers"
+            ) from error
+    for key, found, wanted in sorted(told["mismatched_keys"]):
+        raise RequestError(
+            f"weight {key} of model {name!r} is of shape {list(found)}, its config.json asks for "
+            f"{list(wanted)}; save the model anew with transformers"
+        )
+    if lacking := sorted(told["missing_keys"]):  # transformers makes them up
+        raise RequestError(
+            f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
+            "save the model anew with transformers"
+        )
+    model = model if spread else model.to(device)
+    if model.device.type == "meta":
+        raise RequestError(
+            f"no memory has room for the embedding of model {name!r}; use a machine with more"
+        )
+    for key, weight in model.named_parameters():
+        check_weight(weight, key, name)
+    return model.eval(), tokenizer
+
+
+def _offloaded(name: str) -> Path:
+    """Where accelerate keeps the weights that fit into no memory."""
+    return paths.CACHE / "offloaded" / hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def open_checkpoint(
+    name: str, device: torch.device, dtype: torch.dtype, revision: str | None = None
+) -> Checkpoint:
+    """A dense model without weights, which are read from its checkpoint when they are used.
+
+    Raises RequestError as `load`, and for a checkpoint that lacks a weight.
+    """
+    stored = _stored_files(name, revision)
+    checkpoint = Checkpoint(name, load_config(name, revision), stored, device, dtype)
+    with suppress(Exception):  # it is optional
+        checkpoint.model.generation_config = GenerationConfig.from_pretrained(
+            resolve(name, revision), revision=revision
+        )
+    return checkpoint
+
+
+def slice_saved(
+    folder: Path,
+    name: str,
+    windows: torch.Tensor,
+    plan: SlicePlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    **how,
+) -> Sliced:
+    """Slice a saved model into `folder` layer by layer; how, and what is raised: `slice_to`."""
+    checkpoint = open_checkpoint(name, device, dtype, revision)
+    return slice_to(folder, checkpoint, load_tokenizer(name, revision), windows, plan, **how)
+
+
+def _stored_files(name: str, revision: str | None) -> dict[str, Path]:
+    """The safetensors file of each stored weight."""
+    folder = Path(resolve(name, revision))
+    if not folder.is_dir():
+        patterns = ["model*.safetensors", "model*.safetensors.index.json"]
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # of the network, in the middle of a download
+            raise RequestError(
+                f"the weights of model {name!r} could not be had from the hub; give the same "
+                "command again, what was downloaded is kept"
+            ) from error
+    return weight_files(folder, name)
+
+
+def check_weights(name: str, revision: str | None = None) -> None:
+    """Raise RequestError as `weight_files` for a model that is in a folder here."""
+    if Path(source := resolve(name, revision)).is_dir():
+        weight_files(Path(source), name)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights. Raises RequestError when it has none."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision, **SAFE)
+    except Exception as error:  # whatever the library says of files that are none
+        raise RequestError(
+            f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
+        ) from error
+
+
+def load_config(name: str, revision: str | None = None):
+    """The transformers config of a model, without its weights. Raises RequestError as `load`."""
+    if revision is not None and (name.startswith("embedded:") or is_directory(name)):
+        raise RequestError(
+            f"model {name!r} has no revisions, only models of the hub do; leave revision "
+            f"{revision!r} out"
+        )
+    source = resolve(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, **SAFE)
+    except Exception as error:  # of the library's own checks, a dozen types
+        if "custom code" in str(error):
+            raise RequestError(
+                f"model {name!r} comes with code of its own (auto_map in its config.json), which "
+                "is never run; name a model of a family that transformers has"
+            ) from error
+        raise RequestError(
+            f"model {name!r} has a config.json that transformers cannot read "
+            f"({in_one_line(error)}); save the model anew"
+        ) from error
+    check_family(config)
+    return config
+
+
+def resolve(name: str, revision: str | None = None) -> str:
+    """What `from_pretrained` can load: a directory for embedded models, else the name itself.
+
+    Raises RequestError when `name` is neither an embedded model, a model directory nor something
+    that the hub (or its local cache) holds.
+    """
+    if name.startswith("embedded:"):
+        return str(_embedded(name.removeprefix("embedded:")))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise RequestError(
+                f"model {name!r} is a directory without config.json; name that of a saved model"
+            )
+        if reason := files.damage(Path(name)):
+            raise RequestError(
+                f"model {name!r} is damaged: {reason}; slice or save it anew (or delete "
+                f"{files.CHECKSUMS} there, if you changed it yourself)"
+            )
+        return name
+    reason = hub.model_refusal(name, revision)
+    if reason is None:
+        return name
+    if folder := hub.snapshot(name, revision):  # downloaded before
+        return str(folder)
+    raise RequestError(
+        f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and {reason}"
+    )
+
+
+def is_directory(name: str) -> bool:
+    """Whether a model is named by its directory."""
+    return Path(name).is_dir()
+
+
+def in_cache(name: str, revision: str | None = None) -> bool:
+    """Whether a model of the hub has been downloaded, weights included."""
+    folder = hub.snapshot(name, revision)
+    return folder is not None and hub.has_weights(folder)
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit that a model of the hub is read at; None for others, or when nothing knows."""
+    if name.startswith("embedded:") or is_directory(name):
+        return None
+    return hub.model_commit(name, revision)
+
+
+def _embedded(name: str) -> Path:
+    if name not in EMBEDDED:
+        raise RequestError(f"embedded model {name!r} is unknown; there are {', '.join(EMBEDDED)}")
+    folder = paths.CACHE / "models" / name
+    if files.is_sound(folder):
+        return folder
+    with files.claim(folder.with_name(f".making-{name}")):  # one process makes it, others wait
+        if reason := files.damage(folder):
+            print(f"embedded model {name!r} is made anew: {reason}", file=sys.stderr)
+        if not files.is_sound(folder):
+            model, tokenizer = EMBEDDED[name]()
+            save(model, tokenizer, folder, shard="5GB" if name == "smollm2-135m" else "200KB")
+    return folder

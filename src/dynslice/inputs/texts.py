@@ -1,0 +1,123 @@
+"""Texts by name, file or directory -> token windows.
+
+Corpora are lists of documents, and a document belongs to exactly one split. A text argument is
+the name of a corpus, embedded or of the hub (see `hub_texts`), the path of a UTF-8 file (one
+document, no splits), or that of a directory with a file for each split: `<split>.txt` (one
+document), or `<split>.jsonl`, `.json`, `.json.gz` or `.parquet` (a document a row), which may be
+in shards and in a folder `data`, as in a snapshot of a hub repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynslice.core.errors import RequestError
+from dynslice.inputs import corpora
+from dynslice.inputs.corpora import CORPORA, HUB, _corpus
+from dynslice.inputs.data_files import SPLITS, folder_documents, split_files
+
+if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
+    pass
+
+
+def has_splits(text: str) -> bool:
+    """Whether a text is a corpus or a directory; a file has no splits."""
+    return text in CORPORA or text in HUB or _is(text, Path.is_dir)
+
+
+def check(text: str, split: str | None, revision: str | None = None) -> None:
+    """Raise RequestError unless `text` is a corpus or directory with that split, or a file.
+
+    Of hub corpora names and splits only are checked: the network is asked when they are read.
+    """
+    if revision is not None and text not in HUB:
+        raise RequestError(
+            f"text {text!r} has no revisions, only corpora of the hub do ({', '.join(HUB)}); "
+            f"leave revision {revision!r} out"
+        )
+    if has_splits(text):
+        if split is not None and split not in SPLITS:
+            raise RequestError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
+        files_of(text, split)
+    elif split is not None and _is(text, Path.is_file):
+        raise RequestError(f"text {text!r} is a file and has no splits; leave --split out")
+    else:
+        _read(text)
+
+
+def default_split(text: str, split: str | None, default: str = "validation") -> str | None:
+    """`split`, or for a corpus or directory the default one; files have none."""
+    return split or (default if has_splits(text) else None)
+
+
+def documents(text: str, split: str | None, revision: str | None = None) -> list[str]:
+    """The documents of a split of a corpus or directory, or the one document that a file is.
+
+    revision: branch, tag or commit of a hub corpus; None takes its default one. Raises
+    RequestError as `check`, and when a hub corpus cannot be had.
+    """
+    check(text, split, revision)
+    split = default_split(text, split)
+    if text in CORPORA:
+        return _corpus(text)[split]
+    if text in HUB:
+        return corpora.documents(text, split, revision)
+    files = files_of(text, split)
+    if split is None or files[0].suffix == ".txt":
+        return [_read(str(path)) for path in files]
+    return folder_documents(text, split)
+
+
+def files_of(text: str, split: str | None) -> list[Path]:
+    """The files that a text is read from: none for a corpus, whose name says what it holds.
+
+    Raises RequestError when a directory has none for the split.
+    """
+    if text in CORPORA or text in HUB:
+        return []
+    if has_splits(text):
+        return split_files(text, default_split(text, split))
+    return [Path(text)] if _is(text, Path.is_file) else []
+
+
+def source_of(config: dict) -> tuple[str, str | None, str | None]:
+    """The text that a request reads, its split and its revision."""
+    return config.get("stand_in", config["text"]), config["split"], config.get("text_revision")
+
+
+def commit_of(text: str, revision: str | None = None) -> str | None:
+    """The commit of the data set repository that a hub corpus is read at.
+
+    None for other texts, and when neither the hub nor its local cache can tell.
+    """
+    return corpora.commit_of(text, revision) if text in HUB else None
+
+
+def _is(name: str, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(Path(name))
+    except OSError:  # a name too long to be one, such as a text given in place of its name
+        return False
+
+
+def _read(name: str) -> str:
+    path = Path(name)
+    if not _is(name, Path.is_file):
+        name = name if len(name) <= 80 else f"{name[:80]}..."
+        corpora = ", ".join([*CORPORA, *HUB])
+        raise RequestError(
+            f"text {name!r} is neither a corpus ({corpora}) nor a file or directory; check the name"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"text {name!r} is not UTF-8 (byte {error.start}); convert it to UTF-8"
+        ) from error
+    if not text.strip():
+        raise RequestError(f"text {name!r} is empty; give a file with words in it")
+    if "\x00" in text:
+        raise RequestError(f"text {name!r} is binary (it holds NUL bytes); give a text file")
+    return text

@@ -1,0 +1,126 @@
+"""Texts as token streams, and windows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dynslice.core.errors import RequestError
+from dynslice.inputs.texts import documents
+
+if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_stream(
+    text: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    seed: int | None = None,
+    revision: str | None = None,
+) -> torch.Tensor:
+    """The token ids [n] of a text: its documents in order, a blank line after each.
+
+    limit: stop after that many tokens (fewer documents are tokenised then).
+    seed: shuffle the documents first, so that a limited stream draws from the whole split.
+    Raises RequestError as `documents`, and when nothing is left to tokenise.
+    """
+    import torch
+
+    texts = documents(text, split, revision)
+    if seed is not None:
+        texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    pieces, count = [], 0
+    for ids in _encoded(texts, tokenizer):
+        pieces.append(ids)
+        count += len(ids)
+        if limit is not None and count >= limit:
+            break
+    stream = torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.long)
+    if not len(stream):
+        raise RequestError(f"text {text!r} holds no tokens; give a text with words in it")
+    return stream
+
+
+def consecutive_windows(
+    stream: torch.Tensor, window: int, count: int | None, name: str
+) -> torch.Tensor:
+    """The first `count` (None: all) consecutive non-overlapping windows [count, window].
+
+    A last short block is dropped. Raises RequestError when there are fewer than asked for.
+    """
+    have = len(stream) // window
+    if have < max(count or 1, 1):
+        wanted = f"{count} windows" if count else "one window"
+        raise RequestError(
+            f"text {name!r} holds {len(stream)} tokens, fewer than {wanted} of {window}; use a "
+            "longer text, a smaller --window or fewer --windows"
+        )
+    have = count or have
+    return stream[: have * window].view(have, window)
+
+
+def token_windows(
+    text: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    count: int | None,
+    seed: int | None = None,
+    revision: str | None = None,
+) -> torch.Tensor:
+    """`count` (None: all) token windows [count, window] of a text, as `drawn` takes them."""
+    limit = None if seed is not None or count is None else count * window
+    stream = token_stream(text, split, tokenizer, limit, revision=revision)
+    return sample_windows(stream, window, count, seed, text)
+
+
+def sample_windows(
+    stream: torch.Tensor,
+    window: int,
+    count: int | None,
+    seed: int | None,
+    name: str,
+    skip: int = 0,
+) -> torch.Tensor:
+    """`count` (None: all) token windows [count, window] of a stream [n].
+
+    Without a seed: the first consecutive blocks. With one: blocks drawn without replacement
+    from all blocks of the stream. skip: leaves out as many, those that a draw of `skip` windows
+    with the same seed takes.
+    """
+    import torch
+
+    # Refuses a text that is too short.
+    chosen = consecutive_windows(stream, window, None if count is None else skip + count, name)[
+        skip:
+    ]
+    if seed is None or count is None:
+        return chosen
+    every = consecutive_windows(stream, window, None, name)
+    order = np.random.default_rng(seed).permutation(len(every))[skip : skip + count]
+    return every[torch.from_numpy(np.sort(order))]
+
+
+def sliding_windows(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:
+    """Overlapping windows [n, window] every `stride` tokens; a short text is one short window.
+
+    Tokens after the last full window are dropped. Raises RequestError for fewer than 2 tokens.
+    """
+    if len(stream) < 2:
+        raise RequestError(f"the text holds {len(stream)} token; LR needs at least 2")
+    return stream.unfold(0, min(window, len(stream)), min(stride, len(stream)))
+
+
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
+    import torch
+
+    group = 16  # documents a call: the tokenizer works on them in parallel
+    for start in range(0, len(texts), group):
+        part = [text + "\n\n" for text in texts[start : start + group]]
+        for ids in tokenizer(part, verbose=False)["input_ids"]:
+            yield torch.tensor(ids, dtype=torch.long)

@@ -1,0 +1,178 @@
+"""What is known of a decoder family, and why a model cannot be sliced."""
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dynslice.core.errors import RequestError, in_one_line
+from dynslice.method.modeling_sliced import (
+    FAMILIES,
+    SLICED_CLASSES,
+    Family,
+    has_bias,
+    subtracts_mean,
+)
+from dynslice.method.plan import ModelDims, SlicePlan
+
+
+def family_of(config) -> Family:
+    """The row of the family table for a dense or sliced config."""
+    return FAMILIES[config.model_type.removeprefix("sliced_")]
+
+
+def is_sliced(config) -> bool:
+    """Whether a config belongs to a sliced network."""
+    return config.model_type.startswith("sliced_")
+
+
+def check_family(config) -> None:
+    """Raise RequestError naming what stands in the way when a config can't be sliced exactly."""
+    if reason := obstacle(config):
+        raise RequestError(
+            f"a model of type {config.model_type!r} can't be sliced exactly: {reason}; the "
+            f"families are {', '.join(FAMILIES)}"
+        )
+
+
+def require_dense(config, what: str) -> None:
+    """Raise RequestError when `config` is that of an already sliced network."""
+    if is_sliced(config):
+        raise RequestError(f"{what} needs a dense model, and this one is sliced already")
+
+
+def dims_of(config) -> ModelDims:
+    """Read the shape off a dense config, through a model without storage."""
+    require_dense(config, "a plan")
+    family = family_of(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of each part that a config describes
+        raise RequestError(
+            f"the config.json of the model describes no network ({in_one_line(error)}); save "
+            "the model anew with transformers"
+        ) from error
+    layers = model.get_submodule(family.layers)
+    head = model.get_submodule(family.head)
+    get = layers[0].get_submodule
+    d = config.hidden_size
+    reads, writes, fixed = [], [], 0
+    for block in family.blocks:
+        norm, readers = get(block.norm), [get(name) for name in block.reads]
+        writers = [get(name) for name in block.writes]
+        reads.append(sum(map_.out_features for map_ in readers))
+        writes.append(sum(map_.in_features + (map_.bias is not None) for map_ in writers))
+        # A norm's scale goes into the maps that read, and its bias into a bias of theirs.
+        fixed -= sum(p.numel() for p in norm.parameters())
+        fixed += sum(m.out_features for m in readers if has_bias(norm) and m.bias is None)
+    in_layer = sum(p.numel() for p in layers[0].parameters())
+    fixed = len(layers) * (fixed + in_layer - d * (sum(reads) + sum(writes)))
+    fixed += sum(p.numel() for p in head.parameters())  # it reads the full stream
+    final_norm = model.get_submodule(family.final_norm)
+    if subtracts_mean(final_norm):
+        fixed += sum(p.numel() for p in final_norm.parameters())
+    positions = family.positions and model.get_submodule(family.positions).num_embeddings
+    return ModelDims(
+        hidden_size=d,
+        layers=len(layers),
+        vocab_size=model.get_submodule(family.embedding).num_embeddings,
+        reads=tuple(reads),
+        writes=tuple(writes),
+        fixed=fixed,
+        dense_parameters=sum(p.numel() for p in model.parameters()),
+        position_rows=positions or 0,
+    )
+
+
+def check_plan(config, plan: SlicePlan) -> None:
+    """Raise RequestError when a plan was made for a model of another shape."""
+    require_dense(config, "slicing")
+    shape = dims_of(config)
+    for name in ModelDims.__dataclass_fields__:
+        here, planned = getattr(shape, name), getattr(plan.shape, name)
+        if here != planned:
+            raise RequestError(
+                f"the plan was made for another model ({name} {planned}, here {here}); make it "
+                "anew with `dynslice plan`"
+            )
+
+
+def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
+    """The sliced network of a dense model, with parameters that have no storage yet."""
+    config_class, model_class = SLICED_CLASSES[model.config.model_type]
+    settings = model.config.to_dict()
+    for name in ("model_type", "architectures", "quantization_config"):
+        settings.pop(name, None)
+    config = config_class(
+        **{**settings, "tie_word_embeddings": False, "dtype": model.dtype},
+        attention_widths=list(plan.attention_widths),
+        mlp_widths=list(plan.mlp_widths),
+    )
+    with init_empty_weights(include_buffers=False):  # the weights that it takes are all there are
+        sliced = model_class(config)
+    sliced.generation_config = model.generation_config
+    return sliced
+
+
+def obstacle(config: PretrainedConfig) -> str | None:
+    """Why a dense or sliced config can't be sliced exactly; None where it can.
+
+    Slicing is exact where each block reads the stream through one norm and linear maps, and writes
+    it by linear maps whose outputs are added as they are.
+    """
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        return "it has no layers"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised, and folding and rotating needs plain ones"
+    model_type = config.model_type.removeprefix("sliced_")
+    if model_type == "opt":
+        return _obstacle_in_opt(config)
+    if model_type in FAMILIES:
+        return None
+    return _obstacle_in_layers(config) or "its layout is no row of the family table"
+
+
+def _obstacle_in_opt(config: PretrainedConfig) -> str | None:
+    if not config.do_layer_norm_before:
+        return "its norms stand behind the residual sums (do_layer_norm_before is false)"
+    if config._remove_final_layer_norm:
+        return "it has no norm before the head (_remove_final_layer_norm is true)"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return (
+            "its embedding is projected into the stream (word_embed_proj_dim "
+            f"{config.word_embed_proj_dim}, hidden_size {config.hidden_size})"
+        )
+    return None
+
+
+def _obstacle_in_layers(config: PretrainedConfig) -> str | None:
+    """What the first layer of a model that is no row of the table shows."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # whatever the library says of a config that is no causal LM
+        return "transformers has no causal language model of this type"
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return "it has no list of layers"
+    parts = dict(max(lists, key=len)[0].named_modules())
+
+    def named(*fragments: str) -> str | None:
+        return next((name for name in parts if any(f in name for f in fragments)), None)
+
+    if name := named(
+        "post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm"
+    ):
+        return f"its layers norm what a block writes ({name}), and cutting changes that norm"
+    if name := named("experts", "router"):
+        return f"its layers send tokens to experts ({name})"
+    if name := named("mixer", "mamba", "ssm", "conv1d"):
+        return f"its layers are no attention blocks ({name})"
+    if name := next((n for n, part in parts.items() if type(part).__name__ == "Conv1D"), None):
+        return f"it keeps its maps as Conv1D, transposed ({name})"
+    return None

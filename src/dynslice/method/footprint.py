@@ -1,0 +1,200 @@
+"""How much memory slicing takes, predicted from the shape of a model."""
+
+import math
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dynslice.core.tensors import tokens_per_batch
+from dynslice.method.architectures import family_of
+from dynslice.method.numerics import ROWS
+from dynslice.method.plan import SlicePlan
+
+FLOAT32, FLOAT64 = 4, 8
+
+
+def slicing_workspace(
+    config: PretrainedConfig,
+    plan: SlicePlan,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compensated: bool = False,
+) -> int:
+    """Bytes on the device at the peak of streamed slicing, signals and finished shards apart.
+
+    The largest of its steps counts: rotating the embedding, running a block on a batch of windows,
+    the covariance and its eigenvectors, the regression of a compensation, folding a map.
+    """
+    with META:
+        model = AutoModelForCausalLM.from_config(config)
+    layer = model.get_submodule(family_of(config).layers)[0]
+    shape = plan.shape
+    d, size = shape.hidden_size, dtype.itemsize
+    count = max(1, tokens_per_batch(device) // window)
+    weights = sum(p.numel() for p in layer.parameters()) * size
+    basis = d * d * FLOAT64  # one is held all the time, a second one while a block is folded
+    rows = min(ROWS, shape.vocab_size) * d
+    maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    largest = max(linear.in_features * linear.out_features for linear in maps)
+    steps = {
+        # A stored table and the changed one; a part of them in float32.
+        "tables": basis + 2 * shape.vocab_size * d * size + rows * (FLOAT32 + size),
+        "block": weights + basis + d * d * size + layers_workspace(config, dtype, count * window),
+        # The covariance, beside a batch in float64.
+        "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
+        # The covariance, its eigenvectors in two orders, and what LAPACK needs beside them.
+        "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
+        "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
+    }
+    if compensated:
+        known = max(shape.writes) + d  # inputs of the regression
+        system = known * (known + d) * FLOAT64
+        steps["block"] += system
+        # The products, and a batch of inputs as it is and divided by the size of the stream.
+        products = known * known * FLOAT32
+        batch = count * window * (known * (size + FLOAT32) + 2 * d * FLOAT32)
+        steps["sums"] = weights + basis + system + products + batch
+        steps["regression"] = weights + basis + 2 * system
+    return max(steps.values())
+
+
+def largest_weight(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the largest single weight of a model."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config)
+    return max(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def signal_bytes(
+    plan: SlicePlan, tokens: int, dtype: torch.dtype, compensated: bool = False
+) -> int:
+    """Bytes of the residual stream of all calibration tokens.
+
+    A compensation keeps the dense stream too, and what the writing maps of a block are given.
+    """
+    d = plan.shape.hidden_size
+    per_token = 3 * d + max(plan.shape.writes) if compensated else d
+    return tokens * per_token * dtype.itemsize
+
+
+def shown_bytes(size: int) -> str:
+    """Bytes as a reader would say them."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}" if size < 10 * unit else f"{size / unit:.0f} {name}"
+    return f"{size} B"
+
+
+META = torch.device("meta")
+
+
+def flops(config: PretrainedConfig, batch: int, length: int, head: bool = True) -> int:
+    """Floating-point operations of one pass over token ids [batch, length].
+
+    Counted by torch on a model without storage: matrix products and attention over all pairs of
+    positions, a multiplication and an addition each one. head: with the logits of the last
+    position of each row.
+    """
+    step = _imagined(config, torch.float32, batch, length, head)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def layers_workspace(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that one pass of that many tokens through the layers takes at its peak.
+
+    Beside the weights and the stream that goes in; counted on a model without storage, in rows of
+    16 tokens, as attention that never holds its scores takes them.
+    """
+    rows = math.ceil(tokens / 16)
+    stream = rows * 16 * config.hidden_size * dtype.itemsize
+    return extra_memory(_imagined(config, dtype, rows, 16, head=False), META) - stream
+
+
+def _imagined(
+    config: PretrainedConfig, dtype: torch.dtype, batch: int, length: int, head: bool
+) -> Callable[[], None]:
+    """A pass over token ids [batch, length] through a model without storage."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        # Given, because making one reads values; OPT reads its positions off the mask.
+        mask = torch.zeros(batch, 1, length, length, dtype=dtype)
+        given = {"attention_mask": mask, "position_ids": ids, "use_cache": False}
+
+    @torch.no_grad()
+    def step() -> None:
+        if head:
+            model(ids, logits_to_keep=1, **given)
+        else:
+            model.base_model(ids, **given)
+
+    return step
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights, a tied matrix once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def decode_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that generating one token at batch 1 reads.
+
+    Every stored weight but the embedding, of which one row is read; a tied head is read whole.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return stored_bytes(model) - (0 if embedding is head else embedding.nbytes)
+
+
+def extra_memory(step: Callable, device: torch.device) -> int:
+    """Bytes of tensors that a call makes and holds at its peak, beside what was there before.
+
+    On a GPU by torch's allocator; elsewhere counted, since the resident set of a process hides
+    what its allocator reuses. On the meta device it is what a call would take.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - held
+    with _TensorCount(device.type) as count:
+        step()
+    return count.peak
+
+
+class _TensorCount(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, as long as they live."""
+
+    def __init__(self, device_type: str):
+        super().__init__()
+        self.device_type = device_type
+        self.alive = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        known_before = tree_leaves((args, kwargs))
+        result = operation(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in known_before if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type == self.device_type and storage not in self.known:
+            self.known[storage] = True
+            weakref.finalize(storage, self._drop, storage.nbytes())
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+
+    def _drop(self, size: int) -> None:
+        self.alive -= size

@@ -1,0 +1,344 @@
+"""Slice plans: how wide the residual stream stays at each layer, and what that stores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from dynslice.core.errors import RequestError
+from dynslice.core.files import read_json
+from dynslice.method.scores import normalise
+
+SCHEDULES = ("constant", "dynamic")
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """What a plan must know of a model to count the parameters of its slice.
+
+    `reads` and `writes` are for the blocks of a layer (attention and MLP, or the two in parallel):
+    parameters per dimension of the stream that a block reads and writes (the summed output
+    features of its reading maps; the summed input features of its writing maps, plus one for each
+    bias). `fixed` is what slicing leaves alone, `position_rows` the rows of learned positions.
+    """
+
+    hidden_size: int
+    layers: int
+    vocab_size: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    fixed: int
+    dense_parameters: int
+    position_rows: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelDims":
+        """From the JSON form. Raises RequestError naming what is missing."""
+        values = values if isinstance(values, dict) else {}
+        needed = [name for name in cls.__dataclass_fields__ if name != "position_rows"]
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise RequestError(
+                f"the shape of the model is incomplete (no {missing[0]}); make the file anew with "
+                "`dynslice lr` or `dynslice plan`"
+            )
+        given = {name: _tuples(values[name]) for name in needed}
+        given["position_rows"] = values.get("position_rows", 0)
+        blocks = [given[name] for name in ("reads", "writes")]
+        numbers = [value for name, value in given.items() if name not in ("reads", "writes")]
+        counts = [*numbers, *(x for block in blocks for x in _listed(block))]
+        if not all(type(x) is int and x >= 0 for x in counts) or not (
+            len(_listed(blocks[0])) == len(_listed(blocks[1])) > 0
+            and min(given["hidden_size"], given["layers"], given["dense_parameters"]) > 0
+        ):
+            raise RequestError(
+                f"the shape of the model {given} is not one of whole numbers; make the file anew "
+                "with `dynslice lr` or `dynslice plan`"
+            )
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Width w_i of the stream at each layer, with the target that it came from.
+
+    At layer i the attention input, the attention output and the MLP input have width w_i (where
+    the two run in parallel there is one input, of width w_i, and both write in w_{i+1}); the
+    embedding has w_0, and the output of the last layer keeps the hidden size (METHOD 1.6).
+    `final_slice` is FS_i, the share to be removed at layer i, before rounding. `own_attention`
+    gives the stream before attention widths of its own, the first of which is the embedding's.
+    """
+
+    schedule: str
+    slice_percentage: float
+    slice_base: float
+    round_to: int
+    final_slice: tuple[float, ...]
+    widths: tuple[int, ...]
+    shape: ModelDims
+    own_attention: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        d, layers = self.shape.hidden_size, self.shape.layers
+        if len(self.widths) != layers:
+            raise RequestError(
+                f"plan has {len(self.widths)} widths, the model {layers} layers; make the plan "
+                "from the same model"
+            )
+        if len(self.attention_widths) != layers:
+            raise RequestError(
+                f"plan has {len(self.attention_widths)} widths before attention, the model "
+                f"{layers} layers; make the plan from the same model"
+            )
+        every = [*self.attention_widths, *self.mlp_widths]
+        for width in every:
+            if not isinstance(width, int):
+                raise RequestError(f"plan width {width!r} is no whole number; mend the plan")
+        if not all(1 <= width <= d for width in every):
+            raise RequestError(
+                f"plan has widths from {min(every)} to {max(every)}, the hidden size "
+                f"is {d}; widths must lie between 1 and {d}"
+            )
+
+    def _check_settings(self) -> None:
+        """Raise RequestError for settings that no schedule could have had."""
+        d, slices = self.shape.hidden_size, self.final_slice
+        sound = {
+            "schedule": isinstance(self.schedule, str),
+            "round_to": type(self.round_to) is int and self.round_to > 0 and d % self.round_to == 0,
+            "slice_base": 0 <= self.slice_base <= 1,
+            "final_slice": len(slices) == len(self.widths) and all(0 <= x <= 1 for x in slices),
+        }
+        for name, is_sound in sound.items():
+            if not is_sound:
+                raise RequestError(
+                    f"the plan has {name} {getattr(self, name)!r}, which fits no plan; make it "
+                    "anew with `dynslice plan`"
+                )
+
+    @property
+    def attention_widths(self) -> tuple[int, ...]:
+        """a_i: the stream before attention in layer i."""
+        return self.widths if self.own_attention is None else self.own_attention
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """m_i: the stream before the MLP in layer i."""
+        return self.widths
+
+    @property
+    def place_widths(self) -> tuple[int, ...]:
+        """Widths of the stream before each block in turn, and the full one that the head reads."""
+        shape = self.shape
+        rows = zip(self.attention_widths, self.mlp_widths, strict=True)
+        widths = [width for row in rows for width in row[: len(shape.reads)]]
+        return (*widths, shape.hidden_size)
+
+    @property
+    def mean_slice(self) -> float:
+        """The share of the width that is removed, averaged over places, after rounding."""
+        widths = self.place_widths[:-1]
+        return 1 - sum(widths) / (self.shape.hidden_size * len(widths))
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters of the sliced network: maps, shortcuts, embedding and untied head."""
+        shape, widths = self.shape, self.place_widths
+        total = shape.fixed + (shape.vocab_size + shape.position_rows) * widths[0]
+        for place in range(len(widths) - 1):
+            block = place % len(shape.reads)
+            total += widths[place] * shape.reads[block] + widths[place + 1] * shape.writes[block]
+        return total + self.shortcut_parameters
+
+    @property
+    def shortcut_parameters(self) -> int:
+        """How many of the stored parameters are shortcut matrices."""
+        return sum(before * after for before, after in pairwise(self.place_widths))
+
+    def to_dict(self) -> dict:
+        """The JSON form (DESIGN: CLI, `plan`)."""
+        return {
+            **asdict(self),
+            "mean_slice": self.mean_slice,
+            "parameters": self.parameters,
+            "parameters_dense": self.shape.dense_parameters,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "SlicePlan":
+        """Inverse of `to_dict`. Raises RequestError naming what is missing."""
+        shape = ModelDims.from_dict(values.get("shape"))
+        optional = {"own_attention": _tuples(values.get("own_attention"))}
+        names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
+        try:
+            plan = cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
+            plan._check_settings()
+            computed = {name: getattr(plan, name) for name in ("mean_slice", "parameters")}
+            computed["parameters_dense"] = shape.dense_parameters
+            computed["slice_percentage"] = math.fsum(plan.final_slice) / shape.layers
+            told = [(name, values[name], computed[name]) for name in computed if name in values]
+            altered = [
+                row for row in told if not math.isclose(*row[1:], rel_tol=1e-9, abs_tol=1e-9)
+            ]
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise RequestError(
+                f"the plan is incomplete ({error}); make it anew with `dynslice plan`"
+            ) from error
+        for name, said, found in altered:
+            raise RequestError(
+                f"the plan says {name} {said}, its layers give {found}: it was altered; make it "
+                "anew with `dynslice plan`"
+            )
+        return plan
+
+    @classmethod
+    def read(cls, path: str | Path) -> "SlicePlan":
+        """Read a plan from a JSON file. Raises RequestError when that is not one."""
+        return cls.from_dict(read_json(path, "plan"))
+
+
+def constant(
+    shape: ModelDims, slice_percentage: float, round_to: int = 8, phase: float = 0.0
+) -> SlicePlan:
+    """The same slice at every layer (SliceGPT).
+
+    phase: where the width is no multiple, which layers get the wider neighbour: towards 0.5 the
+    first layer does, towards -0.5 the last.
+    """
+    check_request(shape, slice_percentage, slice_percentage, round_to)
+    slices = (slice_percentage,) * shape.layers
+    widths = rounded_widths(slices, shape.hidden_size, round_to, phase)
+    target = (slice_percentage, slice_percentage, round_to)
+    return SlicePlan("constant", *target, slices, widths, shape)
+
+
+def dynamic(
+    shape: ModelDims,
+    lr: Sequence[float],
+    slice_percentage: float,
+    slice_base: float = 0.0,
+    round_to: int = 8,
+) -> SlicePlan:
+    """Slices in proportion to layer redundancy, as `dynamic_slicing` makes them (section 3.2).
+
+    At least one rounding unit of the width remains in each layer. Raises RequestError for LR of
+    another number of layers, or that is not finite.
+    """
+    check_request(shape, slice_percentage, slice_base, round_to)
+    _check_scores(shape, lr)
+    limit = 1 - round_to / shape.hidden_size
+    slices = final_slices(normalise(tuple(lr)), slice_percentage, slice_base, limit)
+    widths = rounded_widths(slices, shape.hidden_size, round_to)
+    target = (slice_percentage, slice_base, round_to)
+    return SlicePlan("dynamic", *target, slices, widths, shape)
+
+
+def of_places(
+    schedule: str, shape: ModelDims, place_widths: Sequence[int], round_to: int = 8
+) -> SlicePlan:
+    """The plan with these widths of the stream, one for each place where a block reads it.
+
+    Its final slices are those of the layers, averaged over their places.
+    """
+    blocks, d = len(shape.reads), shape.hidden_size
+    layers = [tuple(place_widths[i : i + blocks]) for i in range(0, len(place_widths), blocks)]
+    slices = tuple(1 - sum(widths) / (blocks * d) for widths in layers)
+    return SlicePlan(
+        schedule=schedule,
+        slice_percentage=math.fsum(slices) / shape.layers,
+        slice_base=0.0,
+        round_to=round_to,
+        final_slice=slices,
+        widths=tuple(widths[-1] for widths in layers),
+        shape=shape,
+        own_attention=tuple(widths[0] for widths in layers),
+    )
+
+
+def final_slices(
+    n: Sequence[float], slice_percentage: float, slice_base: float, limit: float
+) -> tuple[float, ...]:
+    """FS_i = SB + SLR_i with SLR_i = (SP - SB) n_i / mean(n), and no FS_i above `limit`.
+
+    Where FS_i would exceed the limit it is capped there, and the excess goes to the other layers
+    in proportion to their n_i, so that mean(FS) = SP. (The paper's section 3.2; the cap is ours.)
+    """
+    capped: set[int] = set()
+    while True:
+        free = [i for i in range(len(n)) if i not in capped]
+        budget = len(n) * slice_percentage - len(capped) * limit - len(free) * slice_base
+        weight = {i: n[i] for i in free}
+        if not sum(weight.values()):  # only layers with n = 0 are left to take the excess
+            weight = dict.fromkeys(free, 1.0)
+        total = sum(weight.values())
+        # The quotient first: a product with scores of 1e-320 would be lost.
+        slices = {i: slice_base + budget * (weight[i] / total) for i in free}
+        over = {i for i in free if slices[i] > limit}
+        if not over:
+            return tuple(slices.get(i, limit) for i in range(len(n)))
+        capped |= over
+
+
+def rounded_widths(
+    slices: Sequence[float], hidden_size: int, round_to: int, phase: float = 0.0
+) -> tuple[int, ...]:
+    """w_i = d (1 - FS_i), rounded to multiples so that their sum stays as near as that allows.
+
+    The running sum is rounded, not each width: each width is then one of the two multiples
+    around its exact value, the error never adds up, and a constant slice that is no multiple
+    mixes its two neighbours evenly over the layers. phase: see `constant`.
+    """
+    widths, exact, taken = [], phase, 0
+    for share in slices:
+        exact += hidden_size * (1 - share) / round_to
+        units = math.floor(round(exact, 9) + 0.5) - taken
+        units = min(max(units, 1), hidden_size // round_to)
+        taken += units
+        widths.append(units * round_to)
+    return tuple(widths)
+
+
+def check_request(
+    shape: ModelDims, slice_percentage: float, slice_base: float, round_to: int
+) -> None:
+    """Raise RequestError for shares and a rounding that no plan of this model has."""
+    d = shape.hidden_size
+    if round_to < 1 or d % round_to:
+        raise RequestError(
+            f"round_to {round_to} does not divide the hidden size {d}; use a divisor such as "
+            f"{math.gcd(d, 8)}"
+        )
+    limit = 1 - round_to / d
+    if not 0 <= slice_percentage <= limit:
+        raise RequestError(
+            f"slice percentage {slice_percentage} is outside 0 to {limit:.3f} (one multiple of "
+            f"{round_to} must remain); give a share such as 0.25"
+        )
+    if not 0 <= slice_base <= slice_percentage:
+        raise RequestError(
+            f"slice base {slice_base} is outside 0 to the slice percentage {slice_percentage}; "
+            "the base cannot exceed the average"
+        )
+
+
+def _check_scores(shape: ModelDims, lr: Sequence[float]) -> None:
+    if len(lr) != shape.layers:
+        raise RequestError(
+            f"LR has {len(lr)} layers, the model {shape.layers}; measure LR on the same model"
+        )
+    for i, score in enumerate(lr):
+        if not math.isfinite(score):
+            raise RequestError(f"LR of layer {i} is {score}; measure LR anew with `dynslice lr`")
+    if not math.isfinite(max(lr) - min(lr)):
+        raise RequestError(
+            f"LR from {min(lr)} to {max(lr)} is no redundancy; measure LR anew with `dynslice lr`"
+        )
+
+
+def _listed(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _tuples(value):
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,279 @@
+"""Rotate and slice: the paper's method in one function, and SliceGPT's algorithm below it.
+
+A *place* is where a block (attention or MLP) reads the residual stream x. At each place Q [d, w]
+holds the leading w directions of x over the calibration tokens, and R [d, d - w] the others, which
+are cut. Equations and the published protocol: docs/method.md.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from dynslice.core.tensors import check_finite, check_tokens, synchronise
+from dynslice.method.activations import Activations, centring, residual_stream
+from dynslice.method.architectures import check_plan, dims_of, empty_sliced, family_of
+from dynslice.method.modeling_sliced import Block, Family, block_output, subtracts_mean
+from dynslice.method.numerics import RoundingAudit, by_rows, principal_basis
+from dynslice.method.plan import SlicePlan, check_request, final_slices, rounded_widths
+from dynslice.method.redundancy import layer_redundancy
+from dynslice.method.scores import normalise
+
+# A module of a model by its name, with its weights on the device as long as the context lasts.
+Use = Callable[[str], AbstractContextManager[nn.Module]]
+# How x goes past one block: the residual connection from x in its basis [w, d], and what is added
+# to the writing maps {name: [d, k]}.
+Step = Callable[["Activations", Tensor, Tensor, "BlockInPlace", bool], tuple[Tensor, dict]]
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A sliced model (None where it was only written), its plan, its cost, and how exact it is.
+
+    rotation_error, basis_error: see `RoundingAudit`. recovery_seconds: of fine-tuning afterwards.
+    """
+
+    model: PreTrainedModel | None
+    plan: SlicePlan
+    seconds: float
+    rotation_error: float
+    basis_error: float
+    recovery_seconds: float = 0.0
+
+
+def dynamic_slicing(
+    model: PreTrainedModel,
+    lr_windows: Tensor,
+    calibration: Tensor,
+    slice_percentage: float,
+    slice_base: float = 0.0,
+    round_to: int = 8,
+    start: Callable[[Activations], Step] | None = None,
+) -> Sliced:
+    """The paper's method: layer redundancy decides how wide the stream stays at each layer.
+
+    lr_windows [m, T], calibration [n, T']: token ids. slice_percentage (SP) is the mean share of
+    the width that is removed, slice_base (SB) the share removed from every layer; SB = SP is
+    constant slicing. round_to: widths are multiples of it. start: see `sliced_weights`. The dense
+    model is left as it was. Raises RequestError for shares that no plan has, and as
+    `layer_redundancy` and `sliced_weights` do. Source: the paper's section 3.
+    """
+    SP, SB, dims = slice_percentage, slice_base, dims_of(model.config)
+    check_request(dims, SP, SB, round_to)
+    LR = layer_redundancy(model, lr_windows).lr  # LR_i: mean over tokens of cos(x_i, x_{i+1})
+    n = normalise(LR)  # n_i = (LR_i - min LR) / (max LR - min LR)
+    most = 1 - round_to / dims.hidden_size
+    FS = final_slices(n, SP, SB, most)  # FS_i = SB + SLR_i, SLR_i = (SP - SB) n_i / mean(n)
+    w = rounded_widths(FS, dims.hidden_size, round_to)  # w_i = d (1 - FS_i)
+    plan = SlicePlan("dynamic", SP, SB, round_to, FS, w, dims)
+    return slice_model(model, calibration, plan, start)
+
+
+def slice_model(
+    model: PreTrainedModel,
+    windows: Tensor,
+    plan: SlicePlan,
+    start: Callable[[Activations], Step] | None = None,
+) -> Sliced:
+    """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
+
+    start: see `sliced_weights`. The dense model is left as it was. Raises as `sliced_weights`.
+    """
+    began, audit = time.perf_counter(), RoundingAudit(model.dtype)
+    weights = dict(sliced_weights(model, windows, plan, Activations(model.device), audit, start))
+    audit.check(plan.shape.hidden_size)
+    with torch.no_grad():
+        sliced = empty_sliced(model, plan)
+        sliced.load_state_dict(weights, assign=True)
+        sliced = sliced.to(model.device).eval()
+    synchronise(model.device)
+    seconds = time.perf_counter() - began
+    return Sliced(sliced, plan, seconds, audit.rotation_error, audit.basis_error)
+
+
+@torch.no_grad()  # what becomes a weight is no tensor of inference_mode: those can't be fine-tuned
+def sliced_weights(
+    model: PreTrainedModel,
+    windows: Tensor,
+    plan: SlicePlan,
+    x: Activations,
+    audit: RoundingAudit,
+    start: Callable[[Activations], Step] | None = None,
+    use: Use | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a slice by name, in the order in which the network keeps its layers.
+
+    At each place x goes on as its projection Q Q^T x. Maps that read there become W diag(g) Q (g
+    is the scale of the norm before them), maps that wrote there Q^T W, and the residual connection
+    between places with bases Q and Q' becomes the shortcut Q^T Q'. The stream at each place is that
+    of the part that is already sliced, and each block runs over the calibration tokens once. A
+    place that keeps the full width keeps its basis. (SliceGPT, section 3.)
+
+    x: an empty store for the stream [tokens, d]. audit: folds and rotates, and takes note of the
+    rounding. start: from the first stream to a step past each block, `project` by default.
+    use: where the weights of a module come from, those of `model` itself by default. Raises
+    RequestError when plan and model do not fit and for activations that are not finite.
+    """
+    check_plan(model.config, plan)
+    check_tokens(model.config, windows)
+    use = use or (lambda name: nullcontext(model.get_submodule(name)))
+    family, d, widths = family_of(model.config), plan.shape.hidden_size, plan.place_widths
+    centred = centring(model, family)
+    last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
+
+    def basis(width: int) -> tuple[Tensor, Tensor]:
+        if width == d:
+            Q = torch.eye(d, dtype=torch.float64, device=x.device)
+        else:
+            final_norm = model.get_submodule(family.final_norm)
+            Q = audit.basis(principal_basis(x, centred=subtracts_mean(final_norm)))
+        return Q[:, :width], Q[:, width:]
+
+    def stored(prefix: str, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            weight = weight.to(model.dtype).contiguous()
+            check_finite(weight, f"weight {prefix}{name} of the slice")
+            yield prefix + name, weight
+
+    with _all(use, family.embeddings):
+        layer_arguments = residual_stream(model, windows, x)
+        step = start(x) if start else project
+        Q, R = basis(widths[0])
+        yield from stored("", _embeddings(model, family, Q, audit, centred))
+    place = 0
+    for i, arguments in enumerate(tqdm(layer_arguments, "slicing", unit="layer", leave=False)):
+        with use(f"{family.layers}.{i}") as layer:
+            for block in family.blocks:
+                here = BlockInPlace(layer, block, arguments, centred)
+                residual, added = step(x, Q, R, here, place < last_cut)
+                Q_next, R_next = basis(widths[place + 1])
+                maps = _maps(here, family, Q, Q_next, audit, added)
+                yield from stored(f"{family.layers}.{i}.", maps)
+                shortcut = (f"{block.name}_shortcut", residual @ Q_next)
+                yield from stored(f"{family.layers}.{i}.", iter([shortcut]))
+                Q, R, place = Q_next, R_next, place + 1
+            yield from stored(f"{family.layers}.{i}.", _left_alone(layer, family))
+    with use(family.final_norm) as final_norm, use(family.head) as head:
+        yield from stored("", _head(final_norm, head, family))
+
+
+@dataclass(frozen=True)
+class BlockInPlace:
+    """A block of a dense layer with the layer's other arguments, as a function of the stream."""
+
+    layer: nn.Module
+    block: Block
+    arguments: dict
+    centred: Callable[[Tensor], Tensor]
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        """x [b, T, d] -> what the block adds to it."""
+        return self.centred(block_output(self.layer, self.block, stream, self.arguments))
+
+
+def project(
+    x: Activations, Q: Tensor, R: Tensor, block: BlockInPlace, is_needed: bool
+) -> tuple[Tensor, dict]:
+    """The step of SliceGPT: x <- x P + block(x P) where a later place is cut, and nothing else."""
+    if is_needed:
+        run_block(x, R, block)
+    return Q.T, {}
+
+
+@torch.inference_mode()
+def run_block(x: Activations, R: Tensor, block: BlockInPlace) -> None:
+    """In place, batch by batch: x <- x P + block(x P) with P = Q Q^T = 1 - R R^T.
+
+    R [d, d - w] holds the directions that are cut, which are the fewer. x stays in the original
+    coordinates. The projected stream has the same RMS (divisor d) as its w coordinates in the
+    sliced network, so the dense block computes here what the sliced block will compute there.
+    """
+
+    def past(stream: Tensor) -> Tensor:
+        cut = R.to(stream.dtype)
+        stream -= stream @ cut @ cut.T
+        stream += block(stream)
+        return stream
+
+    x.update(past)
+
+
+def _embeddings(model, family: Family, Q: Tensor, audit: RoundingAudit, centred: Callable):
+    """The rows that make up the first stream, in its basis."""
+    for name in family.embeddings:
+        # No variable holds a table: it would be kept beside the head.
+        table = f"{name}.weight"
+        yield table, audit.rotated(model.get_parameter(table), Q, centred)
+
+
+def _maps(
+    here: BlockInPlace,
+    family: Family,
+    Q: Tensor,
+    Q_next: Tensor,
+    audit: RoundingAudit,
+    added: dict[str, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """The maps of a block in the bases before and after it, by their names in the layer."""
+    layer, centred = here.layer, here.centred
+    norm = layer.get_submodule(here.block.norm)
+    g, b = _scale(norm, family), getattr(norm, "bias", None)
+    for name in here.block.reads:
+        read = layer.get_submodule(name)
+        W = read.weight
+        yield f"{name}.weight", audit.rotated(W, Q, lambda W: W * g)
+        if b is not None:
+            own = 0.0 if read.bias is None else read.bias.float()
+            yield f"{name}.bias", W.float() @ b.float() + own
+        elif read.bias is not None:
+            yield f"{name}.bias", read.bias.clone()
+    for name in here.block.writes:
+        write = layer.get_submodule(name)
+        W = write.weight.float() + added[name].float() if name in added else write.weight
+        yield f"{name}.weight", audit.rotated(W.T, Q_next, centred).T
+        if write.bias is not None:
+            yield f"{name}.bias", centred(write.bias.float()) @ Q_next.float()
+
+
+def _left_alone(layer: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a layer that no map to or from the stream holds, such as norms of q."""
+    taken = {name for block in family.blocks for name in (block.norm, *block.reads, *block.writes)}
+    for name, parameter in layer.named_parameters():
+        if name.rpartition(".")[0] not in taken:
+            yield name, parameter.clone()
+
+
+def _head(final_norm: nn.Module, head: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """The head with the scale of the norm before it; a LayerNorm stays as it is."""
+    scale = torch.ones((), device=head.weight.device)
+    if subtracts_mean(final_norm):
+        for name, parameter in final_norm.named_parameters():
+            yield f"{family.final_norm}.{name}", parameter.clone()
+    else:
+        scale = _scale(final_norm, family)
+    yield (
+        f"{family.head}.weight",
+        by_rows(head.weight, lambda W: (W.float() * scale).to(W.dtype)),
+    )
+    if head.bias is not None:
+        yield f"{family.head}.bias", head.bias.clone()
+
+
+def _scale(norm: nn.Module, family: Family) -> Tensor:
+    """The scale g [d] of a norm, which multiplies the normed stream."""
+    if norm.weight is None:  # a LayerNorm without
+        return torch.tensor(1.0)
+    return norm.weight.float() + family.norm_offset
+
+
+@contextmanager
+def _all(use: Use, names: tuple[str, ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(use(name))
+        yield

@@ -1,0 +1,278 @@
+"""What the results say of the paper: verdicts by rule, deviations, and the README's sentences."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from dynslice.core import paths
+from dynslice.experiment.profile import percent
+from dynslice.experiment.requests import Point
+from dynslice.experiment.study import Study
+from dynslice.report import ablations, perplexity, statistics, tasks
+from dynslice.report.statistics import BASES, Difference, Pair
+
+SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
+
+NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
+
+ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One claim, on one basis of comparison, beside what was measured of it.
+
+    change: from constant to dynamic slicing, None where nothing was measured; in percent of
+    perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy
+    where that is not zero.
+    """
+
+    claim: str
+    source: str
+    metric: str
+    published: float
+    basis: str
+    measured_on: str
+    network: str
+    how: str
+    change: Difference | None
+    ratio: Difference | None
+
+    @property
+    def verdict(self) -> str:
+        """See `verdict`; where points and ratio disagree, both are said."""
+        plain = verdict(self.change, self.published)
+        if self.ratio is None or verdict(self.ratio, self.published) == plain:
+            return plain
+        return f"{plain} (read as a ratio: {verdict(self.ratio, self.published)})"
+
+    @property
+    def measured(self) -> str:
+        """The change with its interval, as text."""
+        if self.change is None:
+            return "-"
+        if self.metric == "perplexity":
+            return self.change.format("%")
+        points = self.change.format("points")
+        return points + (f", as a ratio {self.ratio.estimate:+.1f} %" if self.ratio else "")
+
+
+def verdict(change: Difference | None, published: float) -> str:
+    """The rule: `not supported` unless the interval lies beyond zero on the claimed side.
+
+    Then `supported` when the change is at least the published one, else `supported in direction,
+    not in size`. Nothing measured is `not tested here`.
+    """
+    if change is None:
+        return NOT_TESTED
+    if change.direction != ("lower" if published < 0 else "higher"):
+        return NOT_SUPPORTED
+    return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
+
+
+def outcomes(study: Study) -> list[Outcome]:
+    """Every headline claim of the paper, at equal mean slice and at equal stored parameters.
+
+    A claim says "up to", so one dynamic network speaks for it: of those that the study compares,
+    the one with the largest gain in perplexity on the validation windows. A profile without
+    validation windows takes the one with the largest gain in what is shown, which favours the
+    claim.
+    """
+    found = []
+    for claim in _claims().itertuples():
+        for basis in BASES:
+            measure = _perplexities if claim.metric == "perplexity" else _accuracy
+            for measured_on, network, how, change, ratio in measure(study, basis):
+                what = (claim.claim, claim.source, claim.metric, claim.value, basis)
+                found.append(Outcome(*what, measured_on, network, how, change, ratio))
+    return found
+
+
+def claims_table(study: Study) -> pd.DataFrame:
+    """The outcomes as a table; on models that the study did not run, `not tested here`."""
+    tested = _tested(study)
+    return pd.DataFrame(
+        {
+            "claim": outcome.claim,
+            "published": f"{outcome.published:+.0f} %",
+            "at": outcome.basis,
+            "measured on": outcome.measured_on,
+            "network": outcome.network,
+            "chosen": outcome.how,
+            "measured": outcome.measured,
+            "verdict on this model": outcome.verdict,
+            **{f"on {model}": outcome.verdict if ran else NOT_TESTED for model, ran in tested},
+            "source": outcome.source,
+        }
+        for outcome in outcomes(study)
+    )
+
+
+def claims_prose(study: Study) -> str:
+    """The verdicts as sentences (Markdown), in words that follow from the numbers."""
+    lines = []
+    grouped: dict[str, list[Outcome]] = {}
+    for outcome in outcomes(study):
+        grouped.setdefault(outcome.claim, []).append(outcome)
+    for claim, group in grouped.items():
+        lines += [f"**{claim}** (published: {group[0].published:+.0f} %).", ""]
+        for o in group:
+            lines.append(
+                f"- At {o.basis}, on {o.measured_on}: dynamic slicing ({o.network}, {o.how}) "
+                f"differs from constant slicing by {o.measured}: **{o.verdict}** on "
+                f"{study.profile.model}."
+                if o.change
+                else f"- At {o.basis} this profile measures no such pair: **{NOT_TESTED}**."
+            )
+        lines += [f"- On {model}: **{NOT_TESTED}**." for model, ran in _tested(study) if not ran]
+        lines.append("")
+    return "\n".join(lines)
+
+
+Measured = tuple[str, str, str, Difference | None, Difference | None]
+
+
+def _claims() -> pd.DataFrame:
+    return pd.read_csv(paths.PUBLISHED / "claims.csv")
+
+
+def _tested(study: Study) -> list[tuple[str, bool]]:
+    """The models of the paper's claims, and whether the study ran on them."""
+    models = dict.fromkeys(m for row in _claims()["models"] for m in row.split(";"))
+    return [(model, model == study.profile.model) for model in models]
+
+
+def _perplexities(study: Study, basis: str) -> list[Measured]:
+    found = []
+    for text in study.profile.eval_texts:
+        pair, how = statistics.chosen(study, basis), ON_VALIDATION
+        if pair is None:
+            pair, how = statistics.best(study, basis, text), IN_HINDSIGHT
+        change = statistics.perplexity_change(study, *pair[:2], text) if pair else None
+        named = (pair[0].label, how) if pair else ("-", "-")
+        found.append((text, *named, change, None))
+    return found
+
+
+def _accuracy(study: Study, basis: str) -> list[Measured]:
+    tasks, on = statistics.choice_tasks(study), "the average of the tasks"
+    pairs = [pair for pair in statistics.pairs(study.task_points()) if pair[2] == basis and tasks]
+    if not pairs:
+        return [(on, "-", "-", None, None)]
+
+    def gain(pair: Pair) -> float:
+        if study.profile.selection_windows is None:
+            return statistics.accuracy_change(study, *pair[:2], tasks).estimate
+        return -statistics.selection_change(study, *pair[:2]).estimate
+
+    pair = max(pairs, key=gain)
+    how = ON_VALIDATION if study.profile.selection_windows else IN_HINDSIGHT
+    how = how if len(pairs) > 1 else "the only one with tasks"
+    change = statistics.accuracy_change(study, *pair[:2], tasks)
+    ratio, whole = None, statistics.accuracy(study, pair[1], tasks)
+    if whole:
+        ratio = Difference(*(100 / whole * x for x in (change.estimate, change.low, change.high)))
+    return [(on, pair[0].label, how, change, ratio)]
+
+
+# What we found
+
+
+def findings(study: Study) -> str:
+    """What a record says of the paper's idea: the claims, then what the ablations say of it."""
+    found = [_finding(outcome) for outcome in outcomes(study) if outcome.change]
+    none = (
+        f"**{NOT_TESTED.capitalize()}**: this profile compares no dynamic with a constant network."
+    )
+    lines = [
+        "**The claims, by rule**, each as the change from constant to dynamic slicing:",
+        "",
+        *(f"- {line}" for line in found or [none]),
+        "",
+        "**What else a reader should know:**",
+        "",
+        f"- {perplexity.size_prose(perplexity.perplexity_table(study))}",
+        *(f"- {_levels(study, text)}" for text in _foreign_texts(study)),
+        *(f"- {line}" for line in _ablation_findings(study)),
+    ]
+    return "\n".join(lines)
+
+
+def _foreign_texts(study: Study) -> list[str]:
+    """Texts that nothing was calibrated on: how far a network is from dense says more there."""
+    return [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
+
+
+def levels(study: Study) -> str:
+    """Perplexities, accuracies and margins behind the findings (Markdown list)."""
+    comparison = tasks.task_comparison(study)
+    averages = comparison[comparison["task"] == "average"]
+    lines = [_levels(study, text) for text in study.profile.eval_texts]
+    return "\n".join(f"- {line}" for line in [*lines, *_accuracies(study), *_margins(averages)])
+
+
+def _finding(outcome: Outcome) -> str:
+    claimed = "lower" if outcome.published < 0 else "higher"
+    if verdict(outcome.change, outcome.published) != NOT_SUPPORTED:
+        word = "Holds" if outcome.verdict == SUPPORTED else outcome.verdict.capitalize()
+    else:
+        word = "Not shown" if outcome.change.low <= 0 <= outcome.change.high else "Does not hold"
+    return (
+        f"**{word}**: {claimed} {outcome.metric} at {outcome.basis}, on {outcome.measured_on}: "
+        f"{outcome.measured} ({outcome.network}, {outcome.how}; published "
+        f"{outcome.published:+.0f} %)."
+    )
+
+
+def _levels(study: Study, text: str) -> str:
+    """How far from the dense model the networks of the largest SP are on a text."""
+
+    def level(point: Point) -> str:
+        request = study.perplexity_request(point, text)
+        return f"{point.label}: {study.get(request).value['perplexity']:.1f}"
+
+    p = study.profile
+    largest = max(p.slice_percentages)
+    shown = [
+        point
+        for point in study.points()
+        if point.network is None
+        or (point.slice_percentage == largest and point.schedule in ("constant", "dynamic"))
+    ]
+    where = "of the calibration's kind" if text == p.calibration_text else "not calibrated on"
+    shown += [a.point for a in study.ablations() if a.question == "calibration text"]
+    return f"Perplexity on {text} ({where}): {'; '.join(map(level, shown))}."
+
+
+def _accuracies(study: Study) -> list[str]:
+    tasks = statistics.choice_tasks(study)
+    shown = [p for p in study.task_points() if tasks and p.schedule != "matched"]
+    levels = [f"{point.label}: {statistics.accuracy(study, point, tasks):.1f} %" for point in shown]
+    return [f"Average accuracy: {'; '.join(levels)}."] if levels else []
+
+
+def _margins(averages: pd.DataFrame) -> list[str]:
+    return [
+        f"Margin of the right choice, dynamic minus constant at {basis}, average of the tasks: "
+        + "; ".join(
+            f"SP {percent(row['SP'])} {row['margin (nats)']:+.3f} nats "
+            f"[{row['margin low']:+.3f}, {row['margin high']:+.3f}]"
+            for row in rows.to_dict("records")
+        )
+        + "."
+        for basis, rows in averages.groupby("against constant at", sort=False)
+    ]
+
+
+def _ablation_findings(study: Study) -> list[str]:
+    if not study.ablations():
+        return []
+    network = f"{study.ablated()[1].label}, {study.profile.eval_texts[0]}"
+    return [
+        "Does LR predict what hurts? "
+        + ablations.sensitivity_prose(ablations.sensitivity_table(study), study),
+        f"Does the order of the widths matter ({network})? "
+        + ablations.shuffle_prose(ablations.shuffle_table(study)),
+        f"Does the draw of the calibration windows matter ({network}, against constant slicing at "
+        f"equal stored parameters)? {ablations.seed_prose(ablations.seed_table(study))}",
+    ]

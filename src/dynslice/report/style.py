@@ -1,0 +1,167 @@
+"""How tables and figures look, and where they are written; nothing is measured here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from dynslice.core import files, paths
+from dynslice.experiment.profile import percent
+from dynslice.experiment.study import Study
+from dynslice.report import statistics
+
+COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
+
+MARKERS = "D^vsP*<>"
+
+ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
+
+
+def style() -> None:
+    """One look for all figures: column width, readable in grey, fonts embedded as text."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=0.8)
+    plt.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 200, "axes.grid": True})
+    plt.rcParams.update({"grid.linewidth": 0.4, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "figure.dpi": 120})
+
+
+def save_figure(figure: plt.Figure, study: Study, name: str) -> None:
+    """Write a figure as PDF and PNG to figures/<profile>/."""
+    with files.writing(_folder(study)) as folder:
+        # Without dates, so that the same results give the same files.
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+
+
+def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) -> None:
+    """Write a table as CSV (full precision), Markdown and LaTeX to figures/<profile>/.
+
+    The latter two say what the intervals are. A profile that has nothing to show writes nothing.
+    """
+    if table.empty:
+        return
+    keep_index = table.index.name is not None
+    shown, note = rounded(table, digits), interval_note(table)
+    text = shown.to_markdown(index=keep_index, disable_numparse=True)
+    latex = shown.to_latex(index=keep_index, escape=True, caption=note.replace("%", r"\%") or None)
+    with files.writing(_folder(study)) as folder:
+        table.to_csv(folder / f"{name}.csv", index=keep_index)
+        (folder / f"{name}.md").write_text(f"{text}\n\n{note}".rstrip() + "\n", encoding="utf-8")
+        (folder / f"{name}.tex").write_text(latex, encoding="utf-8")
+
+
+def interval_note(table: pd.DataFrame) -> str:
+    """What `low` and `high` of a table are; nothing where it has none."""
+    names = " ".join(map(str, table.columns))
+    if "measured" in table.columns:
+        return f"In brackets: {statistics.INTERVAL}, windows or items resampled in pairs."
+    if "low" not in names:
+        return ""
+    of_items = "task" in table.columns or "accuracy (points)" in table.columns
+    resampled = "items resampled" if of_items else "windows resampled"
+    paired = " in pairs" if "(%)" in names or "(points)" in names else ""  # a difference
+    return f"low, high: {statistics.INTERVAL}, {resampled}{paired}."
+
+
+def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """The table as text: floats with so many decimals, shares as percentages, `-` for nothing."""
+    share_texts = dict.fromkeys(ASKED_SHARES, percent) | {"mean slice": lambda v: f"{100 * v:.3g}%"}
+
+    def text(value: object) -> object:
+        if value is None or value != value:  # NaN
+            return "-"
+        return f"{value:.{digits}f}" if isinstance(value, float) else value
+
+    if "ratio" in table:  # of a check, it can be far below what decimals show
+        tiny = [f"{r:.1e}" if _is_number(r) and 0 < abs(r) < 0.01 else r for r in table["ratio"]]
+        table = table.assign(ratio=tiny)
+
+    shares = {
+        name: table[name].map(_of_numbers(form))
+        for name, form in share_texts.items()
+        if name in table
+    }
+    return table.assign(**shares).map(text)
+
+
+def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
+    """What a notebook displays of a table: its text, or a sentence where it is empty."""
+    from IPython.display import Markdown
+
+    if table.empty:
+        return Markdown(otherwise) if otherwise else None
+    return rounded(table, digits)
+
+
+def points_with_intervals(
+    axis: plt.Axes, x: pd.Series, rows: pd.DataFrame, y: str, form: str, colour: str, label: str
+) -> None:
+    """rows[y] at x, with bars from rows["low"] to rows["high"]; a line where `form` has one."""
+    order = np.argsort(x.to_numpy(), kind="stable")
+    rows = rows.iloc[order]
+    artist = axis.errorbar(
+        x.iloc[order],
+        rows[y],
+        yerr=[rows[y] - rows["low"], rows["high"] - rows[y]],
+        fmt=form,
+        color=colour,
+        markerfacecolor="w" if "-" in form else colour,
+        markersize=4,
+        linewidth=1,
+        capsize=2,
+        label=label,
+    )
+    for bar in artist[2]:
+        bar.set_alpha(0.5)
+
+
+def nothing() -> plt.Figure:
+    """A small figure that says that the profile has nothing to show."""
+    figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 0.8))
+    axis.axis("off")
+    axis.text(0.5, 0.5, "nothing to compare in this profile", ha="center", va="center")
+    return figure
+
+
+def device_line(study: Study) -> str:
+    """On what the results of a study were measured."""
+    provenances = [
+        result.provenance for r in study.requests() if (result := study.store.get(r)) is not None
+    ]
+    devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
+    commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
+    line = f"Measured on {'; '.join(devices)}, code at commit {', '.join(commits)}."
+    stand_ins = [f"`{there}` stands in for {name}" for name, there in used_stand_ins(study).items()]
+    return f"{line} **Stand-ins**: {'; '.join(stand_ins)}." if stand_ins else line
+
+
+def used_stand_ins(study: Study) -> dict[str, str]:
+    """What was read in the place of a corpus, by its name."""
+    configs = [request.config for request in study.requests()]
+    configs += [(config.get("slice") or {}).get("calibration", {}) for config in configs]
+    return {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
+
+
+def lm_eval_line(study: Study) -> str:
+    """Which version of lm-eval scored the tasks."""
+    requests = [r for r in study.task_requests() if r.kind == "task"]
+    versions = sorted({study.get(r).value["lm_eval_version"] for r in requests})
+    return f"Scored by lm-eval {', '.join(versions)}." if versions else "No task was scored."
+
+
+def _folder(study: Study) -> Path:
+    folder = paths.figures(study.profile.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _of_numbers(form: Callable[[float], str]) -> Callable[[object], object]:
+    return lambda value: form(value) if _is_number(value) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and value == value  # NaN != NaN
