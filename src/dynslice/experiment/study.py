@@ -8,6 +8,7 @@ from dynslice.core.errors import RunError
 from dynslice.experiment.equal_size import Beyond
 from dynslice.experiment.executor import run_all
 from dynslice.experiment.profile import Profile, load, parse_value
+from dynslice.experiment.requests import Point
 from dynslice.experiment.store import Request, Result, Store
 
 
@@ -78,6 +79,18 @@ class Study(Beyond):
         """A result, measured now if need be."""
         self.ensure([request])
         return self.store.get(request)
+
+    def perplexity(self, point: Point, text: str) -> float:
+        """Perplexity of a network on the reported windows of a text."""
+        return self.get(self.perplexity_request(point, text)).value["perplexity"]
+
+    def size(self, point: Point) -> int:
+        """Stored parameters of a network, shortcuts included."""
+        return self.get(self.slice_request(point)).value["parameters"]
+
+    def lr(self, request: Request | None = None) -> list[float]:
+        """LR of every layer, by default on the profile's own text."""
+        return [x["lr"] for x in self.get(request or self.lr_request()).value["layers"]]
 
 
 def _from_text(name: str, value: Any) -> Any:
