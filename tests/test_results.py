@@ -54,7 +54,7 @@ def test_key_ignores_where_when_and_what_came_out():
         {"provenance": {"commit": "other"}},
         {"value": {}},
     ):
-        assert replace(RESULT, **change).measurement.key == ASKED.key
+        assert replace(RESULT, **change).request.key == ASKED.key
 
 
 @pytest.mark.parametrize(

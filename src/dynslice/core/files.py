@@ -1,11 +1,11 @@
 """Files and folders that are complete or absent, held by one process, and unaltered.
 
-Whatever is written is made in a scratch folder beside its place and renamed when it is complete.
+Whatever is written is made in a scratch folder next to its place and renamed when it is complete.
 Scratch folders and claims are locked by the system for as long as their process lives, so those of
 a killed process are free at once, and its leftovers are swept away by whoever writes there next.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -13,9 +13,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dynslice.core.errors import DiskError, RequestError, disk_trouble, in_one_line
 
@@ -23,9 +26,11 @@ CHECKSUMS = "checksums.json"
 
 _SCRATCH = ".unfinished-"
 
-_LOCK = "lock"  # beside the folder "new" that is given
+_LOCK = "lock"  # next to the folder "new" that is given
 
 _YOUNG = 60  # seconds for which a scratch folder may not be locked yet
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none
 
 
 @contextmanager
@@ -35,8 +40,7 @@ def scratch(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
         made = tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH)
-        with made as folder, _open(Path(folder) / _LOCK) as fd:
-            _lock(fd)
+        with made as folder, _held(Path(folder) / _LOCK):
             inside = Path(folder) / "new"
             inside.mkdir()
             yield inside
@@ -45,11 +49,9 @@ def scratch(parent: Path) -> Iterator[Path]:
 def sweep(parent: Path) -> None:
     """Remove the scratch folders that killed processes left in `parent`."""
     for left in parent.glob(f"{_SCRATCH}*"):
-        with suppress(OSError):  # or another process was faster
-            if time.time() - left.stat().st_mtime < _YOUNG:
-                continue
-            with _open(left / _LOCK) as fd:
-                if _lock(fd):
+        with suppress(OSError):  # held, or another process was faster
+            if time.time() - left.stat().st_mtime >= _YOUNG:
+                with _lock(left / _LOCK).acquire(blocking=False):
                     shutil.rmtree(left, ignore_errors=True)
 
 
@@ -87,58 +89,47 @@ def claim(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
 
     `path` is a file that is there only while it is held, or left by a killed process.
     """
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = _held(path, waiting)
-    try:
+    with ExitStack() as held:
+        with explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_held(path, waiting))
+        held.callback(path.unlink, missing_ok=True)  # before it is let go: who waits sees it gone
         yield
-    finally:
-        path.unlink(missing_ok=True)  # before it is let go: who waits sees that it is gone
-        os.close(fd)
 
 
 def is_claimed(path: Path) -> bool:
     """Whether a living process holds `path`."""
-    try:
-        with _open(path, create=False) as fd:
-            return _lock(fd) is False
-    except OSError:
-        return False
-
-
-def _held(path: Path, waiting: Callable[[], None]) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    with suppress(OSError):
         try:
-            if _lock(fd) is False:
-                waiting()
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its holder has removed it
-
-
-def _lock(fd: int) -> bool | None:
-    """Whether the lock of an open file is ours now, until the process ends; None without locks."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that has none: whoever asks goes on
-        return None
-    return True
+            if path.exists():
+                with _lock(path).acquire(blocking=False):
+                    pass
+        except Timeout:
+            return True
+    return False
 
 
 @contextmanager
-def _open(path: Path, create: bool = True) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0))
+def _held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock of a file until the context or the process ends; without locks go on."""
+    lock = _lock(path)
     try:
-        yield fd
+        lock.acquire(blocking=False)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
     finally:
-        os.close(fd)
+        lock.release()
+
+
+def _lock(path: Path) -> FileLock:
+    """A lock of the system; one that a file stands for would outlive a killed process."""
+    return FileLock(path, fallback_to_soft=False)
 
 
 @contextmanager
@@ -159,7 +150,7 @@ def sha256(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write the SHA-256 of each file of a folder beside them."""
+    """Write the SHA-256 of each file of a folder next to them."""
     sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
@@ -194,13 +185,13 @@ def _damage(folder: Path, _seen: tuple) -> str | None:
     return None
 
 
-def check_writable(folder: Path, mend: str) -> None:
-    """Raise RequestError, with the mend, where nothing can be written to `folder`."""
+def check_writable(folder: Path, what_to_do: str) -> None:
+    """Raise RequestError, with what to do, where nothing can be written to `folder`."""
     try:
         with scratch(folder) as place:
             (place / "try").write_text("x" * 4096, encoding="utf-8")
     except (DiskError, OSError) as error:
-        raise RequestError(f"{in_one_line(error).partition(';')[0]}; {mend}") from error
+        raise RequestError(f"{in_one_line(error).partition(';')[0]}; {what_to_do}") from error
 
 
 def read_json(path: str | Path, what: str) -> dict:
@@ -216,3 +207,24 @@ def read_json(path: str | Path, what: str) -> dict:
     if not isinstance(values, dict):
         raise RequestError(f"{what} file {str(path)!r} holds no JSON object; make it anew")
     return values
+
+
+def validated(kind: type, values: dict, what: str, anew: str) -> Any:
+    """The values of a JSON file as a dataclass, by its annotations.
+
+    what: the file in words, anew: the command that makes it. Raises RequestError naming what is
+    missing or does not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "value_error":  # of the class itself, which says it in its own words
+            raise first["ctx"]["error"] from error
+        told = f"has {where} {first['input']!r}, which fits no {what}"
+        if first["type"] == "missing":
+            told = f"is incomplete (no {where})"
+        raise RequestError(f"the {what} {told}; make it anew with {anew}") from error
