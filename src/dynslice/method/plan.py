@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dynslice.core.errors import RequestError
-from dynslice.core.files import read_json
+from dynslice.core.files import read_json, validated
 from dynslice.method.scores import normalise
 
-SCHEDULES = ("constant", "dynamic")
+_Count = Annotated[int, Field(ge=0)]
+_Positive = Annotated[int, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -23,40 +28,26 @@ class ModelDims:
     bias). `fixed` is what slicing leaves alone, `position_rows` the rows of learned positions.
     """
 
-    hidden_size: int
-    layers: int
-    vocab_size: int
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    fixed: int
-    dense_parameters: int
-    position_rows: int = 0
+    hidden_size: _Positive
+    layers: _Positive
+    vocab_size: _Count
+    reads: Annotated[tuple[_Count, ...], Field(min_length=1)]
+    writes: tuple[_Count, ...]
+    fixed: _Count
+    dense_parameters: _Positive
+    position_rows: _Count = 0
+
+    def __post_init__(self):
+        if len(self.reads) != len(self.writes):
+            raise RequestError(
+                f"the shape of the model has {len(self.reads)} blocks that read and "
+                f"{len(self.writes)} that write; make the file anew with `dynslice lr`"
+            )
 
     @classmethod
-    def from_dict(cls, values: dict) -> "ModelDims":
-        """From the JSON form. Raises RequestError naming what is missing."""
-        values = values if isinstance(values, dict) else {}
-        needed = [name for name in cls.__dataclass_fields__ if name != "position_rows"]
-        missing = [name for name in needed if name not in values]
-        if missing:
-            raise RequestError(
-                f"the shape of the model is incomplete (no {missing[0]}); make the file anew with "
-                "`dynslice lr` or `dynslice plan`"
-            )
-        given = {name: _tuples(values[name]) for name in needed}
-        given["position_rows"] = values.get("position_rows", 0)
-        blocks = [given[name] for name in ("reads", "writes")]
-        numbers = [value for name, value in given.items() if name not in ("reads", "writes")]
-        counts = [*numbers, *(x for block in blocks for x in _listed(block))]
-        if not all(type(x) is int and x >= 0 for x in counts) or not (
-            len(_listed(blocks[0])) == len(_listed(blocks[1])) > 0
-            and min(given["hidden_size"], given["layers"], given["dense_parameters"]) > 0
-        ):
-            raise RequestError(
-                f"the shape of the model {given} is not one of whole numbers; make the file anew "
-                "with `dynslice lr` or `dynslice plan`"
-            )
-        return cls(**given)
+    def from_dict(cls, values: dict | None) -> "ModelDims":
+        """From the JSON form. Raises RequestError naming what is missing or fits no model."""
+        return validated(cls, values or {}, "shape of the model", "`dynslice lr`")
 
 
 @dataclass(frozen=True)
@@ -65,57 +56,38 @@ class SlicePlan:
 
     At layer i the attention input, the attention output and the MLP input have width w_i (where
     the two run in parallel there is one input, of width w_i, and both write in w_{i+1}); the
-    embedding has w_0, and the output of the last layer keeps the hidden size (METHOD 1.6).
+    embedding has w_0, and the output of the last layer keeps the hidden size (docs/method.md).
     `final_slice` is FS_i, the share to be removed at layer i, before rounding. `own_attention`
     gives the stream before attention widths of its own, the first of which is the embedding's.
     """
 
     schedule: str
     slice_percentage: float
-    slice_base: float
-    round_to: int
-    final_slice: tuple[float, ...]
+    slice_base: _Share
+    round_to: _Positive
+    final_slice: tuple[_Share, ...]
     widths: tuple[int, ...]
     shape: ModelDims
     own_attention: tuple[int, ...] | None = None
 
     def __post_init__(self):
         d, layers = self.shape.hidden_size, self.shape.layers
-        if len(self.widths) != layers:
-            raise RequestError(
-                f"plan has {len(self.widths)} widths, the model {layers} layers; make the plan "
-                "from the same model"
-            )
-        if len(self.attention_widths) != layers:
-            raise RequestError(
-                f"plan has {len(self.attention_widths)} widths before attention, the model "
-                f"{layers} layers; make the plan from the same model"
-            )
+        for what, count in (
+            ("widths", len(self.widths)),
+            ("widths before attention", len(self.attention_widths)),
+            ("final slices", len(self.final_slice)),
+        ):
+            if count != layers:
+                raise RequestError(
+                    f"plan has {count} {what}, the model {layers} layers; make the plan from the "
+                    "same model"
+                )
         every = [*self.attention_widths, *self.mlp_widths]
-        for width in every:
-            if not isinstance(width, int):
-                raise RequestError(f"plan width {width!r} is no whole number; mend the plan")
         if not all(1 <= width <= d for width in every):
             raise RequestError(
                 f"plan has widths from {min(every)} to {max(every)}, the hidden size "
                 f"is {d}; widths must lie between 1 and {d}"
             )
-
-    def _check_settings(self) -> None:
-        """Raise RequestError for settings that no schedule could have had."""
-        d, slices = self.shape.hidden_size, self.final_slice
-        sound = {
-            "schedule": isinstance(self.schedule, str),
-            "round_to": type(self.round_to) is int and self.round_to > 0 and d % self.round_to == 0,
-            "slice_base": 0 <= self.slice_base <= 1,
-            "final_slice": len(slices) == len(self.widths) and all(0 <= x <= 1 for x in slices),
-        }
-        for name, is_sound in sound.items():
-            if not is_sound:
-                raise RequestError(
-                    f"the plan has {name} {getattr(self, name)!r}, which fits no plan; make it "
-                    "anew with `dynslice plan`"
-                )
 
     @property
     def attention_widths(self) -> tuple[int, ...]:
@@ -157,7 +129,7 @@ class SlicePlan:
         return sum(before * after for before, after in pairwise(self.place_widths))
 
     def to_dict(self) -> dict:
-        """The JSON form (DESIGN: CLI, `plan`)."""
+        """The JSON form, as `dynslice plan` writes it."""
         return {
             **asdict(self),
             "mean_slice": self.mean_slice,
@@ -167,29 +139,18 @@ class SlicePlan:
 
     @classmethod
     def from_dict(cls, values: dict) -> "SlicePlan":
-        """Inverse of `to_dict`. Raises RequestError naming what is missing."""
-        shape = ModelDims.from_dict(values.get("shape"))
-        optional = {"own_attention": _tuples(values.get("own_attention"))}
-        names = [name for name in cls.__dataclass_fields__ if name not in ("shape", *optional)]
-        try:
-            plan = cls(**{name: _tuples(values[name]) for name in names}, shape=shape, **optional)
-            plan._check_settings()
-            computed = {name: getattr(plan, name) for name in ("mean_slice", "parameters")}
-            computed["parameters_dense"] = shape.dense_parameters
-            computed["slice_percentage"] = math.fsum(plan.final_slice) / shape.layers
-            told = [(name, values[name], computed[name]) for name in computed if name in values]
-            altered = [
-                row for row in told if not math.isclose(*row[1:], rel_tol=1e-9, abs_tol=1e-9)
-            ]
-        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            raise RequestError(
-                f"the plan is incomplete ({error}); make it anew with `dynslice plan`"
-            ) from error
-        for name, said, found in altered:
-            raise RequestError(
-                f"the plan says {name} {said}, its layers give {found}: it was altered; make it "
-                "anew with `dynslice plan`"
-            )
+        """Inverse of `to_dict`. Raises RequestError naming what is missing, wrong or altered."""
+        plan = validated(cls, values, "plan", "`dynslice plan`")
+        check_request(plan.shape, 0.0, 0.0, plan.round_to)
+        computed = plan.to_dict()
+        computed["slice_percentage"] = math.fsum(plan.final_slice) / plan.shape.layers
+        for name in ("mean_slice", "parameters", "parameters_dense", "slice_percentage"):
+            said, found = values.get(name, computed[name]), computed[name]
+            if not (isinstance(said, int | float) and math.isclose(said, found, abs_tol=1e-9)):
+                raise RequestError(
+                    f"the plan says {name} {said}, its layers give {found}: it was altered; make "
+                    "it anew with `dynslice plan`"
+                )
         return plan
 
     @classmethod
@@ -228,7 +189,7 @@ def dynamic(
     check_request(shape, slice_percentage, slice_base, round_to)
     _check_scores(shape, lr)
     limit = 1 - round_to / shape.hidden_size
-    slices = final_slices(normalise(tuple(lr)), slice_percentage, slice_base, limit)
+    slices = final_slices(normalise(lr), slice_percentage, slice_base, limit)
     widths = rounded_widths(slices, shape.hidden_size, round_to)
     target = (slice_percentage, slice_base, round_to)
     return SlicePlan("dynamic", *target, slices, widths, shape)
@@ -334,11 +295,3 @@ def _check_scores(shape: ModelDims, lr: Sequence[float]) -> None:
         raise RequestError(
             f"LR from {min(lr)} to {max(lr)} is no redundancy; measure LR anew with `dynslice lr`"
         )
-
-
-def _listed(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _tuples(value):
-    return tuple(value) if isinstance(value, list) else value

@@ -4,9 +4,15 @@ Apart from `redundancy` and `sensitivity`, which measure them, so that a report 
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import StatisticsError, fmean
+from typing import Annotated
+
+from pydantic import Field
 
 from dynslice.core.errors import RequestError
+from dynslice.core.files import validated
 
 SCORES = ("cosine", "angular", "update")
 
@@ -32,8 +38,8 @@ def scores_of(layers: list[dict], score: str = "cosine") -> list[float]:
         ) from error
 
 
-def normalise(lr: tuple[float, ...]) -> tuple[float, ...]:
-    """Scale LR to [0, 1]; where all layers are equally redundant, every score is 1."""
+def normalise(lr: Sequence[float]) -> tuple[float, ...]:
+    """n_i = (LR_i - min LR) / (max LR - min LR); where all LR are equal, every n_i is 1."""
     low, high = min(lr), max(lr)
     if high == low:
         return (1.0,) * len(lr)
@@ -63,27 +69,28 @@ def read_rises(values: dict) -> list[dict[float, float]]:
     raise RequestError("the sensitivity file lists no losses; make it with `dynslice sensitivity`")
 
 
+@dataclass(frozen=True)
+class _Layer:
+    lr: Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # a cosine
+    index: int | None = None
+    normalised: float | None = None
+
+
+@dataclass(frozen=True)
+class _LrFile:
+    layers: Annotated[list[_Layer], Field(min_length=1)]
+
+
 def lr_of(values: dict) -> list[float]:
     """The LR per layer in the JSON of `dynslice lr`. Raises RequestError when it is none."""
-    try:
-        layers = values["layers"]
-        scores = [float(layer["lr"]) for layer in layers]
-        told = [float(layer["normalised"]) for layer in layers if "normalised" in layer]
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError("the LR file lists no layers; make it with `dynslice lr`") from error
-    if [layer.get("index", i) for i, layer in enumerate(layers)] != list(range(len(scores))):
+    layers = validated(_LrFile, values, "LR file", "`dynslice lr`").layers
+    if any(layer.index not in (None, i) for i, layer in enumerate(layers)):
         raise RequestError("the LR file lists its layers out of order; make it with `dynslice lr`")
-    if not scores or not all(map(math.isfinite, scores)):
-        raise RequestError("the LR file holds no finite scores; make it with `dynslice lr`")
-    if max(map(abs, scores)) > 1 + 1e-6:
-        raise RequestError(
-            f"the LR file holds scores from {min(scores)} to {max(scores)}, and LR is a cosine; "
-            "make it with `dynslice lr`"
-        )
-    pairs = zip(told, normalise(tuple(scores)), strict=bool(told))
-    if not all(math.isclose(*pair, rel_tol=1e-9, abs_tol=1e-9) for pair in pairs):
-        raise RequestError(
-            "the scores of the LR file and their normalised values do not fit together: it was "
-            "altered; make it anew with `dynslice lr`"
-        )
+    scores = [layer.lr for layer in layers]
+    for layer, n in zip(layers, normalise(scores), strict=True):
+        if layer.normalised is not None and not math.isclose(layer.normalised, n, abs_tol=1e-9):
+            raise RequestError(
+                "the scores of the LR file and their normalised values do not fit together: it was "
+                "altered; make it anew with `dynslice lr`"
+            )
     return scores
