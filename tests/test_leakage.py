@@ -104,7 +104,7 @@ def test_a_document_belongs_to_one_split(name, monkeypatch):
     assert not documents_in_two_splits()
     splits = {split: list(texts.documents(name, split)) for split in texts.SPLITS}
     splits["test"].append(splits["train"][0])
-    monkeypatch.setattr(corpora, "_corpus", lambda _: splits)
+    monkeypatch.setattr(corpora, "embedded", lambda _: splits)
     assert len(documents_in_two_splits()) == 1
 
 

@@ -93,7 +93,7 @@ def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypa
     monkeypatch.setattr(
         hub, "snapshot", lambda name, revision=None: asked.append(revision) or folder
     )
-    monkeypatch.setattr(hub, "model_commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(hub, "commit_of", lambda *_: "c0ffee")
     monkeypatch.setattr(texts, "commit_of", lambda text, revision: f"{text} at {revision}")
     study = Study.open(
         "smoke",

@@ -21,7 +21,7 @@ from dynslice.experiment.estimate import Estimate, Estimator, Machine, is_remote
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.store import Request
 from dynslice.experiment.study import Study
-from dynslice.inputs import corpora, models
+from dynslice.inputs import corpora, models, texts
 from dynslice.method.footprint import shown_bytes
 
 SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetched
@@ -161,12 +161,12 @@ def _hub_obstacles(settings: Profile, missing: list[Request]) -> list[str]:
     here = not is_remote(model) or models.in_cache(model, revision)
     if missing and not here and (reason := hub.model_refusal(model, revision)):
         found.append(f"model {model!r} {reason}")
-    texts = set()
+    read = set()
     for request in missing:
         for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
             if "text" in config:
-                texts.add(texts.source_of(config))
-    for text, split, text_revision in sorted(texts, key=str):
+                read.add(texts.source_of(config))
+    for text, split, text_revision in sorted(read, key=str):
         if reason := corpora.obstacle(text, split, text_revision):
             found.append(reason)
     for task in sorted({r.config["task"] for r in missing if r.kind == "task"}):

