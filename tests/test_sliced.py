@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from prose import paragraphs
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dynslice.inputs import models
@@ -16,6 +18,8 @@ from dynslice.method.plan import SlicePlan
 from dynslice.method.slicing import slice_model
 
 WIDTHS = (40, 17, 31)
+# Slices that the code before the packages saved, with the logits that it gave.
+EARLIER = Path(__file__).parent / "data" / "slices_of_3172b2b"
 
 
 @pytest.fixture
@@ -92,12 +96,12 @@ else:
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-ids = torch.tensor([tokenizer("A fixed sentence.")["input_ids"]])
-with torch.inference_mode():
-    torch.save({"ids": ids, "logits": model(ids, use_cache=False).logits}, out)
+for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.tensor([tokenizer("A fixed sentence.")["input_ids"]])
+    with torch.inference_mode():
+        torch.save({"ids": ids, "logits": model(ids, use_cache=False).logits}, out)
 """
 
 
@@ -113,18 +117,31 @@ def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, tmp_pa
     assert plan.widths == (48, 48, 48, 48)
     assert (folder / "tokenizer.json").is_file()
 
+    folders = {folder: out, EARLIER / "llama": tmp_path / "earlier.pt"}
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
-        [sys.executable, "-c", LOAD_ELSEWHERE, folder, out],
+        [sys.executable, "-c", LOAD_ELSEWHERE, *(x for pair in folders.items() for x in pair)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "", "transformers asks whether to run custom code"
-    there = torch.load(out)
+    for saved, logits in folders.items():
+        there = torch.load(logits)
+        model, tokenizer = models.load(str(saved), torch.device("cpu"), torch.float32)
+        assert there["ids"].tolist() == [tokenizer("A fixed sentence.")["input_ids"]]
+        assert model.num_parameters() == SlicePlan.read(saved / "plan.json").parameters
+        assert torch.equal(there["logits"], logits_of(model, there["ids"]))
 
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_slice_of_the_code_before_the_packages_gives_the_same_logits(family):
+    folder = EARLIER / family
+    expected = load_file(folder / "expected.safetensors")
     model, tokenizer = models.load(str(folder), torch.device("cpu"), torch.float32)
-    assert there["ids"].tolist() == [tokenizer("A fixed sentence.")["input_ids"]]
-    assert sum(p.numel() for p in model.parameters()) == plan.parameters
-    assert torch.equal(there["logits"], logits_of(model, there["ids"]))
+    assert tokenizer("abc")["input_ids"]
+    assert SlicePlan.read(folder / "plan.json").parameters == model.num_parameters()
+    with torch.inference_mode():
+        logits = model(expected["ids"], use_cache=False).logits
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-6, rtol=1e-6)

@@ -15,7 +15,8 @@ from dynslice.method.architectures import dims_of
 from dynslice.method.controls import single
 from dynslice.method.numerics import principal_basis
 from dynslice.method.plan import SlicePlan, constant, dynamic
-from dynslice.method.slicing import slice_model
+from dynslice.method.redundancy import layer_redundancy
+from dynslice.method.slicing import dynamic_slicing, slice_model
 
 
 def uneven(shape, widths):
@@ -192,3 +193,26 @@ def test_slicing_more_never_stores_more(smollm2):
     for make in (constant, lambda s, sp: dynamic(s, lr, sp)):
         sizes = [make(shape, share).parameters for share in shares]
         assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_papers_function_is_redundancy_then_plan_then_slice(tiny, tokens):
+    """LR of one text, widths by the formula, SliceGPT's algorithm on another text."""
+    lr_windows = tokens.flip(0)[:4]
+    sliced = dynamic_slicing(tiny, lr_windows, tokens, 0.3, 0.1)
+    lr = layer_redundancy(tiny, lr_windows).lr
+    n = [(score - min(lr)) / (max(lr) - min(lr)) for score in lr]
+    exact = [0.1 + (0.3 - 0.1) * x / (sum(n) / len(n)) for x in n]
+    assert sliced.plan.final_slice == pytest.approx(exact)
+    plan = dynamic(dims_of(tiny.config), lr, 0.3, 0.1)
+    assert sliced.plan == plan
+    assert sliced.model.config.mlp_widths == list(plan.widths)
+    assert len(set(plan.widths)) > 1
+    wanted = slice_model(tiny, tokens, plan).model.state_dict()
+    for name, weight in sliced.model.state_dict().items():
+        assert torch.equal(weight, wanted[name]), name
+
+
+def test_slice_base_equal_to_slice_percentage_is_slicegpt(tokens):
+    model = TINY["llama"]()
+    sliced = dynamic_slicing(model, tokens, tokens, 0.25, 0.25)
+    assert sliced.plan.widths == constant(dims_of(model.config), 0.25).widths

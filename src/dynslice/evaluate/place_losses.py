@@ -46,19 +46,9 @@ def place_losses(
     for share in shares:
         if not 0 < share < 1:
             raise RequestError(f"share {share} is outside 0 to 1; give one such as 0.3")
-    family, d = family_of(model.config), model.config.hidden_size
-    centred, final_norm = centring(model, family), model.get_submodule(family.final_norm)
-    mean_free = subtracts_mean(final_norm)
-
     x, h = Activations(model.device), Activations(model.device)
-
-    def blocks(given: list[dict]) -> list[BlockInPlace]:
-        layers = zip(model.get_submodule(family.layers), given, strict=True)
-        pairs = [(layer, own, block) for layer, own in layers for block in family.blocks]
-        return [BlockInPlace(layer, block, own, centred) for layer, own, block in pairs]
-
-    fitting = blocks(residual_stream(model, calibration, x))
-    steps = blocks(residual_stream(model, windows, h))
+    fitting, steps = _blocks(model, calibration, x), _blocks(model, windows, h)
+    mean_free = subtracts_mean(model.get_submodule(family_of(model.config).final_norm))
     bases, planned = [], h.copied()
     both = zip(fitting, steps, plan.place_widths, strict=False)
     for fit, step, width in tqdm(both, total=len(steps), desc="bases", leave=False):
@@ -66,28 +56,40 @@ def place_losses(
         run_block(x, bases[-1][:, width:], fit)
         run_block(planned, bases[-1][:, width:], step)
 
-    def losses(stream: Activations) -> list[float]:
-        nll, start = [], 0
-        for batch in stream:
-            ids = windows[start : start + len(batch)].to(model.device)
-            nll.append(head_losses(model, final_norm(batch), ids).view(len(ids), -1))
-            start += len(batch)
-        mean = torch.cat(nll).double().mean(dim=1)
-        check_finite(mean, "the log-likelihood", model.dtype)
-        return mean.tolist()
-
-    places = []
-    for place, step in enumerate(tqdm(steps, desc="sensitivity", unit="place", leave=False)):
+    places, d, blocks = [], model.config.hidden_size, len(plan.shape.reads)
+    for place, step in enumerate(tqdm(steps, desc="place losses", unit="place", leave=False)):
         rows = []
         for share in shares:
             widths = [round(d * (1 - share)), *plan.place_widths[place + 1 : -1]]
             stream = h.copied()
             for basis, width, later in zip(bases[place:], widths, steps[place:], strict=True):
                 run_block(stream, basis[:, width:], later)
-            rows.append(losses(stream))
+            rows.append(_losses(model, stream, windows))
             stream.clear()
-        run_block(h, bases[place][:, plan.place_widths[place] :], step)
-        layer, cut = place // len(family.blocks), 1 - plan.place_widths[place] / d
-        row = {"layer": layer, "block": step.block.name, "share": cut, "losses": rows}
-        places.append(row)
-    return {"plan": losses(planned), "shares": list(shares), "places": places}
+        width = plan.place_widths[place]
+        run_block(h, bases[place][:, width:], step)
+        where = {"layer": place // blocks, "block": step.block.name, "share": 1 - width / d}
+        places.append({**where, "losses": rows})
+    return {"plan": _losses(model, planned, windows), "shares": list(shares), "places": places}
+
+
+def _blocks(model: PreTrainedModel, windows: Tensor, x: Activations) -> list[BlockInPlace]:
+    """Every block in the order in which the stream comes by; x is filled with the first stream."""
+    family = family_of(model.config)
+    given = residual_stream(model, windows, x)
+    layers = zip(model.get_submodule(family.layers), given, strict=True)
+    of_blocks = [(layer, block, own) for layer, own in layers for block in family.blocks]
+    return [BlockInPlace(*parts, centring(model, family)) for parts in of_blocks]
+
+
+def _losses(model: PreTrainedModel, stream: Activations, windows: Tensor) -> list[float]:
+    """The mean NLL of each window, from the stream behind the last block."""
+    final_norm = model.get_submodule(family_of(model.config).final_norm)
+    nll, start = [], 0
+    for batch in stream:
+        ids = windows[start : start + len(batch)].to(model.device)
+        nll.append(head_losses(model, final_norm(batch), ids).view(len(ids), -1))
+        start += len(batch)
+    mean = torch.cat(nll).double().mean(dim=1)
+    check_finite(mean, "the log-likelihood", model.dtype)
+    return mean.tolist()

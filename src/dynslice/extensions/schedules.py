@@ -8,6 +8,7 @@ none exceeds it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -31,48 +32,33 @@ class Evidence:
     rises: Sequence[dict[float, float]] | None = None
 
 
-def constant(evidence: Evidence, budget: int) -> SlicePlan:
-    """All layers alike (SliceGPT)."""
-
-    def at(share: float) -> SlicePlan:
-        return plan.constant(evidence.shape, share, evidence.round_to)
-
-    return _widest(at, budget, evidence)
+# Plans by the share that is cut: of what is known of the model, and a share.
 
 
-def lr(evidence: Evidence, budget: int) -> SlicePlan:
+def _constant(known: Evidence, share: float) -> SlicePlan:
+    """All layers equally (SliceGPT)."""
+    return plan.constant(known.shape, share, known.round_to)
+
+
+def _lr(known: Evidence, share: float) -> SlicePlan:
     """The paper's slices with SB = 0, and with the SP that keeps the budget."""
-
-    def at(share: float) -> SlicePlan:
-        return plan.dynamic(evidence.shape, evidence.lr, share, 0.0, evidence.round_to)
-
-    return _widest(at, budget, evidence)
+    return plan.dynamic(known.shape, known.lr, share, 0.0, known.round_to)
 
 
-def embedding(evidence: Evidence, budget: int) -> SlicePlan:
-    """The embedding whole, and all places after it alike."""
-
-    def at(share: float) -> SlicePlan:
-        alike = plan.constant(evidence.shape, share, evidence.round_to)
-        return with_embedding(alike, 0.0)
-
-    return _widest(at, budget, evidence)
+def _embedding(known: Evidence, share: float) -> SlicePlan:
+    """The embedding whole, and all places after it equally."""
+    return with_embedding(_constant(known, share), 0.0)
 
 
-def first(evidence: Evidence, budget: int) -> SlicePlan:
-    """The first layer whole, embedding included, and all layers after it alike.
+def _first(known: Evidence, share: float) -> SlicePlan:
+    """The first layer whole, embedding included, and all layers after it equally.
 
     The control of `lr`, which keeps that layer whole in every model that was looked at.
     """
-
-    def at(share: float) -> SlicePlan:
-        alike = plan.constant(evidence.shape, share, evidence.round_to)
-        places = list(alike.place_widths[:-1])
-        whole = len(evidence.shape.reads)
-        places[:whole] = [evidence.shape.hidden_size] * whole
-        return plan.of_places("first", evidence.shape, places, evidence.round_to)
-
-    return _widest(at, budget, evidence)
+    whole = len(known.shape.reads)
+    places = _constant(known, share).place_widths[whole:-1]
+    widths = [known.shape.hidden_size] * whole + list(places)
+    return plan.of_places("first", known.shape, widths, known.round_to)
 
 
 def sensitivity(evidence: Evidence, budget: int) -> SlicePlan:
@@ -122,14 +108,14 @@ def search(
     def plan_of(factors: dict[str, float]) -> SlicePlan:
         logs = [sum(factors[g] for g in groups if p in groups[g]) for p in range(places)]
 
-        def at(share: float) -> SlicePlan:
+        def at(_evidence: Evidence, share: float) -> SlicePlan:
             exact = np.clip([d * (1 - share * math.exp(log)) for log in logs], unit, d)
             # The running sum is rounded, so that neighbours make up for each other.
             units = np.diff(np.rint(np.cumsum(exact) / unit), prepend=0).astype(int)
             widths = [min(d, max(1, count) * unit) for count in units.tolist()]
             return plan.of_places("search", evidence.shape, widths, unit)
 
-        return _widest(at, budget, evidence)
+        return _widest(at, evidence, budget)
 
     factors, step, tried = dict.fromkeys(groups, 0.0), 0.5, []
     best, least, gained = plan_of(factors), math.inf, True
@@ -166,6 +152,37 @@ def _groups(shape: ModelDims) -> dict[str, set[int]]:
     return groups | {name: set(range(low, high)) for name, low, high in thirds}
 
 
+def _widest(
+    at: Callable[[Evidence, float], SlicePlan], evidence: Evidence, budget: int
+) -> SlicePlan:
+    """The plan of the smallest share, in steps of one rounding unit in one layer, in the budget.
+
+    Rounding can make a plan of a larger share a little larger, so that bisection alone could end
+    above a plan that fits: from where it ends, shares grow until the plan fits.
+    """
+    shape, unit = evidence.shape, evidence.round_to
+    units = shape.layers * shape.hidden_size // unit
+    most = units - shape.layers  # one unit must remain in each layer
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if at(evidence, middle / units).parameters <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    for share in range(low, most + 1):
+        if (made := at(evidence, share / units)).parameters <= budget:
+            return made
+    raise _too_small(budget, made)
+
+
+def _too_small(budget: int, least: SlicePlan) -> RequestError:
+    return RequestError(
+        f"a budget of {budget} parameters is below the {least.parameters} that the narrowest plan "
+        "stores; give a smaller slice percentage"
+    )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A function from evidence and budget to a plan, and the evidence that it needs."""
@@ -175,10 +192,10 @@ class Schedule:
 
 
 SCHEDULES = {
-    "constant": Schedule(constant),
-    "lr": Schedule(lr, needs="lr"),
-    "embedding": Schedule(embedding),
-    "first": Schedule(first),
+    "constant": Schedule(partial(_widest, _constant)),
+    "lr": Schedule(partial(_widest, _lr), needs="lr"),
+    "embedding": Schedule(partial(_widest, _embedding)),
+    "first": Schedule(partial(_widest, _first)),
     "sensitivity": Schedule(sensitivity, needs="rises"),
 }
 
@@ -206,35 +223,6 @@ def within(name: str, evidence: Evidence, budget: int) -> SlicePlan:
 def budget_of(shape: ModelDims, slice_percentage: float, round_to: int) -> int:
     """What constant slicing at a slice percentage stores: the size that is to be kept."""
     return plan.constant(shape, slice_percentage, round_to).parameters
-
-
-def _widest(at: Callable[[float], SlicePlan], budget: int, evidence: Evidence) -> SlicePlan:
-    """The plan of the smallest share, in steps of one rounding unit in one layer, in the budget.
-
-    Rounding can make a plan of a larger share a little larger, so that bisection alone could end
-    above a plan that fits: from where it ends, shares grow until the plan fits.
-    """
-    shape, unit = evidence.shape, evidence.round_to
-    units = shape.layers * shape.hidden_size // unit
-    most = units - shape.layers  # one unit must remain in each layer
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if at(middle / units).parameters <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    for share in range(low, most + 1):
-        if (made := at(share / units)).parameters <= budget:
-            return made
-    raise _too_small(budget, made)
-
-
-def _too_small(budget: int, least: SlicePlan) -> RequestError:
-    return RequestError(
-        f"a budget of {budget} parameters is below the {least.parameters} that the narrowest plan "
-        "stores; give a smaller slice percentage"
-    )
 
 
 def _parabola(rises: dict[float, float]) -> Callable[[float], float]:

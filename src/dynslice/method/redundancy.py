@@ -5,6 +5,7 @@ and x_{i+1} the stream that leaves it. High means redundant (paper, section 3.1)
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
@@ -86,24 +87,17 @@ def layer_redundancy(
         def add_up(_layer, args, _kwargs, output):
             x_out = after[index](output).float()
             x_in = args[0].to(x_out.device).float()  # it may come from the GPU of the layer before
-            cosine = F.cosine_similarity(x_in, x_out, dim=-1)
-            angle = cosine.clamp(-1, 1).arccos() / math.pi
-            length = x_in.norm(dim=-1)
-            update = torch.where(length > 0, (x_out - x_in).norm(dim=-1) / length, 0.0)
-            for measure, values in enumerate((cosine, angle, update)):
+            for measure, values in enumerate(_changes(x_in, x_out)):
                 sums[measure, index] += values.sum(dtype=torch.float64).to(sums.device)
 
         return add_up
 
-    handles = [
-        layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for i, layer in enumerate(layers):
+            handle = layer.register_forward_hook(hook(i), with_kwargs=True)
+            hooks.callback(handle.remove)
         for batch in batches(windows, "layer redundancy", model.device):
             model.base_model(batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     for i, totals in enumerate(sums.T):
         check_finite(totals, f"layer redundancy of layer {i}", model.dtype)
     count, window = windows.shape
@@ -119,3 +113,12 @@ def layer_redundancy(
         stride=stride,
         last_layer=last_layer,
     )
+
+
+def _changes(x_in: torch.Tensor, x_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cosine, angular distance and update norm between streams [b, T, d], each [b, T]."""
+    cosine = F.cosine_similarity(x_in, x_out, dim=-1)
+    angle = cosine.clamp(-1, 1).arccos() / math.pi
+    length = x_in.norm(dim=-1)
+    update = torch.where(length > 0, (x_out - x_in).norm(dim=-1) / length, 0.0)
+    return cosine, angle, update

@@ -6,7 +6,7 @@ are cut. Equations and the published protocol: docs/method.md.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -85,10 +85,12 @@ def slice_model(
     start: see `sliced_weights`. The dense model is left as it was. Raises as `sliced_weights`.
     """
     began, audit = time.perf_counter(), RoundingAudit(model.dtype)
-    weights = dict(sliced_weights(model, windows, plan, Activations(model.device), audit, start))
+    check_plan(model.config, plan)
+    sliced, x = empty_sliced(model, plan), Activations(model.device)
+    weights = sliced_weights(model, windows, plan, x, audit, start)
+    weights = dict(tqdm(weights, "slicing", len(sliced.state_dict()), unit="weight", leave=False))
     audit.check(plan.shape.hidden_size)
     with torch.no_grad():
-        sliced = empty_sliced(model, plan)
         sliced.load_state_dict(weights, assign=True)
         sliced = sliced.to(model.device).eval()
     synchronise(model.device)
@@ -122,44 +124,30 @@ def sliced_weights(
     check_plan(model.config, plan)
     check_tokens(model.config, windows)
     use = use or (lambda name: nullcontext(model.get_submodule(name)))
-    family, d, widths = family_of(model.config), plan.shape.hidden_size, plan.place_widths
+    family, widths, dtype = family_of(model.config), plan.place_widths, model.dtype
     centred = centring(model, family)
-    last_cut = max((place for place, width in enumerate(widths) if width < d), default=-1)
-
-    def basis(width: int) -> tuple[Tensor, Tensor]:
-        if width == d:
-            Q = torch.eye(d, dtype=torch.float64, device=x.device)
-        else:
-            final_norm = model.get_submodule(family.final_norm)
-            Q = audit.basis(principal_basis(x, centred=subtracts_mean(final_norm)))
-        return Q[:, :width], Q[:, width:]
-
-    def stored(prefix: str, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights:
-            weight = weight.to(model.dtype).contiguous()
-            check_finite(weight, f"weight {prefix}{name} of the slice")
-            yield prefix + name, weight
+    last_cut = max((i for i, width in enumerate(widths) if width < widths[-1]), default=-1)
 
     with _all(use, family.embeddings):
         layer_arguments = residual_stream(model, windows, x)
         step = start(x) if start else project
-        Q, R = basis(widths[0])
-        yield from stored("", _embeddings(model, family, Q, audit, centred))
+        Q, R = _basis(x, widths[0], model, audit)
+        yield from _stored(_embeddings(model, family, Q, audit, centred), dtype)
     place = 0
-    for i, arguments in enumerate(tqdm(layer_arguments, "slicing", unit="layer", leave=False)):
+    for i, arguments in enumerate(layer_arguments):
+        prefix = f"{family.layers}.{i}."
         with use(f"{family.layers}.{i}") as layer:
             for block in family.blocks:
                 here = BlockInPlace(layer, block, arguments, centred)
                 residual, added = step(x, Q, R, here, place < last_cut)
-                Q_next, R_next = basis(widths[place + 1])
-                maps = _maps(here, family, Q, Q_next, audit, added)
-                yield from stored(f"{family.layers}.{i}.", maps)
-                shortcut = (f"{block.name}_shortcut", residual @ Q_next)
-                yield from stored(f"{family.layers}.{i}.", iter([shortcut]))
+                Q_next, R_next = _basis(x, widths[place + 1], model, audit)
+                yield from _stored(_maps(here, family, Q, Q_next, audit, added), dtype, prefix)
+                shortcut = {f"{block.name}_shortcut": residual @ Q_next}
+                yield from _stored(shortcut.items(), dtype, prefix)
                 Q, R, place = Q_next, R_next, place + 1
-            yield from stored(f"{family.layers}.{i}.", _left_alone(layer, family))
+            yield from _stored(_left_alone(layer, family), dtype, prefix)
     with use(family.final_norm) as final_norm, use(family.head) as head:
-        yield from stored("", _head(final_norm, head, family))
+        yield from _stored(_head(final_norm, head, family), dtype)
 
 
 @dataclass(frozen=True)
@@ -201,6 +189,28 @@ def run_block(x: Activations, R: Tensor, block: BlockInPlace) -> None:
         return stream
 
     x.update(past)
+
+
+def _basis(
+    x: Activations, width: int, model: PreTrainedModel, audit: RoundingAudit
+) -> tuple[Tensor, Tensor]:
+    """Q [d, w] and R [d, d - w] of the stream x, float64; where nothing is cut, x keeps its own."""
+    d = model.config.hidden_size
+    if width == d:
+        Q = torch.eye(d, dtype=torch.float64, device=x.device)
+    else:
+        final_norm = model.get_submodule(family_of(model.config).final_norm)
+        Q = audit.basis(principal_basis(x, centred=subtracts_mean(final_norm)))
+    return Q[:, :width], Q[:, width:]
+
+
+def _stored(
+    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in weights:
+        weight = weight.to(dtype).contiguous()
+        check_finite(weight, f"weight {prefix}{name} of the slice")
+        yield prefix + name, weight
 
 
 def _embeddings(model, family: Family, Q: Tensor, audit: RoundingAudit, centred: Callable):

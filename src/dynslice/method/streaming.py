@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -75,7 +76,9 @@ def slice_to(
         x = Activations(device, room["device"], room["host"], unfinished.parent)
         empty = empty_sliced(model, plan).to(checkpoint.dtype)
         shards = ShardWriter(unfinished, empty, room["shard"])
-        for weight in sliced_weights(model, windows, plan, x, audit, start, checkpoint.use):
+        weights = sliced_weights(model, windows, plan, x, audit, start, checkpoint.use)
+        count = len(empty.state_dict())
+        for weight in tqdm(weights, "slicing", count, unit="weight", leave=False):
             shards.add(*weight)
         shards.finish()
         audit.check(plan.shape.hidden_size)

@@ -1,0 +1,282 @@
+"""Sliced networks as transformers models, and the table of families.
+
+This file is self-contained on purpose: `save_pretrained` copies it beside the weights, so that
+`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` works where dynslice is not
+installed. It therefore also holds the table of families: which parts of a decoder read the
+residual stream, which write it, and which norms stand between.
+
+A layer is one block after another, each x + f(norm(x)); the stream has a width of its own at the
+place before each block. With residual width d, a_i dimensions before attention and m_i before the
+MLP of layer i (SliceGPT section 3.3; METHOD: attention and MLP share w_i, and the MLP writes in
+the width of the next layer):
+
+    tokens -> embedding [a_0] -> attention -> [m_0] -> MLP -> [a_1] -> ... -> [d] -> norm -> head
+
+Where the basis changes, the residual connection is multiplied by a small matrix, the *shortcut*.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A path from the normed stream back into it, by attribute names inside a layer.
+
+    modules run one after the other; attention is also given the layer's arguments (masks,
+    positions, cache). reads and write are its linear maps from and into the stream.
+    """
+
+    modules: tuple[str, ...]
+    reads: tuple[str, ...]
+    write: str
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block: x + the sum of its branches, each reading norm(x)."""
+
+    name: str
+    norm: str
+    branches: tuple[Branch, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The maps that read the stream."""
+        return tuple(name for branch in self.branches for name in branch.reads)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The maps that write it."""
+        return tuple(branch.write for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a decoder family keeps its parts, by attribute paths from the causal LM.
+
+    base: prefix of the library's class names. blocks: those of a layer, in order. positions:
+    learned position embeddings, which write the stream too. norm_offset is added to the stored
+    scale of an RMS norm.
+    """
+
+    base: str
+    embedding: str
+    layers: str
+    blocks: tuple[Block, ...]
+    final_norm: str
+    head: str = "lm_head"
+    positions: str | None = None
+    norm_offset: float = 0.0
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Every table whose rows make up the first stream."""
+        return (self.embedding, self.positions) if self.positions else (self.embedding,)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION = Branch(("self_attn",), _QKV, "self_attn.o_proj", attention=True)
+_MLP = Branch(("mlp",), ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_LLAMA = Family(
+    base="Llama",
+    embedding="model.embed_tokens",
+    layers="model.layers",
+    blocks=(
+        Block("attention", "input_layernorm", (_ATTENTION,)),
+        Block("mlp", "post_attention_layernorm", (_MLP,)),
+    ),
+    final_norm="model.norm",
+)
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, base="Mistral"),
+    "qwen2": replace(_LLAMA, base="Qwen2"),  # biases in q, k and v
+    "qwen3": replace(_LLAMA, base="Qwen3"),  # norms of q and k, inside attention
+    "gemma": replace(_LLAMA, base="Gemma", norm_offset=1.0),  # its embedding scales the rows
+    "phi3": replace(  # fused maps
+        _LLAMA,
+        base="Phi3",
+        blocks=(
+            Block(
+                "attention",
+                "input_layernorm",
+                (replace(_ATTENTION, reads=("self_attn.qkv_proj",)),),
+            ),
+            Block("mlp", "post_attention_layernorm", (replace(_MLP, reads=("mlp.gate_up_proj",)),)),
+        ),
+    ),
+    "opt": Family(  # LayerNorm, learned positions
+        base="OPT",
+        embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        layers="model.decoder.layers",
+        blocks=(
+            Block(
+                "attention",
+                "self_attn_layer_norm",
+                (replace(_ATTENTION, write="self_attn.out_proj"),),
+            ),
+            Block(
+                "mlp",
+                "final_layer_norm",
+                (Branch(("fc1", "activation_fn", "fc2"), ("fc1",), "fc2"),),
+            ),
+        ),
+        final_norm="model.decoder.final_layer_norm",
+    ),
+    "phi": Family(  # Phi-2: LayerNorm, attention and MLP side by side behind one norm
+        base="Phi",
+        embedding="model.embed_tokens",
+        layers="model.layers",
+        blocks=(
+            Block(
+                "parallel",
+                "input_layernorm",
+                (
+                    replace(_ATTENTION, write="self_attn.dense"),
+                    Branch(("mlp",), ("mlp.fc1",), "mlp.fc2"),
+                ),
+            ),
+        ),
+        final_norm="model.final_layernorm",
+    ),
+}
+
+
+def subtracts_mean(norm: nn.Module) -> bool:
+    """Whether a norm is a LayerNorm, which takes the mean over d away and may add a bias."""
+    return isinstance(norm, nn.LayerNorm)
+
+
+def block_output(layer: nn.Module, block: Block, x: torch.Tensor, arguments: dict) -> torch.Tensor:
+    """What a dense or sliced block adds to the stream: x [b, T, w] -> [b, T, w']."""
+    normed = layer.get_submodule(block.norm)(x)
+    outputs = [_branch_output(layer, branch, normed, arguments) for branch in block.branches]
+    return sum(outputs[1:], start=outputs[0])
+
+
+def _branch_output(layer: nn.Module, branch: Branch, x: torch.Tensor, arguments: dict):
+    for name in branch.modules:
+        module = layer.get_submodule(name)
+        x = module(hidden_states=x, **arguments)[0] if branch.attention else module(x)
+    return x
+
+
+class RootMeanSquare(nn.Module):
+    """RMS normalisation without a scale, divided by the *original* hidden size.
+
+    The scale is folded into the maps that read the stream. A slice keeps the d of the dense
+    network as the divisor, because the directions it dropped still counted there (METHOD 1.5).
+    """
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., w] with w <= hidden_size -> [..., w], computed in float32."""
+        x32 = x.float()
+        mean_square = x32.pow(2).sum(-1, keepdim=True) / self.hidden_size
+        return (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, eps={self.eps}"
+
+
+class SlicedLayerMixin:
+    """Forward of a decoder layer whose stream changes basis: [.., a_i] -> [.., a_{i+1}]."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        for block in self.blocks:
+            output = block_output(self, block, hidden_states, kwargs)
+            hidden_states = hidden_states @ getattr(self, f"{block.name}_shortcut") + output
+        return hidden_states
+
+
+@cache
+def _sliced_layer_class(base: type, blocks: tuple[Block, ...]) -> type:
+    # A subclass of the library's own layer, so that what it does by class (recording hidden
+    # states, gradient checkpointing) goes on working.
+    assert issubclass(base, GradientCheckpointingLayer)
+    return type("SlicedLayer", (SlicedLayerMixin, base), {"blocks": blocks})
+
+
+class SlicedMixin:
+    """A causal LM of a family, with the widths that its config lists.
+
+    Config fields: `attention_widths` [L] (a_i) and `mlp_widths` [L] (m_i); the stream after the
+    last layer keeps the full hidden size.
+    """
+
+    _no_split_modules = ["SlicedLayer"]
+    _tied_weights_keys = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        family = FAMILIES[config.model_type.removeprefix("sliced_")]
+        d = config.hidden_size
+        rows = zip(config.attention_widths, config.mlp_widths, strict=True)
+        # A layer of one block, attention and MLP in parallel, has one place: a_i.
+        widths = [width for row in rows for width in row[: len(family.blocks)]] + [d]
+
+        for name in family.embeddings:
+            table = self.get_submodule(name)
+            table.embedding_dim = widths[0]
+            table.weight = nn.Parameter(torch.empty(table.num_embeddings, widths[0]))
+        steps = pairwise(widths)
+        for layer in self.get_submodule(family.layers):
+            layer.__class__ = _sliced_layer_class(type(layer), family.blocks)
+            for block in family.blocks:
+                width, next_width = next(steps)
+                norm = layer.get_submodule(block.norm)
+                for name in block.reads:
+                    _resize(layer, name, in_features=width, bias=has_bias(norm))
+                for name in block.writes:
+                    _resize(layer, name, out_features=next_width)
+                setattr(layer, block.norm, _scale_free(norm, d))
+                shortcut = nn.Parameter(torch.empty(width, next_width))
+                setattr(layer, f"{block.name}_shortcut", shortcut)
+        final_norm = self.get_submodule(family.final_norm)
+        if not subtracts_mean(final_norm):  # a LayerNorm stays: the head reads the full stream
+            self.set_submodule(family.final_norm, _scale_free(final_norm, d))
+
+
+def has_bias(norm: nn.Module) -> bool:
+    """Whether a norm adds a bias, which goes into the maps that read behind it."""
+    return getattr(norm, "bias", None) is not None
+
+
+def _scale_free(norm: nn.Module, hidden_size: int) -> RootMeanSquare:
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return RootMeanSquare(hidden_size, eps)
+
+
+def _resize(layer: nn.Module, name: str, bias: bool = False, **features: int) -> None:
+    old = layer.get_submodule(name)
+    sizes = {"in_features": old.in_features, "out_features": old.out_features, **features}
+    layer.set_submodule(name, nn.Linear(**sizes, bias=bias or old.bias is not None))
+
+
+def _classes(model_type: str, base: str) -> tuple[type, type]:
+    """The config and the model of a sliced family, under the library's auto classes."""
+    config = getattr(transformers, f"{base}Config")
+    config = type(f"Sliced{base}Config", (config,), {"model_type": f"sliced_{model_type}"})
+    model = getattr(transformers, f"{base}ForCausalLM")
+    model = type(f"Sliced{base}ForCausalLM", (SlicedMixin, model), {"config_class": config})
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModelForCausalLM")
+    return config, model
+
+
+SLICED_CLASSES = {name: _classes(name, family.base) for name, family in FAMILIES.items()}
+# A saved model names its classes, so each must be found in this module by its name.
+globals().update({made.__name__: made for pair in SLICED_CLASSES.values() for made in pair})
