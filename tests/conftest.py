@@ -180,7 +180,7 @@ def _blocks(model):
 def projector_oracle(model, calibration, evaluation, place_widths):
     """Logits of the dense model with projectors in its residual stream, by its definition.
 
-    Follows METHOD section 1 with none of the package's code: whole forward passes of the dense
+    Follows docs/method.md with none of the package's code: whole forward passes of the dense
     decoder in which x is replaced by x Q Q^T before each block; each Q from the calibration signals
     that reach its place. Before a LayerNorm x is centred first, which the norm does anyway.
     """

@@ -1,4 +1,4 @@
-"""Perplexity on token windows, and tasks through lm-eval."""
+"""Perplexity on token windows."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from dynslice.core.tensors import batches, check_finite, check_tokens
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
-    """exp of the mean of per-window mean negative log-likelihoods (METHOD section 2).
+    """exp of the mean of per-window mean negative log-likelihoods (docs/method.md).
 
     windows: token ids [n, T]; each window predicts its tokens 2 to T. Returns perplexity,
     nll_mean and nll_stderr (nats per token; standard error over windows, None for one window),

@@ -7,8 +7,8 @@ residual stream, which write it, and which norms stand between.
 
 A layer is one block after another, each x + f(norm(x)); the stream has a width of its own at the
 place before each block. With residual width d, a_i dimensions before attention and m_i before the
-MLP of layer i (SliceGPT section 3.3; METHOD: attention and MLP share w_i, and the MLP writes in
-the width of the next layer):
+MLP of layer i (SliceGPT section 3.3, docs/method.md; attention and MLP share w_i, and the MLP writes
+in the width of the next layer):
 
     tokens -> embedding [a_0] -> attention -> [m_0] -> MLP -> [a_1] -> ... -> [d] -> norm -> head
 
@@ -178,7 +178,7 @@ class RootMeanSquare(nn.Module):
     """RMS normalisation without a scale, divided by the *original* hidden size.
 
     The scale is folded into the maps that read the stream. A slice keeps the d of the dense
-    network as the divisor, because the directions it dropped still counted there (METHOD 1.5).
+    network as the divisor, because the directions it dropped still counted there (docs/method.md).
     """
 
     def __init__(self, hidden_size: int, eps: float):
