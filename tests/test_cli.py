@@ -32,7 +32,7 @@ def result(ask):
     def run(*arguments):
         status, stdout, stderr = ask(*arguments, "--json")
         assert status == 0, stderr
-        assert stdout.count("\n") == 1  # nothing beside the object
+        assert stdout.count("\n") == 1  # nothing but the object
         return json.loads(stdout)
 
     return run
@@ -219,6 +219,38 @@ def test_slice_measures_lr_itself(result, tmp_path):
     assert json.loads((tmp_path / "out/plan.json").read_text())["widths"] == plan["widths"]
 
 
+@pytest.mark.parametrize("asked", [["--slice-base", 0.1], ["--schedule", "dynamic"]])
+def test_a_dynamic_slice_without_lr_measures_it_on_the_calibration_windows(asked, result, tmp_path):
+    """The same slice as by the three commands, tensor by tensor."""
+    amounts = [*MODEL, "--slice-percentage", 0.3, *asked]
+    direct = result("slice", *amounts, *CALIBRATION, "--out", tmp_path / "direct")
+    text = ["--text", "text.txt", "--window", 64, "--stride", 64, "--max-tokens", 256]
+    result("lr", *MODEL, *text, "--out", tmp_path / "lr.json")
+    plan = tmp_path / "plan.json"
+    widths = result("plan", *amounts, "--lr", tmp_path / "lr.json", "--out", plan)["widths"]
+    by_plan = result("slice", *MODEL, "--plan", plan, *CALIBRATION, "--out", tmp_path / "by-plan")
+    assert json.loads((tmp_path / "direct/plan.json").read_text())["widths"] == widths
+    assert len(set(widths)) > 1
+    assert (direct["measured_lr"], by_plan["measured_lr"]) == (True, False)
+    assert direct["schedule"] == by_plan["schedule"] == "dynamic"
+    check_same_tensors(tmp_path / "direct", tmp_path / "by-plan")
+
+
+def check_same_tensors(*folders):
+    first, second = (safe_open(folder / "model.safetensors", "pt") for folder in folders)
+    assert set(first.keys()) == set(second.keys())
+    for name in first.keys():  # noqa: SIM118
+        assert first.get_tensor(name).equal(second.get_tensor(name)), name
+
+
+def test_the_line_of_a_slice_says_where_lr_was_measured(ask, tmp_path):
+    asked = ["slice", *MODEL, "--slice-percentage", 0.3, *CALIBRATION]
+    _, constant, _ = ask(*asked, "--out", tmp_path / "constant")
+    _, dynamic, _ = ask(*asked, "--schedule", "dynamic", "--out", tmp_path / "dynamic")
+    assert "windows of 64 tokens\n" in constant
+    assert "windows of 64 tokens, on which layer redundancy was measured too\n" in dynamic
+
+
 def test_sensitivity_json(result):
     found = result("sensitivity", *MODEL, "--slice-percentage", 0.25, *VALIDATION)
     assert found["shares"] == pytest.approx([0.15, 0.35])
@@ -250,8 +282,4 @@ def test_slice_streams_a_compensation(result, tmp_path):
     asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION, "--compensate"]
     result(*asked, "--out", tmp_path / "whole")
     result(*asked, "--stream", "--out", tmp_path / "streamed")
-    saved = [
-        safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("whole", "streamed")
-    ]
-    for name in saved[0].keys():  # noqa: SIM118
-        assert saved[0].get_tensor(name).equal(saved[1].get_tensor(name))
+    check_same_tensors(tmp_path / "whole", tmp_path / "streamed")

@@ -1,11 +1,15 @@
 """From the options of `plan` and `slice` to a plan."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from dynslice.core.errors import RequestError
+from dynslice.core.files import read_json
+from dynslice.extensions.schedules import Evidence, budget_of, within
+from dynslice.method.controls import matched
+from dynslice.method.plan import ModelDims, SlicePlan, check_request, constant, dynamic
+from dynslice.method.scores import lr_of, read_rises
 
-# What each schedule takes beside --slice-percentage.
+# What each schedule takes next to --slice-percentage.
 TAKES = {
     "constant": (),
     "dynamic": ("slice_base", "lr"),
@@ -18,26 +22,20 @@ TAKES = {
 FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
 
 
-def plan_of(options, measured_lr: Sequence[float] | None = None) -> Any:
-    """The SlicePlan that the options ask for.
+def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
+    """The plan that the options ask for.
 
     measured_lr: LR of each layer, where `slice --schedule lr` measured it itself. Raises
     RequestError for options that are missing, contradict each other or mean nothing together, and
     for values of another model.
     """
-    from dynslice.core import files
-    from dynslice.extensions.schedules import Evidence, budget_of, within
-    from dynslice.method.controls import matched
-    from dynslice.method.plan import ModelDims, SlicePlan, constant, dynamic
-    from dynslice.method.scores import lr_of
-
     if getattr(options, "match_parameters", None):
         others = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")
-        refuse_beside(options, "--match-parameters", *others, "model", "revision")
+        refuse_next_to(options, "--match-parameters", *others, "model", "revision")
         return matched(SlicePlan.read(options.match_parameters))
     schedule = _schedule(options)
-    lr = files.read_json(options.lr, "LR") if options.lr else None
-    losses = files.read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
+    lr = read_json(options.lr, "LR") if options.lr else None
+    losses = read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
     shape = _shape(options, schedule, lr or losses)
     for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
         if values and "shape" in values and ModelDims.from_dict(values["shape"]) != shape:
@@ -45,37 +43,40 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> Any:
     share, round_to = options.slice_percentage, options.round_to or 8
     if schedule == "constant":
         return constant(shape, share, round_to)
-    if "lr" in TAKES[schedule] and lr is None and measured_lr is None:
-        raise RequestError(
-            f"a plan of schedule {schedule} needs LR scores: run `dynslice lr --out lr.json` and "
-            "give --lr lr.json"
-        )
+    known = {}
+    if "lr" in TAKES[schedule]:
+        if lr is None and measured_lr is None:
+            raise RequestError(
+                f"a plan of schedule {schedule} needs LR scores: run `dynslice lr --out lr.json` "
+                "and give --lr lr.json"
+            )
+        known["lr"] = measured_lr or lr_of(lr)
     if schedule == "dynamic":
-        return dynamic(shape, lr_of(lr), share, options.slice_base or 0.0, round_to)
-    known = {"lr": measured_lr or lr_of(lr)} if schedule == "lr" else {}
+        return dynamic(shape, known["lr"], share, options.slice_base or 0.0, round_to)
     if schedule == "sensitivity":
-        known = {"rises": _rises(options, losses)}
-
+        known["rises"] = _rises(options, losses)
     return within(schedule, Evidence(shape, round_to, **known), budget_of(shape, share, round_to))
 
 
-def check_measuring_lr(options) -> None:
-    """Whether `slice --schedule lr` can measure LR itself, before anything heavy starts."""
-    from dynslice.extensions.schedules import budget_of
+def measures_lr(options) -> bool:
+    """Whether `slice` measures LR itself. Raises RequestError for amounts that no plan has."""
     from dynslice.inputs import models
     from dynslice.method.architectures import dims_of
 
+    if "lr" not in TAKES[_schedule(options)] or options.lr:
+        return False
     if options.stream:
         raise RequestError(
             "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
             "give --lr lr.json"
         )
-    _schedule(options)
     shape = dims_of(models.load_config(options.model, options.revision))
-    budget_of(shape, options.slice_percentage, options.round_to or 8)
+    amounts = (options.slice_percentage, options.slice_base or 0.0, options.round_to or 8)
+    check_request(shape, *amounts)
+    return True
 
 
-def refuse_beside(options, given: str, *others: str) -> None:
+def refuse_next_to(options, given: str, *others: str) -> None:
     """Raise RequestError when options are given that `given` leaves without a meaning."""
     for name in others:
         if getattr(options, name) is not None:
@@ -83,7 +84,7 @@ def refuse_beside(options, given: str, *others: str) -> None:
 
 
 def _schedule(options) -> str:
-    """The schedule that is asked for, with nothing beside it that means nothing to it."""
+    """The schedule that is asked for, with nothing next to it that means nothing to it."""
     base, share = options.slice_base, options.slice_percentage
     if share is None:
         raise RequestError("--slice-percentage is missing; give a share such as 0.25")
@@ -109,13 +110,12 @@ def _schedule(options) -> str:
     return schedule
 
 
-def _shape(options, schedule: str, values: dict | None) -> Any:
+def _shape(options, schedule: str, values: dict | None) -> ModelDims:
     """The shape of the model, or of the one that the values were measured on."""
-    from dynslice.inputs import models
-    from dynslice.method.architectures import dims_of
-    from dynslice.method.plan import ModelDims
-
     if options.model:
+        from dynslice.inputs import models
+        from dynslice.method.architectures import dims_of
+
         return dims_of(models.load_config(options.model, options.revision))
     if options.revision is not None:
         raise RequestError(
@@ -128,9 +128,7 @@ def _shape(options, schedule: str, values: dict | None) -> Any:
     raise RequestError(f"a plan needs --model{file} to know the widths of the model")
 
 
-def _rises(options, losses: dict | None) -> Any:
-    from dynslice.method.scores import read_rises
-
+def _rises(options, losses: dict | None) -> list[dict[float, float]]:
     if losses is None:
         raise RequestError(
             "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity --out "

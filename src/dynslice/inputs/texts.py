@@ -1,4 +1,4 @@
-"""Texts by name, file or directory -> token windows.
+"""Texts by name, file or directory.
 
 Corpora are lists of documents, and a document belongs to exactly one split. A text argument is
 the name of a corpus, embedded or of the hub (see `corpora`), the path of a UTF-8 file (one
@@ -44,6 +44,13 @@ def check(text: str, split: str | None, revision: str | None = None) -> None:
 def default_split(text: str, split: str | None, default: str = "validation") -> str | None:
     """`split`, or for a corpus or directory the default one; files have none."""
     return split or (default if has_splits(text) else None)
+
+
+def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:
+    """`default_split`, of a text that is there. Raises RequestError as `check`."""
+    split = default_split(text, split, default)
+    check(text, split)
+    return split
 
 
 def documents(text: str, split: str | None, revision: str | None = None) -> list[str]:
@@ -100,9 +107,9 @@ def _read(name: str) -> str:
     path = Path(name)
     if not _is(name, Path.is_file):
         name = name if len(name) <= 80 else f"{name[:80]}..."
-        corpora = ", ".join([*CORPORA, *HUB])
+        known = ", ".join([*CORPORA, *HUB])
         raise RequestError(
-            f"text {name!r} is neither a corpus ({corpora}) nor a file or directory; check the name"
+            f"text {name!r} is neither a corpus ({known}) nor a file or directory; check the name"
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,0 +1,76 @@
+"""What several commands do with their options.
+
+Imports of torch and transformers wait until a request has been understood: `dynslice --help` and a
+mistyped option should not take seconds.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dynslice.core import files
+from dynslice.core.errors import RequestError
+from dynslice.core.paths import shown_path
+
+
+def placed(options) -> tuple[Any, Any]:
+    """The device and the dtype that are asked for."""
+    from dynslice.core.tensors import pick_device, pick_dtype
+
+    device = pick_device(options.device)
+    return device, pick_dtype(options.dtype, device)
+
+
+def loaded(options, dense_for: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer; dense_for: what a sliced model is refused for."""
+    from dynslice.inputs import models
+
+    device, dtype = placed(options)
+    if dense_for:
+        dense_config(options, dense_for)
+    spread = getattr(options, "spread", False)
+    return models.load(options.model, device, dtype, options.revision, spread)
+
+
+def dense_config(options, what: str) -> Any:
+    """The config of the model. Raises RequestError for a sliced one; what: is done with it."""
+    from dynslice.inputs import models
+    from dynslice.method.architectures import require_dense
+
+    config = models.load_config(options.model, options.revision)
+    require_dense(config, what)
+    return config
+
+
+def windows_of(options, text: str, split: str | None, tokenizer) -> Any:
+    """The token windows of a text that are asked for."""
+    from dynslice.inputs.windows import token_windows
+
+    amounts = (options.window, options.windows, options.seed)
+    return token_windows(text, split, tokenizer, *amounts)
+
+
+def is_sampled(options) -> bool:
+    """Whether the windows are a sample, and not the first ones of their text."""
+    return options.seed is not None and options.windows is not None
+
+
+def check_output(path: str | None) -> None:
+    """Refuse an output that cannot be written, before the work for it starts."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RequestError(
+            f"output {path!r} cannot be written; make the folder {shown_path(folder)} or name "
+            "another"
+        )
+    if "\0" in path or (Path(path).exists() and not Path(path).is_file()):
+        raise RequestError(f"output {path!r} is a folder or device, or no name; name a file")
+
+
+def write_json(path: str | Path | None, values: dict) -> None:
+    """Write the result where --out asks for it."""
+    if path is not None:
+        files.write(Path(path), json.dumps(values, indent=1) + "\n")

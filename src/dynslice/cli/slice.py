@@ -1,0 +1,157 @@
+"""`dynslice slice`: a model, a calibration text and widths, to a saved slice."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dynslice.cli.common import check_output, is_sampled, loaded, placed, windows_of, write_json
+from dynslice.cli.plans import measures_lr, plan_of, refuse_next_to
+from dynslice.core.errors import RequestError
+
+
+def slice_command(options) -> tuple[dict, list[str]]:
+    """Slice a model and save it where transformers can load it."""
+    from dynslice.core.tensors import peak_memory_bytes
+    from dynslice.inputs import models, texts
+    from dynslice.inputs.checkpoints import saving, write
+
+    start, recovery = _compensation(options), _recovery(options)
+    if Path(options.out).exists():
+        raise RequestError(f"output {options.out!r} exists already; name a new directory")
+    check_output(options.out)
+    split = texts.checked_split(options.calibration, None, "train")
+    plan = _plan(options)
+    device, dtype = placed(options)
+    budget = _budget(options, device)
+    tokenizer = models.load_tokenizer(options.model, options.revision)
+    windows = windows_of(options, options.calibration, split, tokenizer)
+    with saving(Path(options.out)) as folder:
+        if options.stream:
+            source = (options.model, windows, plan, device, dtype, options.revision)
+            sliced = models.slice_saved(folder, *source, budget=budget, start=start)
+        else:
+            sliced = _sliced(options, windows, plan, start)
+            if recovery:
+                from dynslice.extensions.finetuning import finetune
+
+                model, spent = finetune(sliced.model, windows, recovery, options.seed or 0)
+                sliced = replace(sliced, model=model, recovery_seconds=spent)
+            write(sliced.model, tokenizer, folder)
+        result = {
+            **_facts(options, sliced),
+            "windows": len(windows),
+            "dtype": str(dtype).removeprefix("torch."),
+            "measured_lr": plan is None,
+            "compensation": start and asdict(start),
+            "recovery": recovery and asdict(recovery),
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        write_json(folder / "plan.json", sliced.plan.to_dict())
+        write_json(folder / "slice.json", _recipe(options, result))
+    return result, [_line(result)]
+
+
+def _plan(options) -> Any:
+    """The plan; None where LR of the calibration windows decides it, once they are there."""
+    from dynslice.inputs import models
+    from dynslice.method.architectures import check_plan
+    from dynslice.method.plan import SlicePlan
+
+    if options.plan:
+        others = ("slice_percentage", "slice_base", "lr", "sensitivity", "round_to", "schedule")
+        refuse_next_to(options, "--plan", *others)
+        plan = SlicePlan.read(options.plan)
+    elif measures_lr(options):
+        return None
+    else:
+        plan = plan_of(options)
+    check_plan(models.load_config(options.model, options.revision), plan)
+    return plan
+
+
+def _sliced(options, windows, plan, start) -> Any:
+    from dynslice.method.redundancy import layer_redundancy
+    from dynslice.method.slicing import dynamic_slicing, slice_model
+
+    model, _ = loaded(options, dense_for="slicing")
+    if plan is None and options.schedule == "lr":
+        plan = plan_of(options, layer_redundancy(model, windows).lr)
+    if plan is not None:
+        return slice_model(model, windows, plan, start)
+    SP, SB = options.slice_percentage, options.slice_base or 0.0
+    return dynamic_slicing(model, windows, windows, SP, SB, options.round_to or 8, start)
+
+
+def _facts(options, sliced) -> dict:
+    """What the slice holds, how exact it is, and what was asked of it."""
+    plan = sliced.plan
+    return {
+        "out": options.out,
+        "parameters": plan.parameters,
+        "parameters_dense": plan.shape.dense_parameters,
+        "mean_slice": plan.mean_slice,
+        "window": options.window,
+        "sampled": is_sampled(options),
+        "streamed": options.stream,
+        "schedule": plan.schedule,
+        "rotation_error": sliced.rotation_error,
+        "basis_error": sliced.basis_error,
+        "seconds": round(sliced.seconds, 3),
+        "recovery_seconds": round(sliced.recovery_seconds, 3),
+    }
+
+
+def _recipe(options, result: dict) -> dict:
+    """How a slice was made, which is saved with it: no places of this machine, only names."""
+    names = {"model": options.model, "calibration": options.calibration}
+    names = {key: Path(x).name if Path(x).exists() else x for key, x in names.items()}
+    amounts = {key: x for key, x in result.items() if key != "out"}
+    return {**names, "revision": options.revision, "seed": options.seed, **amounts}
+
+
+def _line(result: dict) -> str:
+    return (
+        f"wrote {result['out']}: {result['parameters']:,} stored parameters in {result['dtype']} "
+        f"(dense {result['parameters_dense']:,}), sliced in {result['seconds']:.1f} s on "
+        f"{result['windows']} {'sampled' if result['sampled'] else 'consecutive'} windows of "
+        f"{result['window']} tokens"
+        + (", on which layer redundancy was measured too" if result["measured_lr"] else "")
+    )
+
+
+def _budget(options, device) -> Any:
+    """The memory that streamed slicing may take, as given in GiB."""
+    from dynslice.method.streaming import Budget
+
+    given = {"--host-memory": options.host_memory, "--device-memory": options.device_memory}
+    for flag, gib in given.items():
+        if gib is not None and not options.stream:
+            raise RequestError(f"{flag} {gib} is a budget of streamed slicing; add --stream")
+        if gib is not None and not 0 < gib < 2**30:
+            raise RequestError(f"{flag} {gib} is no memory; give GiB, such as 8")
+    if options.device_memory is not None and device.type == "cpu":
+        raise RequestError("--device-memory is that of a GPU; on a CPU give --host-memory")
+    host, on_device = (None if gib is None else int(gib * 2**30) for gib in given.values())
+    return Budget(device=on_device, host=host)
+
+
+def _compensation(options) -> Any:
+    from dynslice.extensions.compensation import RIDGE, Compensation
+
+    if options.ridge is not None and not options.compensate:
+        raise RequestError(f"--ridge {options.ridge} is that of --compensate; add it")
+    ridge = RIDGE if options.ridge is None else options.ridge
+    return Compensation(ridge) if options.compensate else None
+
+
+def _recovery(options) -> Any:
+    if options.recovery_steps is None:
+        return None
+    if options.stream:
+        raise RequestError(
+            f"--recovery-steps {options.recovery_steps} needs the whole network in memory; leave "
+            "--stream out"
+        )
+    from dynslice.extensions.finetuning import FineTuning  # loads peft
+
+    return FineTuning(options.recovery_steps)
