@@ -21,7 +21,7 @@ from dynslice.core.errors import RequestError
 from dynslice.evaluate import harness, perplexity, task_table
 from dynslice.evaluate.task_table import CHOICE_TASKS, PAPER_TASKS
 from dynslice.experiment import validate
-from dynslice.experiment.profile import load
+from dynslice.experiment.study import Study
 from dynslice.inputs import models
 from dynslice.inputs.checkpoints import save
 from dynslice.inputs.windows import token_windows
@@ -493,16 +493,16 @@ def test_a_task_of_the_hub_is_refused_without_it(name, tmp_path, monkeypatch):
         RequestError, match=f"^task '{name}' is dataset .*could not be reached.*leave it out"
     ):
         harness.tasks(None, None, ["piqa", name], limit=1)  # before a model is looked at
-    settings = load("smoke", {"tasks": {name: 2}})
+    study = Study.open("smoke", tasks={name: 2})
     with pytest.raises(RequestError, match=f"^task '{name}' is dataset .*could not be reached"):
-        validate.check_profile(settings)
+        validate.check_study(study)
 
 
 # Drawn items
 
 
 def draw(name, limit):
-    return harness.draw(harness.load(name)["tasks"], limit)
+    return harness.sample_items(harness.load(name)["tasks"], limit)
 
 
 @pytest.fixture(scope="module")
@@ -533,7 +533,7 @@ def test_the_seed_draws_other_items_and_no_seed_the_same(tiny_random):
 
 def test_drawn_items_are_scored_as_they_are_among_all(tiny_random, monkeypatch):
     whole = harness.tasks(*tiny_random, ["piqa"], limit=9)["piqa"]
-    monkeypatch.setattr(harness, "draw", lambda tasks, limit, seed: {"piqa": [1, 5, 8]})
+    monkeypatch.setattr(harness, "sample_items", lambda tasks, limit, seed: {"piqa": [1, 5, 8]})
     part = harness.tasks(*tiny_random, ["piqa"], limit=3, subset="stratified")["piqa"]
     assert "items" not in whole
     assert part["items"] == [1, 5, 8]

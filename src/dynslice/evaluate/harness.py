@@ -1,6 +1,6 @@
 """The items of tasks: lm-eval's official definitions on the fetched data, asked and scored.
 
-Imported lazily by `evaluation.tasks`, because lm-eval's tasks take time that only they need.
+Imported where tasks run, because loading lm-eval takes seconds that only they need.
 """
 
 import logging
@@ -28,6 +28,9 @@ from dynslice.core.tensors import check_finite
 from dynslice.evaluate import task_table
 from dynslice.evaluate.task_table import TASKS, check_data, check_subset, data_files, local_files
 
+OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
+TASK_FILES = paths.TASK_FILES
+
 
 def tasks(
     model: PreTrainedModel,
@@ -41,19 +44,19 @@ def tasks(
 ) -> dict[str, dict]:
     """Zero-shot scores by lm-eval's official task definitions on the data of `task_table`.
 
-    Nothing is drawn while scoring: zero-shot multiple choice has no random part, and generation
+    Nothing is random in scoring: zero-shot multiple choice has no random part, and generation
     is greedy. Zero-shot holds for gsm8k_cot too, whose official definition shows eight examples.
 
     limit: items of each task; None takes all of them.
-    batch_size: requests at once where choices cannot share their context (see `choices`).
+    batch_size: requests at once where choices cannot share their context (see `shared_context`).
     subset: which items a limit takes. "first": the first of each task, of each subject for MMLU
-    (lm-eval's own meaning). "stratified": drawn by `seed`, in proportion to the
+    (lm-eval's own meaning). "stratified": sampled by `seed`, in proportion to the
     positions of the right answers; for MMLU `limit` is the total, in proportion to the sizes of
     the subjects.
     share_contexts: compute a context once for its choices; False is lm-eval's own HFLM.
     Returns by task: acc, acc_norm (None where lm-eval defines none), their standard errors, n,
     and per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of
-    the best wrong one, nats) and, for drawn items only, items (indices in the task's data, for
+    the best wrong one, nats) and, for sampled items only, items (indices in the task's data, for
     MMLU "subject:index"). MMLU's items are in the order of its subjects' names.
     Of a generation task these are None but for n and items; it has metrics and metrics_stderr
     (by name, with lm-eval's filter where there are several), metric (the name of the main one),
@@ -74,32 +77,27 @@ def tasks(
     return {name: items[name].score(lm) for name in names}
 
 
-OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
-
-TASK_FILES = paths.CACHE / "lm_eval_tasks"
-
-
 @dataclass(frozen=True)
 class Items:
     """What is asked of one task (of all subjects, for MMLU).
 
     loaded: lm-eval's tasks with their groups, as its TaskManager gives them. limit: how many of
-    the first items are taken of each, None for all that are loaded. drawn: by lm-eval's names of
-    the tasks, the indices in the task's data of the items that are loaded; None if all are.
+    the first items are taken of each, None for all. sampled: by lm-eval's names of the tasks, the
+    indices of the items that are asked; None if all are.
     """
 
     name: str
     loaded: dict
     limit: int | None
-    drawn: dict[str, list[int]] | None
+    sampled: dict[str, list[int]] | None
 
     def score(self, lm: LM) -> dict:
-        """The scores of a model and its outcome on each item (see `evaluation.tasks`)."""
-        outcome = lm_eval.evaluate(lm, self.loaded, limit=self.limit)
+        """The scores of a model and its outcome on each item (see `tasks`)."""
+        outcome = lm_eval.evaluate(lm, self.loaded, limit=self.limit, samples=self.sampled)
         generated = TASKS[self.name].metric is not None
         value = self._of_generation(outcome) if generated else self._of_choices(outcome)
-        if self.drawn:
-            by_task = sorted(self.drawn.items())
+        if self.sampled:
+            by_task = sorted(self.sampled.items())
             value["items"] = [self._item(task, i) for task, items in by_task for i in items]
         return value
 
@@ -143,26 +141,15 @@ class Items:
 
 @cache
 def items_of(name: str, limit: int | None, subset: str, seed: int = 0) -> Items:
-    """The items of a task, loaded once per process, with requests that are built once.
-
-    Drawn items are all that is left of a task's data, so that nothing walks past the others.
-    """
+    """The items of a task, loaded once per process, with requests that are built once."""
     loaded = load(name)
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
         _build_once(task)
     if subset == "first" or limit is None:
         return Items(name, loaded, limit, None)
-    drawn = draw(loaded["tasks"], limit, seed)
-    for task, ids in drawn.items():
-        _keep_only(loaded["tasks"][task], ids)
-    return Items(name, {"tasks": {task: loaded["tasks"][task] for task in drawn}}, None, drawn)
-
-
-def _keep_only(task: Task, ids: list[int]) -> None:
-    config = task.config
-    split = config.test_split if task.has_test_docs() else config.validation_split
-    task.dataset[split] = task.dataset[split].select(ids)
+    sampled = sample_items(loaded["tasks"], limit, seed)
+    return Items(name, {"tasks": {task: loaded["tasks"][task] for task in sampled}}, None, sampled)
 
 
 def _build_once(task: Task) -> None:
@@ -264,15 +251,15 @@ def _write_task_file(
         write(path, text)  # others may be reading
 
 
-def draw(tasks: dict[str, Task], limit: int, seed: int = 0) -> dict[str, list[int]]:
+def sample_items(tasks: dict[str, Task], limit: int, seed: int = 0) -> dict[str, list[int]]:
     """Ascending indices of `limit` items (all, if there are fewer), by lm-eval's task names."""
     parts = strata(tasks)
     counts = _proportional(limit, [len(members) for _, members in parts])
     rng = np.random.default_rng(seed)
-    drawn = {}
+    sampled = {}
     for (task, members), count in zip(parts, counts, strict=True):
-        drawn.setdefault(task, []).extend(rng.permutation(members)[:count].tolist())
-    return {task: sorted(ids) for task, ids in drawn.items() if ids}
+        sampled.setdefault(task, []).extend(rng.permutation(members)[:count].tolist())
+    return {task: sorted(ids) for task, ids in sampled.items() if ids}
 
 
 def strata(tasks: dict[str, Task]) -> list[tuple[str, np.ndarray]]:

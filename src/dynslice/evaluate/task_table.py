@@ -36,24 +36,24 @@ OWN = Path(__file__).parents[1] / "tasks"  # definitions of tasks that lm-eval h
 class TaskRow:
     """One task.
 
-    definition: lm-eval's own, below its folder of tasks, or one in OWN. folder: its data in the
-    fetched wheel; None where they come from the hub. hub: repository, files and revision there.
-    metric: of a generation task, the main one, by lm-eval's name and filter; None for multiple
-    choice. tokens: of one item, its context shared by its choices (see TASKS). items: how many
-    there are. settings: what our data need changed in the definition. title: the name to read;
-    both parts of ARC share it. choices: of an item, as nearly all have; None where an answer is
-    generated. split: the one that is scored.
+    title: the name to read; both parts of ARC share it. choices: of an item, as nearly all have;
+    None where an answer is generated. definition: lm-eval's own, below its folder of tasks, or one
+    in OWN. folder: its data in the fetched wheel; None where they come from the hub. items: how
+    many there are. tokens: of one item, its context shared by its choices (see TASKS). hub:
+    repository, files and revision there. metric: of a generation task, the main one, by lm-eval's
+    name and filter; None for multiple choice. settings: what our data need changed in the
+    definition. split: the one that is scored.
     """
 
+    title: str
+    choices: int | None
     definition: str | Path
     folder: str | None = None
+    items: int | None = None
+    tokens: float | None = None
     hub: tuple[str, str, str | None] | None = None
     metric: str | None = None
-    tokens: float | None = None
-    items: int | None = None
     settings: dict = field(default_factory=dict)
-    title: str = ""
-    choices: int | None = None
     split: Literal["validation", "test"] = "validation"
 
 
@@ -68,79 +68,52 @@ class TaskRow:
 # and MLQA are scripts.
 TASKS = {
     "hellaswag": TaskRow(
-        "hellaswag/hellaswag.yaml",
-        "hellaswag/none",
-        tokens=164.2,
-        items=10042,
-        title="HellaSwag",
-        choices=4,
+        "HellaSwag", 4, "hellaswag/hellaswag.yaml", "hellaswag/none", items=10042, tokens=164.2
     ),
     "winogrande": TaskRow(
-        "winogrande/default.yaml",
-        "winogrande/winogrande_xl",
-        tokens=43.0,
-        items=1267,
-        title="WinoGrande",
-        choices=2,
+        "WinoGrande", 2, "winogrande/default.yaml", "winogrande/winogrande_xl", 1267, 43.0
     ),
-    "arc_easy": TaskRow(
-        "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", tokens=40.4, items=570, title="ARC", choices=4
-    ),
+    "arc_easy": TaskRow("ARC", 4, "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", 570, 40.4),
     "arc_challenge": TaskRow(
-        "arc/arc_challenge.yaml",
-        "ai2_arc/ARC-Challenge",
-        tokens=49.9,
-        items=299,
-        title="ARC",
-        choices=4,
+        "ARC", 4, "arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", items=299, tokens=49.9
     ),
-    "piqa": TaskRow(
-        "piqa/piqa.yaml", "piqa/plain_text", tokens=57.2, items=1838, title="PIQA", choices=2
-    ),
-    "mmlu": TaskRow(
-        "mmlu/default",
-        "hails/mmlu_no_train",
-        tokens=125.9,
-        items=14042,
-        title="MMLU",
-        choices=4,
-        split="test",
-    ),
+    "piqa": TaskRow("PIQA", 2, "piqa/piqa.yaml", "piqa/plain_text", items=1838, tokens=57.2),
+    "mmlu": TaskRow("MMLU", 4, "mmlu/default", "hails/mmlu_no_train", 14042, 125.9, split="test"),
     "boolq": TaskRow(
+        "BoolQ",
+        2,
         "super_glue/boolq/default.yaml",
         "boolq/none",
-        tokens=145.4,
         items=3270,
+        tokens=145.4,
         settings={"doc_to_target": "{{ answer | int }}"},
-        title="BoolQ",
-        choices=2,
     ),
-    "social_iqa": TaskRow(
-        "siqa/siqa.yaml", "social_i_qa/none", tokens=37.7, items=1954, title="Social IQa", choices=3
-    ),
+    "social_iqa": TaskRow("Social IQa", 3, "siqa/siqa.yaml", "social_i_qa/none", 1954, 37.7),
     "gsm8k_cot": TaskRow(
+        "GSM8K",
+        None,
         "gsm8k/gsm8k-cot.yaml",
         hub=("openai/gsm8k", "main/test-*.parquet", None),
         metric="exact_match,flexible-extract",
-        title="GSM8K",
         split="test",
     ),
     "xlsum_en": TaskRow(
+        "XL-Sum",
+        None,
         OWN / "xlsum_en.yaml",
         hub=("csebuetnlp/xlsum", "english/test/*.parquet", CONVERTED),
         metric="rougeL",
-        title="XL-Sum",
         split="test",
     ),
     "mlqa_en": TaskRow(
+        "MLQA",
+        None,
         "mlqa/mlqa_en_en.yaml",
         hub=("facebook/mlqa", "mlqa.en.en/test/*.parquet", CONVERTED),
         metric="f1",
-        title="MLQA",
         split="test",
     ),
 }
-
 PAPER_TASKS = tuple(TASKS)[:6]
 
 # Those with right and wrong choices: an accuracy, and a margin for each item.
