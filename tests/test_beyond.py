@@ -5,16 +5,15 @@ from statistics import fmean
 
 import pytest
 
-from dynslice.cli import record
 from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError
 from dynslice.experiment.agenda import describe, needs
-from dynslice.experiment.equal_size import Beyond
+from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import load
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.experiment.validate import check_settings
-from dynslice.report import equal_size, statistics
+from dynslice.report import equal_size, statistics, style
 
 WANTED = {
     "tasks": {"piqa": 4},
@@ -43,17 +42,19 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "OUTPUT", folder)
         study = Study.open("smoke", device="cpu", **WANTED)
-        study.ensure(study.beyond_requests())
+        study.ensure(study.beyond.requests())
         yield study
 
 
 def every(study):
-    return [p for sp in (0.25, 0.5) for p in study.contest(sp)] + study.variants(0.5)
+    return [p for sp in (0.25, 0.5) for p in study.beyond.contest(sp)] + study.beyond.variants(0.5)
 
 
 def test_no_network_stores_more_than_the_constant_one(study):
-    for point in [*every(study), *study.recovered(0.5)]:
-        budget = study.get(study.slice_request(study.contest(point.slice_percentage)[0])).value
+    for point in [*every(study), *study.beyond.recovered(0.5)]:
+        budget = study.get(
+            study.slice_request(study.beyond.contest(point.slice_percentage)[0])
+        ).value
         stored = study.get(study.slice_request(point)).value
         assert stored["parameters"] <= budget["parameters"]
         if point.schedule == "constant":
@@ -62,12 +63,12 @@ def test_no_network_stores_more_than_the_constant_one(study):
 
 def test_choices_read_no_test_window():
     """Test windows are asked of the networks that are compared, and of nothing else."""
-    study = Beyond(load("smoke", WANTED))
-    compared = [p.network for sp in (0.25, 0.5) for p in study.contest(sp)]
-    compared += [p.network for p in study.recovered(0.5)] + [None]
-    evidence = [n for r in study.beyond_requests() for n in needs(r)]
+    study = Study.open("smoke", **WANTED)
+    compared = [p.network for sp in (0.25, 0.5) for p in study.beyond.contest(sp)]
+    compared += [p.network for p in study.beyond.recovered(0.5)] + [None]
+    evidence = [n for r in study.beyond.requests() for n in needs(r)]
     assert {request.kind for request in evidence} == {"lr", "places", "search"}
-    for request in [*study.beyond_requests(), *evidence]:
+    for request in [*study.beyond.requests(), *evidence]:
         if request.config.get("split") == "test" or request.kind == "task":
             assert request.config["slice"] in compared
         calibration = (request.config.get("slice") or request.config).get("calibration", {})
@@ -79,37 +80,38 @@ def test_choices_read_no_test_window():
 def test_what_plans_rest_on_belongs_to_the_requests():
     """So that it is counted, recorded, and compared with the record."""
     for name in ("smoke", "quick", "standard", "full"):
-        requests = Beyond(load(name)).requests()
+        requests = Study.open(name).requests()
         keys = {request.key for request in requests}
         assert {needed.key for request in requests for needed in needs(request)} <= keys
         assert len(keys) == len(requests)
 
 
 def test_what_schedules_rest_on_is_not_what_ranks_them():
-    study = Beyond(load("smoke", {**WANTED, "selection_windows": 5}))
+    study = Study.open("smoke", **{**WANTED, "selection_windows": 5})
     kinds = {"places", "search"}
-    skips = [r.config["skip"] for r in study.evidence_requests() if r.kind in kinds]
+    skips = [r.config["skip"] for r in study.beyond.evidence_requests() if r.kind in kinds]
     assert skips == [5] * 3
 
 
 def test_evidence_is_compared_with_the_record(study):
-    places, search = study.places_request(0.5), study.search_request(0.5)
-    values = record._values(study.get(places))
+    places, search = study.beyond.places_request(0.5), study.beyond.search_request(0.5)
+    values = KINDS["places"].quoted(study.get(places).value)
     assert len(values) == 1 + 2 * len(study.get(places).value["places"])
     losses = study.get(places).value["places"][1]["losses"][0]
     assert values["perplexity, mlp of layer 0 cut by 0.3"] == pytest.approx(exp(fmean(losses)))
     tried = [step["loss"] for step in study.get(search).value["tried"]]
-    assert record._values(study.get(search)) == {"perplexity, best plan tried": exp(min(tried))}
+    best = {"perplexity, best plan tried": exp(min(tried))}
+    assert KINDS["search"].quoted(study.get(search).value) == best
 
 
 def test_labels_and_descriptions_differ(study):
-    points = [*every(study), *study.recovered(0.5)]
+    points = [*every(study), *study.beyond.recovered(0.5)]
     assert len({point.label for point in points}) == len(points)
-    names = [equal_size.name(p) for p in [*study.contest(0.5), *study.variants(0.5)]]
+    names = [equal_size.name(p) for p in [*study.beyond.contest(0.5), *study.beyond.variants(0.5)]]
     assert len(set(names)) == len(names)
-    said = describe(study.slice_request(study.recovered(0.5)[1]))
+    said = describe(study.slice_request(study.beyond.recovered(0.5)[1]))
     assert said == "slice constant SP 0.5 with compensation with recovery"
-    assert describe(study.search_request(0.5)).endswith("constant SP 0.5")
+    assert describe(study.beyond.search_request(0.5)).endswith("constant SP 0.5")
 
 
 def test_the_table_compares_with_plain_constant_slicing(study):
@@ -118,7 +120,7 @@ def test_the_table_compares_with_plain_constant_slicing(study):
     plain = table[table["network"] == "constant"]
     assert (plain[["perplexity (%)", "low", "high"]] == 0).all(axis=None)
     row = table[(table["network"] == "lr, compensated") & (table["SP"] == 0.5)].iloc[0]
-    by_name = {equal_size.name(point): point for point in study.contest(0.5)}
+    by_name = {equal_size.name(point): point for point in study.beyond.contest(0.5)}
     text = study.profile.eval_texts[0]
     ours, reference = by_name["lr, compensated"], by_name["constant"]
     expected = statistics.perplexity_change(study, ours, reference, text)
@@ -141,7 +143,7 @@ def test_each_schedule_has_one_line_of_widths(study):
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert names == ["constant", "lr", "sensitivity", "first", "embedding", "search"]
     by_name = dict(zip(names, axis.lines, strict=True))
-    d = study.get(study.slice_request(study.contest(0.5)[0])).value["widths"][-1]
+    d = study.get(study.slice_request(study.beyond.contest(0.5)[0])).value["widths"][-1]
     assert set(by_name["first"].get_ydata()[:2]) == {64}
     assert set(by_name["constant"].get_ydata()) == {d} == {32}
     assert len(equal_size.places_figure(study).axes) == 1
@@ -149,7 +151,7 @@ def test_each_schedule_has_one_line_of_widths(study):
 
 def test_sentences_say_the_direction_that_the_interval_shows(study):
     prose = equal_size.question_prose(study)
-    by_name = {equal_size.name(point): point for point in study.contest(0.5)}
+    by_name = {equal_size.name(point): point for point in study.beyond.contest(0.5)}
     pair = by_name["lr, compensated"], by_name["constant, compensated"]
     change = statistics.perplexity_change(study, *pair, study.profile.eval_texts[0])
     assert f"{change.format('%')} (**{change.direction}**)" in prose
@@ -159,12 +161,11 @@ def test_sentences_say_the_direction_that_the_interval_shows(study):
     assert f"**{best}** has the lowest" in equal_size.choice_prose(study, variants)
     recovery = equal_size.recovery_table(study)
     assert len(recovery) == 4 * len(study.profile.eval_texts)
-    assert "% a minute" in equal_size.recovery_prose(recovery)
 
 
 def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
     bare = Study.open("smoke", **{**WANTED, "beyond_slice_percentages": []})
-    assert bare.beyond_requests() == []
+    assert bare.beyond.requests() == []
     for table in (
         equal_size.contest_table(bare),
         equal_size.accuracy_table(bare),
@@ -173,8 +174,8 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
         equal_size.recovery_table(bare),
     ):
         assert table.empty
-    assert equal_size.question_prose(bare) == equal_size.NONE
-    assert equal_size.choice_prose(bare, equal_size.variant_table(bare)) == equal_size.NONE
+    assert equal_size.question_prose(bare) == style.NONE
+    assert equal_size.choice_prose(bare, equal_size.variant_table(bare)) == style.NONE
     assert equal_size.places_figure(bare) is None
     assert equal_size.readme_prose(bare) == ""
 
@@ -197,9 +198,9 @@ def test_settings_that_do_not_fit_are_refused(setting, sentence):
 
 
 def test_without_validation_windows_nothing_else_is_tried():
-    study = Beyond(load("smoke", {**WANTED, "selection_windows": None}))
-    assert study.variants(0.5) == []
-    assert len(study.contest(0.5)) == 6
+    study = Study.open("smoke", **{**WANTED, "selection_windows": None})
+    assert study.beyond.variants(0.5) == []
+    assert len(study.beyond.contest(0.5)) == 6
 
 
 def test_a_text_without_validation_split_measures_no_schedule(tmp_path):
@@ -214,7 +215,7 @@ def test_a_text_without_validation_split_measures_no_schedule(tmp_path):
 
 def test_requests_of_networks_without_extras_are_as_they_were(study):
     """Their results are those of the main comparison."""
-    plain = study.contest(0.25)[0]
+    plain = study.beyond.contest(0.25)[0]
     main = next(p for p in study.points() if p.schedule == "constant")
     assert isinstance(plain, Point)
     assert study.slice_request(plain).key == study.slice_request(main).key

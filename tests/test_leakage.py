@@ -7,7 +7,7 @@ from dynslice.core import assets
 from dynslice.core.errors import RequestError
 from dynslice.evaluate import harness
 from dynslice.experiment.study import Study
-from dynslice.experiment.validate import check_profile
+from dynslice.experiment.validate import check_study
 from dynslice.inputs import corpora, texts
 from dynslice.inputs.data_files import SPLITS
 from dynslice.inputs.windows import sample_windows, token_stream
@@ -135,4 +135,4 @@ def test_texts_made_of_task_data_hold_no_item_that_is_scored():
 )
 def test_a_study_that_leaks_is_refused(settings, message):
     with pytest.raises(RequestError, match=message):
-        check_profile(Study.open("smoke", **settings).profile)
+        check_study(Study.open("smoke", **settings))

@@ -295,7 +295,7 @@ TABLE = {
         ),
     ),
     "bootstrap that ignores the pairs": (
-        mutation(statistics._relative, "a - b", "a - np.roll(b, 1)"),
+        mutation(statistics.relative_change, "a - b", "a - np.roll(b, 1)"),
         lambda given: test_compare.test_a_perplexity_change_is_paired(given.invented),
     ),
     "selection on the reported windows": (
@@ -305,7 +305,7 @@ TABLE = {
         ),
     ),
     "schedules that rest on the windows that choose": (
-        mutation(equal_size.Beyond._validation, "p.selection_windows or 0", "0"),
+        mutation(equal_size.EqualSize._validation, "p.selection_windows or 0", "0"),
         lambda _: test_beyond.test_what_schedules_rest_on_is_not_what_ranks_them(),
     ),
     "noise taken for a hollow curve": (

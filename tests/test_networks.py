@@ -76,7 +76,7 @@ def test_a_study_measures_the_same_in_every_placement(placement, tmp_path, monke
         requests = study.requests()
         study.ensure(requests)
         values[place] = [study.get(request).value for request in requests]
-        assert not list((paths.CACHE / "sliced").glob("sliced-*/.s*"))
+        assert not list((paths.CACHE / "sliced").glob("sliced-*/.a*"))
     for ours, theirs in zip(values[placement], values["resident"], strict=True):
         for name in ("perplexity", "parameters", "widths", "margin", "acc"):
             if name in theirs:
@@ -110,7 +110,7 @@ def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypa
         corpora, "documents", lambda *a: read.append(a) or texts.documents("wikipedia", "test")
     )
     stood_in = Study.open("smoke", stand_ins={"sotu": "c4"}, revisions={"c4": "abc"})
-    assert stood_in._text("sotu", "train")["text_revision"] == "abc"
+    assert stood_in.design.text("sotu", "train")["text_revision"] == "abc"
     commits = study.get(request).provenance["hub_commits"]
     assert commits == {"somebody/tiny": "c0ffee", "wikitext2": "wikitext2 at v2"}
     assert read == [("wikitext2", "test", "v2")]

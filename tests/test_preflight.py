@@ -11,7 +11,8 @@ from dynslice.cli import reproduce
 from dynslice.core import assets, hub
 from dynslice.core.errors import RequestError, RunError
 from dynslice.experiment import preflight
-from dynslice.experiment.estimate import Estimator, Machine, task_tokens, text_tokens
+from dynslice.experiment.estimate import Estimator, Machine, text_tokens
+from dynslice.experiment.kinds import task_tokens
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, models
 
@@ -35,7 +36,7 @@ def test_estimates_are_those_of_the_record(name):
     assets.fetch()
     study = Study.open(name, from_record=True)
     requests = study.requests()
-    estimates = Estimator(study, CPU, MACHINE).estimate(requests)
+    estimates = Estimator(study.profile, CPU, MACHINE).estimate(requests)
     results = {request.key: study.store.get(request) for request in requests}
     for kind in ("slice", "ppl", "task"):
         keys = [request.key for request in requests if request.kind == kind]
@@ -53,8 +54,8 @@ def test_estimates_count_slicing_once_for_each_network():
     study = Study.open("quick")
     point = study.points()[1]
     slicing, reading = study.slice_request(point), study.perplexity_request(point, "sotu")
-    both = Estimator(study, CPU, MACHINE).estimate([slicing, reading])
-    alone = Estimator(study, CPU, MACHINE).estimate([reading])
+    both = Estimator(study.profile, CPU, MACHINE).estimate([slicing, reading])
+    alone = Estimator(study.profile, CPU, MACHINE).estimate([reading])
     whole = both[slicing.key].seconds + both[reading.key].seconds
     assert alone[reading.key].seconds == pytest.approx(whole)
     assert both[reading.key].seconds < both[slicing.key].seconds
@@ -77,7 +78,7 @@ def test_placements_take_less_memory_and_more_disk(no_hub):
     found = {}
     for placement in ("resident", "streamed"):
         study = Study.open("paper", model=PAPER[1], placement=placement, speed_slice_percentages=[])
-        requests = study.missing(study.perplexity_requests())
+        requests = study.missing(study.design.perplexity_requests())
         found[placement] = preflight.forecast(study, requests, machine=MACHINE)
     assert found["streamed"].memory_bytes < 0.6 * found["resident"].memory_bytes
     assert found["resident"].disk_bytes == 0 < found["streamed"].disk_bytes
@@ -184,7 +185,7 @@ def test_the_machines_yardsticks_are_measured():
 def test_tasks_of_the_hub_are_in_the_way_without_it(monkeypatch):
     monkeypatch.setattr(hub, "is_away", lambda *_: True)
     study = Study.open("smoke", device="cpu", tasks={"gsm8k_cot": 2})
-    found = preflight.forecast(study, study.task_requests(), machine=MACHINE)
+    found = preflight.forecast(study, study.design.task_requests(), machine=MACHINE)
     assert [o for o in found.obstacles if o.startswith("task 'gsm8k_cot' is dataset")]
     assert found.unknown == 4
 

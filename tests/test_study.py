@@ -8,12 +8,12 @@ import pytest
 
 from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError, RunError
-from dynslice.experiment import validate
+from dynslice.experiment import runner, validate
 from dynslice.experiment.study import Study
-from dynslice.inputs import models, windows
+from dynslice.inputs import models
 from dynslice.inputs.windows import token_stream
 from dynslice.method import slicing
-from dynslice.report import claims, perplexity, tasks
+from dynslice.report import claims, comparison, perplexity, tasks
 
 SMALL = {
     "tasks": {},
@@ -61,7 +61,7 @@ def test_the_model_is_loaded_once_and_each_slice_made_once(small, monkeypatch):
 def test_each_text_is_tokenised_once(small, monkeypatch):
     asked, tokens = [], token_stream
     monkeypatch.setattr(
-        windows, "token_stream", lambda *a, **k: asked.append(a[:2]) or tokens(*a, **k)
+        runner, "token_stream", lambda *a, **k: asked.append(a[:2]) or tokens(*a, **k)
     )
     small.ensure(small.requests())
     assert len(asked) == len(set(asked)) >= 3  # LR, calibration, evaluation
@@ -77,7 +77,7 @@ def test_every_point_has_its_constants_of_equal_slice_and_of_equal_size(small):
         ("dynamic", 0.25, 0.1),
         ("matched", 0.25, 0.1),
     ]
-    small.ensure(small.perplexity_requests())
+    small.ensure(small.design.perplexity_requests())
     sizes = {p.label: small.get(small.slice_request(p)).value for p in small.points()}
     dynamic = sizes["dynamic, SP 25%, SB 0%"]["parameters"]
     matched = sizes["constant, size of dynamic SP 25%, SB 0%"]["parameters"]
@@ -87,8 +87,8 @@ def test_every_point_has_its_constants_of_equal_slice_and_of_equal_size(small):
 def test_the_key_of_a_result_is_what_was_asked(small):
     keys = {r.key for r in small.requests()}
     again = {r.key for r in Study.open("smoke", device="cpu").requests()}
-    other = {r.key for r in Study.open("smoke", seed=7).perplexity_requests()}
-    sliced = [r for r in small.perplexity_requests() if r.config["slice"]]
+    other = {r.key for r in Study.open("smoke", seed=7).design.perplexity_requests()}
+    sliced = [r for r in small.design.perplexity_requests() if r.config["slice"]]
     assert keys != again  # other LR tokens
     assert not {r.key for r in sliced} & other
 
@@ -137,20 +137,19 @@ def test_result_files_are_json_with_provenance(small):
 
 
 def test_a_share_that_cannot_be_cut_is_refused_before_measuring(small):
-    validate.check_profile(small.profile)
+    validate.check_study(small)
     greedy = Study.open("smoke", slice_percentages=[0.99])
     with pytest.raises(RequestError, match=r"0\.99 is outside"):
-        validate.check_profile(greedy.profile)
+        validate.check_study(greedy)
 
 
 def test_a_study_without_pairs_still_reports(small):
     alone = Study.open("smoke", device="cpu", **{**SMALL, "slice_bases": []})
-    comparison = perplexity.perplexity_comparison(alone)
-    assert comparison.empty
-    assert "compares no dynamic" in comparison.comparison_prose(
-        comparison, "perplexity (%)", "perplexity"
-    )
-    comparison.difference_figure(comparison, "perplexity (%)", "dynamic")
+    table = perplexity.perplexity_comparison(alone)
+    assert table.empty
+    prose = comparison.prose(table, "perplexity (%)", "perplexity")
+    assert "compares no dynamic" in prose
+    comparison.figure(table, "perplexity (%)")
     assert tasks.task_table(alone).empty
     assert set(claims.claims_table(alone)["verdict on this model"]) == {"not tested here"}
 
@@ -171,31 +170,31 @@ def test_a_file_is_not_calibrated_on_and_evaluated_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     both = Study.open("smoke", calibration_text=str(text), eval_texts=["./text.txt"])
     with pytest.raises(RequestError, match=r"'\./text\.txt' .* is calibrated on"):
-        validate.check_profile(both.profile)
+        validate.check_study(both)
 
 
 def test_a_text_too_short_for_its_windows_is_refused_before_measuring():
     assets.fetch()
     greedy = Study.open("smoke", ablation_calibration_windows=[10**6])
     with pytest.raises(RequestError, match="fewer than 1000000 windows of 128"):
-        validate.check_profile(greedy.profile)
+        validate.check_study(greedy)
 
 
 @pytest.mark.parametrize("name", ["smoke", "quick", "standard", "full"])
 def test_built_in_profiles_can_run(name):
     assets.fetch()
-    validate.check_profile(Study.open(name).profile)
+    validate.check_study(Study.open(name))
 
 
 def test_a_report_of_stored_results_needs_no_torch():
     """It takes seconds to load, in the kernel of each notebook."""
     code = (
         "import sys\n"
-        "from dynslice.report import ablations, claims, efficiency, perplexity, published\n"
+        "from dynslice.report import ablations, efficiency, pages, perplexity, published\n"
         "from dynslice.experiment.study import Study\n"
         "study = Study.open('quick', from_record=True)\n"
         "assert not study.missing(study.requests())\n"
-        "assert len(claims.readme_block(study)) > 100\n"
+        "assert len(pages.claims_block(study)) > 100\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

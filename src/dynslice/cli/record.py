@@ -1,16 +1,15 @@
 """Results of record: copying a run, and how another run agrees with it."""
 
 from collections.abc import Callable
-from math import exp
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from dynslice.core import files, paths
 from dynslice.core.errors import RequestError
 from dynslice.core.paths import shown_path
+from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import by_model
-from dynslice.experiment.store import Request, Result, Store
+from dynslice.experiment.store import Request, Store
 from dynslice.experiment.study import Study
 from dynslice.report import efficiency, pages
 
@@ -93,7 +92,10 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
         if ours is None or theirs is None:
             continue
         same_class = ours.provenance["device_class"] == theirs.provenance["device_class"]
-        for name, (value, expected) in _paired_values(ours, theirs).items():
+        quoted = KINDS[request.kind].quoted
+        expected_values = quoted(theirs.value)
+        for name, value in quoted(ours.value).items():
+            expected = expected_values[name]
             deviation = abs(value - expected) / max(abs(expected), 1e-12)
             within = deviation <= (1e-3 if same_class else 1e-2)
             if request.kind == "task" and not same_class:
@@ -109,40 +111,6 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
         "largest_deviation": largest,
         "largest_deviation_at": where,
     }
-
-
-def _paired_values(ours: Result, theirs: Result) -> dict[str, tuple[float, float]]:
-    return {name: (value, _values(theirs)[name]) for name, value in _values(ours).items()}
-
-
-def _values(result: Result) -> dict[str, float]:
-    """The numbers of a result that a reader would quote."""
-    value = result.value
-    if result.kind == "lr":
-        return {f"LR of layer {x['index']}": x["lr"] for x in value["layers"]}
-    if result.kind in ("ppl", "centred"):
-        return {"perplexity": value["perplexity"]}
-    if result.kind == "sensitivity":
-        nll = {f"layer {x['index']} cut": x["nll"] for x in value["layers"]}
-        nll["no layer cut"] = value["dense"]
-        return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
-    if result.kind == "places":
-        nll = {"as planned": value["plan"]}
-        for place in value["places"]:
-            where = f"{place['block']} of layer {place['layer']}"
-            at_shares = zip(value["shares"], place["losses"], strict=True)
-            nll |= {f"{where} cut by {share}": losses for share, losses in at_shares}
-        return {f"perplexity, {what}": exp(fmean(losses)) for what, losses in nll.items()}
-    if result.kind == "search":
-        return {"perplexity, best plan tried": exp(min(step["loss"] for step in value["tried"]))}
-    if result.kind == "speed":
-        counts = ("stored_bytes", "prefill_flops", "decode_bytes")
-        return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}
-    if result.kind == "task":
-        names = ("acc", "acc_norm")
-        accuracies = {name: value[name] for name in names if value[name] is not None}
-        return {**accuracies, **value.get("metrics", {})}
-    return {"stored parameters": value["parameters"]}
 
 
 def agreement_line(agreement: dict | None, profile: str) -> str:

@@ -19,17 +19,17 @@ from dynslice.experiment.profile import by_model
 from dynslice.experiment.profile import load as load_profile
 from dynslice.experiment.store import Request, unique
 from dynslice.experiment.study import Study
-from dynslice.experiment.validate import check_profile, check_settings
+from dynslice.experiment.validate import check_settings, check_study
 
 # What each notebook needs measured, by its number.
 NEEDS = {
-    "01": Study.redundancy_requests,
-    "02": Study.perplexity_requests,
-    "03": Study.task_requests,
-    "04": Study.ablation_requests,
-    "05": Study.efficiency_requests,
-    "06": Study.requests,
-    "07": Study.beyond_requests,
+    "01": lambda study: study.design.redundancy_requests(),
+    "02": lambda study: study.design.perplexity_requests(),
+    "03": lambda study: study.design.task_requests(),
+    "04": lambda study: study.ablation.requests(),
+    "05": lambda study: study.design.efficiency_requests(),
+    "06": lambda study: study.requests(),
+    "07": lambda study: study.beyond.requests(),
 }
 
 
@@ -108,7 +108,7 @@ def _prepare(study: Study, requests: list[Request], executor: str, address: str 
         check_settings(study.profile)
     if obstacles := preflight.forecast(study, missing, executor, address).obstacles:
         raise RequestError(obstacles[0])
-    check_profile(study.profile)
+    check_study(study)
 
 
 def _run_one(

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dynslice.core.errors import WRITING, DiskError, RunError, disk_trouble, in_one_line
+from dynslice.experiment.plan_specs import PlanSpec, plan_spec
 from dynslice.experiment.store import Request, Store, unique
 
 _SHOWN = 10  # errors that the last message spells out
@@ -15,14 +16,14 @@ _SHOWN = 10  # errors that the last message spells out
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker takes at once: measurements of one network, None for the dense model."""
+    """What one worker takes at once: requests of one network, None for the dense model."""
 
     network: dict | None
     requests: list[Request]
 
     @property
     def name(self) -> str:
-        """What a process claims that takes it: the network, or the dense model's measurement."""
+        """What a process claims that takes it: the network, or the request of the dense model."""
         return name_of(self.network) if self.network else self.requests[0].key
 
 
@@ -38,19 +39,19 @@ class WorkQueue:
         self.bar = tqdm(total=len(everything), desc="measurements", unit="measurement")
 
     def take(self, is_claimed: Callable[[str], bool] = lambda name: False) -> Job | None:
-        """A unit that can start now; None when there is none, or not before others finish.
+        """A job that can start now; None when there is none, or not before others finish.
 
-        is_claimed: which units, by name, other runs are at; those come last.
+        is_claimed: which jobs, by name, other runs are at; those come last.
         """
         ready = [
-            unit
-            for unit in self.waiting
-            if not any(n.key in self.left for request in unit.requests for n in needs(request))
+            job
+            for job in self.waiting
+            if not any(n.key in self.left for request in job.requests for n in needs(request))
         ]
-        unit = next((u for u in ready if not is_claimed(u.name)), ready[0] if ready else None)
-        if unit is not None:
-            self.waiting.remove(unit)
-        return unit
+        job = next((j for j in ready if not is_claimed(j.name)), ready[0] if ready else None)
+        if job is not None:
+            self.waiting.remove(job)
+        return job
 
     def started(self, request: Request, by_another: bool = False) -> None:
         """Show what is being measured."""
@@ -65,10 +66,10 @@ class WorkQueue:
         if error not in [told for _, told in self.failed.values()]:  # not again what follows
             self.bar.write(f"failed: {describe(request)}: {error}", file=sys.stderr)
         self.failed[request.key] = (request, error)
-        for unit in list(self.waiting):
-            lost = [r for r in unit.requests if request.key in [n.key for n in needs(r)]]
+        for job in list(self.waiting):
+            lost = [r for r in job.requests if request.key in [n.key for n in needs(r)]]
             if lost:
-                self.waiting.remove(unit)
+                self.waiting.remove(job)
             for dependent in lost:
                 self.finished(dependent, f"its plan needs {describe(request)}, which failed")
 
@@ -84,24 +85,20 @@ class WorkQueue:
             lines[_SHOWN:] = [f"  and {len(lines) - _SHOWN} further errors, each shown above"]
         raise RunError(
             f"{len(self.failed)} of {self.bar.total} measurements failed, the others are stored; "
-            "mend the cause and give the same command again\n" + "\n".join(lines)
+            "fix the cause and give the same command again\n" + "\n".join(lines)
         )
 
 
 def needs(request: Request) -> list[Request]:
     """What the plan of a request rests on: LR, or other evidence of the dense model."""
-    plan = (request.config.get("slice") or request.config).get("plan")
-    while plan and not ("lr" in plan or "evidence" in plan):
-        plan = plan.get("to", plan.get("of"))
-    if not plan:
-        return []
-    return [Request("lr", plan["lr"]) if "lr" in plan else Request(**plan["evidence"])]
+    plan = _plan_of(request)
+    return plan.needs() if plan else []
 
 
 def jobs(requests: list[Request]) -> list[Job]:
     """Each of the dense model's by itself, then one per sliced network, so that each is made once.
 
-    A plan is drawn from the dense model too.
+    A plan is made from the dense model too.
     """
     dense = [Job(None, [request]) for request in requests if request.config.get("slice") is None]
     sliced: dict[str, Job] = {}
@@ -118,34 +115,37 @@ def name_of(network: dict) -> str:
 
 def describe(request: Request) -> str:
     """A request in a few words."""
-    network = request.config.get("slice")
-    dense = request.config.get("budget", {"schedule": "dense"})  # which a search keeps
-    plan = (network or request.config).get("plan", dense)
-    target = plan.get("to", plan.get("of", plan.get("budget", plan)))
-    amounts = [f"SP {target['slice_percentage']}"] if "slice_percentage" in target else []
-    amounts += [f"SB {target['slice_base']}"] if "slice_base" in target else []
-    what = request.config.get("task") or request.config.get("text")
-    extras = [name for name in ("compensation", "recovery") if (network or {}).get(name)]
-    words = [request.kind, *([what] if what else []), plan["schedule"], *amounts]
-    return " ".join([*words, *(f"with {name}" for name in extras)])
+    config, plan = request.config, _plan_of(request)
+    network = config.get("slice") or {}
+    what = config.get("task") or config.get("text")
+    extras = [f"with {name}" for name in ("compensation", "recovery") if network.get(name)]
+    words = [request.kind, *([what] if what else []), plan.describe() if plan else "dense"]
+    return " ".join([*words, *extras])
+
+
+def _plan_of(request: Request) -> PlanSpec | None:
+    """The plan of a request's network, or the one that it is about."""
+    config = request.config.get("slice") or request.config
+    given = config.get("plan") or config.get("budget")  # which a search keeps
+    return plan_spec(given) if given else None
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def attempt(bench: Any, request: Request, network: dict | None) -> str | None:
+def attempt(runner: Any, request: Request, network: dict | None) -> str | None:
     """Measure and store one request unless it is stored; why that failed, None when it did not.
 
     Raises DiskError where nothing can be written any more.
     """
     try:
-        if bench.store.get(request) is None:
-            bench.store.put(bench.measure(request, network))
+        if runner.store.get(request) is None:
+            runner.store.put(runner.measure(request, network))
     except DiskError:
         raise
     except Exception as error:  # whatever a library raises, the other measurements go on
-        if sentence := disk_trouble(error, bench.store.folder, WRITING):
+        if sentence := disk_trouble(error, runner.store.folder, WRITING):
             raise DiskError(sentence) from error
         reason = in_one_line(error)
     else:

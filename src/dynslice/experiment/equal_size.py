@@ -1,24 +1,31 @@
 """What notebook 07 compares: networks of equal size, with and without compensation."""
 
+from dataclasses import replace
 from typing import Any
 
+from dynslice.experiment.plan_specs import PlanSpec, WithinBudget, plan_spec
 from dynslice.experiment.profile import percent
-from dynslice.experiment.requests import Design, Point
+from dynslice.experiment.requests import DENSE, Design, Point
 from dynslice.experiment.store import Request, unique
 
 
-class Beyond(Design):
+class EqualSize:
     """The part of a profile that goes beyond the paper, as requests.
 
     A size is what constant slicing stores at a slice percentage. Whatever is chosen there (ridge,
     schedule) is chosen on validation windows, before test windows are read.
     """
 
+    def __init__(self, design: Design):
+        self.design = design
+        self.profile = design.profile
+        # Every schedule without compensation, then with it.
+        self._compensations = (None, {"ridge": self.profile.beyond_ridge})
+
     def contest(self, slice_percentage: float) -> list[Point]:
         """The networks of one size: each schedule without, then each with compensation."""
-        schedules = ["constant", *self.profile.beyond_schedules]
-        ours = {"ridge": self.profile.beyond_ridge}
-        pairs = [(name, extra) for extra in (None, ours) for name in schedules]
+        names = ["constant", *self.profile.beyond_schedules]
+        pairs = [(name, extra) for extra in self._compensations for name in names]
         return [self._at_size(name, slice_percentage, extra) for name, extra in pairs]
 
     def variants(self, slice_percentage: float) -> list[Point]:
@@ -26,25 +33,22 @@ class Beyond(Design):
 
         None in a profile without such windows.
         """
-        p = self.profile
+        p, sp = self.profile, slice_percentage
         if p.selection_windows is None:
             return []
-        ours = {"ridge": p.beyond_ridge}
         found = [
-            self._at_size("constant", slice_percentage, {"ridge": ridge}, f"ridge {ridge:g}")
+            self._at_size("constant", sp, {"ridge": ridge}, f"ridge {ridge:g}")
             for ridge in p.beyond_ridges
         ]
         if p.beyond_ridges:
-            alone = {**ours, "shortcut": False}
-            found.append(self._at_size("constant", slice_percentage, alone, "writing maps alone"))
+            alone = {"ridge": p.beyond_ridge, "shortcut": False}
+            found.append(self._at_size("constant", sp, alone, "writing maps alone"))
         for name in p.beyond_candidates:
-            found += [self._at_size(name, slice_percentage, extra) for extra in (None, ours)]
+            found += [self._at_size(name, sp, extra) for extra in self._compensations]
         for count in p.beyond_calibration_windows:
-            for extra in (None, ours):
-                note = f"{count} calibration windows"
-                found.append(
-                    self._at_size("constant", slice_percentage, extra, note, windows=count)
-                )
+            note = f"{count} calibration windows"
+            for extra in self._compensations:
+                found.append(self._at_size("constant", sp, extra, note, windows=count))
         return found
 
     def recovered(self, slice_percentage: float) -> list[Point]:
@@ -52,81 +56,51 @@ class Beyond(Design):
         p = self.profile
         if not p.recovery_steps:
             return []
-        recovery = {
-            "steps": p.recovery_steps,
-            "windows": p.recovery_windows,
-            "window": p.recovery_window,
-        }
+        names = ("steps", "windows", "window")
+        recovery = {name: getattr(p, f"recovery_{name}") for name in names}
         note = f"{p.recovery_steps} steps of LoRA"
-        return [
-            self._at_size("constant", slice_percentage, extra, note, recovery=recovery)
-            for extra in (None, {"ridge": p.beyond_ridge})
+        plain = [
+            self._at_size("constant", slice_percentage, extra, note)
+            for extra in self._compensations
         ]
+        return [replace(p, network={**p.network, "recovery": recovery}) for p in plain]
 
     def places_request(self, slice_percentage: float) -> Request:
         """The loss with one place cut more or less than all others, on validation windows."""
-        p = self.profile
-        reach = p.sensitivity_reach * slice_percentage
-        config = {
-            **self._model,
-            "plan": self._constant(slice_percentage),
-            "shares": [slice_percentage - reach, slice_percentage + reach],
-            "calibration": self._calibration(windows=p.sensitivity_calibration_windows),
-            **self._validation(p.sensitivity_eval_windows),
-        }
-        return Request("places", config)
+        reach = self.profile.sensitivity_reach * slice_percentage
+        shares = [slice_percentage - reach, slice_percentage + reach]
+        plan = self.design.constant(slice_percentage).to_dict()
+        return self.design.request("places", plan=plan, shares=shares, **self._validation())
 
     def search_request(self, slice_percentage: float) -> Request:
         """The plan of a search on validation windows."""
-        p = self.profile
-        config = {
-            **self._model,
-            "budget": self._constant(slice_percentage),
-            "evaluations": p.search_evaluations,
-            "calibration": self._calibration(windows=p.sensitivity_calibration_windows),
-            **self._validation(p.sensitivity_eval_windows),
-        }
-        return Request("search", config)
+        budget = self.design.constant(slice_percentage).to_dict()
+        asked = {"budget": budget, "evaluations": self.profile.search_evaluations}
+        return self.design.request("search", **asked, **self._validation())
 
     def evidence_requests(self) -> list[Request]:
         """What the schedules rest on."""
-        p = self.profile
-        found = []
-        for sp in p.beyond_slice_percentages:
-            points = self.contest(sp)
-            if sp == p.beyond_slice_percentages[-1]:
-                points += self.variants(sp)
-            plans = [point.network["plan"] for point in points]
-            found += [Request(**plan["evidence"]) for plan in plans if "evidence" in plan]
-        return unique(found)
-
-    def beyond_requests(self) -> list[Request]:
-        """All that the notebook needs."""
-        p = self.profile
-        requests = self.evidence_requests()
-        for sp in p.beyond_slice_percentages:
-            for point in self.contest(sp):
-                requests += [self.slice_request(point), *self._selection(point)]
-                requests += [self.perplexity_request(point, text) for text in p.eval_texts]
-                requests += [self.task_request(point, task) for task in p.tasks]
-        if p.beyond_slice_percentages:
-            sp = p.beyond_slice_percentages[-1]
-            for point in self.variants(sp):
-                requests += [self.slice_request(point), *self._selection(point)]
-            for point in self.recovered(sp):
-                requests += [self.slice_request(point)]
-                requests += [self.perplexity_request(point, text) for text in p.eval_texts]
-            dense = self.points()[0]
-            requests += [self.perplexity_request(dense, text) for text in p.eval_texts]
-            requests += [self.task_request(dense, task) for task in p.tasks]
-        return unique(requests)
+        sizes = self.profile.beyond_slice_percentages
+        points = [point for sp in sizes for point in self.contest(sp)]
+        points += [point for sp in sizes[-1:] for point in self.variants(sp)]
+        plans = [plan_spec(point.network["plan"]) for point in points]
+        return unique([request for plan in plans for request in plan.needs()])
 
     def requests(self) -> list[Request]:
-        """Everything, each once."""
-        return unique([*super().requests(), *self.beyond_requests()])
-
-    def _selection(self, point: Point) -> list[Request]:
-        return [] if self.profile.selection_windows is None else [self.selection_request(point)]
+        """All that the notebook needs."""
+        design, sizes = self.design, self.profile.beyond_slice_percentages
+        requests = self.evidence_requests()
+        for sp in sizes:
+            for point in self.contest(sp):
+                requests += [design.slice_request(point), *design.selection_requests(point)]
+                requests += design.outcome_requests(point)
+        for sp in sizes[-1:]:
+            for point in self.variants(sp):
+                requests += [design.slice_request(point), *design.selection_requests(point)]
+            for point in self.recovered(sp):
+                requests += [design.slice_request(point), *design.reported_requests(point)]
+            requests += design.outcome_requests(DENSE)
+        return unique(requests)
 
     def _at_size(
         self,
@@ -134,42 +108,33 @@ class Beyond(Design):
         slice_percentage: float,
         compensation: dict | None = None,
         note: str = "",
-        recovery: dict | None = None,
         **calibration: Any,
     ) -> Point:
-        network = {
-            "plan": self._within(schedule, slice_percentage),
-            "calibration": self._calibration(**calibration),
-        }
-        if compensation:
-            network["compensation"] = compensation
-        if recovery:
-            network["recovery"] = recovery
         words = [schedule, f"size of SP {percent(slice_percentage)}"]
         words += ["compensated"] if compensation else []
         words += [note] if note else []
-        share = slice_percentage
-        return Point(schedule, share, share, network, ", ".join(words))
+        plan = self._plan(schedule, slice_percentage)
+        point = self.design.point(plan, ", ".join(words), **calibration)
+        extra = {"compensation": compensation} if compensation else {}
+        return replace(point, network={**point.network, **extra})
 
-    def _within(self, schedule: str, slice_percentage: float) -> dict:
+    def _plan(self, schedule: str, slice_percentage: float) -> PlanSpec:
         """The plan of a schedule that stores no more than constant slicing."""
-        budget = self._constant(slice_percentage)
+        budget = self.design.constant(slice_percentage)
+        if schedule == "constant":
+            return budget
         evidence = {
-            "lr": lambda: self.lr_request(),
+            "lr": lambda: self.design.lr_request(),
             "sensitivity": lambda: self.places_request(slice_percentage),
             "search": lambda: self.search_request(slice_percentage),
         }
-        if schedule == "constant":
-            return budget
-        plan = {"schedule": schedule, "budget": budget}
-        if schedule in evidence:
-            found = evidence[schedule]()
-            plan["evidence"] = {"kind": found.kind, "config": found.config}
-        return plan
+        found = evidence[schedule]() if schedule in evidence else None
+        given = found and {"kind": found.kind, "config": found.config}
+        return WithinBudget(schedule, budget, given)
 
-    def _validation(self, windows: int) -> dict:
-        """Validation windows of the first text, other ones than those that choose."""
-        p = self.profile
-        text = self._text(p.eval_texts[0], "validation")
-        amounts = {"windows": windows, "window": p.eval_window, "seed": p.seed}
-        return {**text, **amounts, "skip": p.selection_windows or 0}
+    def _validation(self) -> dict:
+        """Calibration, and validation windows other than those that choose."""
+        p, design = self.profile, self.design
+        read = design.windows(p.eval_texts[0], "validation", p.sensitivity_eval_windows)
+        calibration = design.calibration(windows=p.sensitivity_calibration_windows)
+        return {**read, "calibration": calibration, "skip": p.selection_windows or 0}

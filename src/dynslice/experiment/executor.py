@@ -1,4 +1,4 @@
-"""How missing measurements are worked off: one after the other here, or side by side by Ray.
+"""How missing measurements are taken: one after the other here, or side by side by Ray.
 
 The store is where everybody meets: who measures looks there first and puts each result there, so
 workers, restarted workers and plain runs mix. A measurement that fails is noted, and the others
@@ -29,15 +29,15 @@ def run_all(
     executor: `local`, in this process; or `ray`, at `address` or on this machine. Raises
     RequestError where that cannot start, RunError at the end when measurements failed.
     """
-    agenda = WorkQueue(missing, store)
+    queue = WorkQueue(missing, store)
     try:
         if executor == "ray":
-            run_by_ray(agenda, settings, store, device, address)
+            run_by_ray(queue, settings, store, device, address)
         else:
-            _locally(agenda, settings, store, device)
+            _locally(queue, settings, store, device)
     finally:
-        agenda.bar.close()
-    agenda.check()
+        queue.bar.close()
+    queue.check()
     return len(missing)
 
 
@@ -56,16 +56,14 @@ def check_executor(executor: str, address: str | None, placement: str = "residen
         import_ray()
 
 
-def _locally(agenda: WorkQueue, settings: Profile, store: Store, device: str) -> None:
-    from dynslice.experiment.runner import (
-        Runner,  # loads torch, which a rendered report does not need
-    )
+def _locally(queue: WorkQueue, settings: Profile, store: Store, device: str) -> None:
+    from dynslice.experiment.runner import Runner  # loads torch, which a report does not need
 
-    bench = Runner(settings, store, device)
-    bench.prepare()
-    while unit := agenda.take(store.is_claimed):
-        waiting = partial(agenda.started, unit.requests[0], by_another=True)
-        with store.claim(unit.name, waiting):
-            for request in unit.requests:
-                agenda.started(request)
-                agenda.finished(request, attempt(bench, request, unit.network))
+    runner = Runner(settings, store, device)
+    runner.prepare()
+    while job := queue.take(store.is_claimed):
+        waiting = partial(queue.started, job.requests[0], by_another=True)
+        with store.claim(job.name, waiting):
+            for request in job.requests:
+                queue.started(request)
+                queue.finished(request, attempt(runner, request, job.network))

@@ -19,6 +19,7 @@ from dynslice.evaluate.task_table import TASKS
 from dynslice.experiment.agenda import describe
 from dynslice.experiment.estimate import Estimate, Estimator, Machine, is_remote
 from dynslice.experiment.profile import Profile
+from dynslice.experiment.requests import texts_of
 from dynslice.experiment.store import Request
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, models, texts
@@ -75,7 +76,7 @@ def forecast(
     if not missing or unfetched:
         return Forecast(missing, device, obstacles)
     try:
-        estimator = Estimator(study, device, machine)
+        estimator = Estimator(study.profile, device, machine)
     except RequestError as error:
         return Forecast(missing, device, obstacles or [str(error)])
     found = Forecast(
@@ -87,7 +88,9 @@ def forecast(
         download_bytes=estimator.download,
         disk_bytes=estimator.disk(missing),
         memory_bytes=estimator.peak(missing),
-        gpu_memory_bytes=Estimator(study, torch.device("cuda"), estimator.machine).peak(missing),
+        gpu_memory_bytes=Estimator(study.profile, torch.device("cuda"), estimator.machine).peak(
+            missing
+        ),
     )
     if address is None:
         workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
@@ -161,11 +164,7 @@ def _hub_obstacles(settings: Profile, missing: list[Request]) -> list[str]:
     here = not is_remote(model) or models.in_cache(model, revision)
     if missing and not here and (reason := hub.model_refusal(model, revision)):
         found.append(f"model {model!r} {reason}")
-    read = set()
-    for request in missing:
-        for config in (request.config, (request.config.get("slice") or {}).get("calibration", {})):
-            if "text" in config:
-                read.add(texts.source_of(config))
+    read = {texts.source_of(part) for request in missing for part in texts_of(request.config)}
     for text, split, text_revision in sorted(read, key=str):
         if reason := corpora.obstacle(text, split, text_revision):
             found.append(reason)

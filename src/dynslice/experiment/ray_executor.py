@@ -28,39 +28,39 @@ class Worker:
         self.given = (settings, store, device)
 
     @cached_property
-    def bench(self) -> Any:
-        """The workbench with the dense model loaded; made again where a killed worker restarts."""
+    def runner(self) -> Any:
+        """The runner with the dense model loaded; made again where a killed worker restarts."""
         import torch
 
         from dynslice.experiment.runner import Runner
 
         os.chdir(self.folder)  # relative paths of models and texts mean what they mean there
         torch.set_num_threads(self.threads)
-        bench = Runner(*self.given)
-        bench.prepare()
-        return bench
+        runner = Runner(*self.given)
+        runner.prepare()
+        return runner
 
     def load(self) -> None:
-        """Make the workbench before there is a unit for it."""
-        self.bench  # noqa: B018
+        """Make the runner before there is a job for it."""
+        self.runner  # noqa: B018
 
     def measure(self, request: Request, network: dict | None) -> str | None:
         """Why a measurement failed, None when its result is in the store."""
-        with self.bench.store.claim(Job(network, [request]).name, lambda: None):
-            return attempt(self.bench, request, network)
+        with self.runner.store.claim(Job(network, [request]).name, lambda: None):
+            return attempt(self.runner, request, network)
 
 
 def run_by_ray(
-    agenda: WorkQueue, settings: Profile, store: Store, device: str, address: str | None
+    queue: WorkQueue, settings: Profile, store: Store, device: str, address: str | None
 ) -> None:
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(
             f"device {device!r} names one GPU, and Ray hands them out itself; use auto, cpu or cuda"
         )
-    agenda.bar.set_postfix_str("waiting for Ray")
+    queue.bar.set_postfix_str("waiting for Ray")
     with _cluster(address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        device, count, cpus = shares(nodes, device, len(agenda.waiting))
+        device, count, cpus = shares(nodes, device, len(queue.waiting))
         moved = {"DYNSLICE_CACHE": str(paths.CACHE), "DYNSLICE_OUTPUT": str(paths.OUTPUT)}
         remote = ray.remote(
             num_gpus=int(device == "cuda"),
@@ -70,61 +70,61 @@ def run_by_ray(
             runtime_env={"env_vars": moved},
         )(Worker)
         arguments = (settings, store, device, max(cpus, 1), os.getcwd())
-        _hand_out(agenda, ray, lambda: remote.remote(*arguments), count)
+        _hand_out(queue, ray, lambda: remote.remote(*arguments), count)
 
 
-def _hand_out(agenda: WorkQueue, ray: Any, make: Callable, count: int) -> None:
-    """Give each worker a unit whenever it has none, one measurement at a time.
+def _hand_out(queue: WorkQueue, ray: Any, make: Callable, count: int) -> None:
+    """Give each worker a job whenever it has none, one measurement at a time.
 
-    A worker gets its first unit when it has loaded the model, so one that finds no place in a
+    A worker gets its first job when it has loaded the model, so one that finds no place in a
     busy cluster holds nothing back.
     """
-    busy: dict[Any, tuple[Any, Job | None]] = {}  # what is awaited -> whose it is, of which unit
+    busy: dict[Any, tuple[Any, Job | None]] = {}  # what is awaited -> whose it is, of which job
     idle = []
 
     def load() -> None:
         worker = make()
         busy[worker.load.remote()] = (worker, None)
 
-    def start(worker: Any, unit: Job) -> None:
-        agenda.started(unit.requests[0])
-        busy[worker.measure.remote(unit.requests[0], unit.network)] = (worker, unit)
+    def start(worker: Any, job: Job) -> None:
+        queue.started(job.requests[0])
+        busy[worker.measure.remote(job.requests[0], job.network)] = (worker, job)
 
     for _ in range(count):
         load()
-    while agenda.left:
+    while queue.left:
         [done], _ = ray.wait(list(busy))
-        worker, unit = busy.pop(done)
+        worker, job = busy.pop(done)
         try:
             error = ray.get(done)
         except ray.exceptions.RayError as failure:
             if isinstance(cause := getattr(failure, "cause", None), DiskError):
                 raise cause from failure
             error = _reason(failure)
-            if unit is None:
+            if job is None:
                 raise RunError(f"a worker could not load the model: {error}") from failure
-            for request in unit.requests:  # a network that kills its worker is not sliced again
-                agenda.finished(request, error)
+            for request in job.requests:  # a network that kills its worker is not sliced again
+                queue.finished(request, error)
             ray.kill(worker)
             load()
         else:
-            if unit is not None:
-                agenda.finished(unit.requests[0], error)
-            if unit is not None and unit.requests[1:]:
-                start(worker, Job(unit.network, unit.requests[1:]))
+            if job is not None:
+                queue.finished(job.requests[0], error)
+            if job is not None and job.requests[1:]:
+                start(worker, Job(job.network, job.requests[1:]))
             else:
                 idle.append(worker)
-        while idle and (unit := agenda.take()):
-            start(idle.pop(), unit)
-        while idle and not agenda.waiting:  # room for a worker whose node was lost
+        while idle and (job := queue.take()):
+            start(idle.pop(), job)
+        while idle and not queue.waiting:  # room for a worker whose node was lost
             ray.kill(idle.pop())
 
 
 def shares(nodes: list[dict], device: str, wanted: int) -> tuple[str, int, int]:
-    """Device, number of workers and CPUs of each, for `wanted` units on the nodes of a cluster.
+    """Device, number of workers and CPUs of each, for `wanted` jobs on the nodes of a cluster.
 
     nodes: the resources of each. One worker per GPU, else one per CPU; where there are fewer
-    units than that, each worker gets more CPUs. Raises RequestError where a GPU is wanted and
+    jobs than that, each worker gets more CPUs. Raises RequestError where a GPU is wanted and
     there is none.
     """
     gpu_nodes = [node for node in nodes if node.get("GPU", 0) >= 1]

@@ -5,21 +5,36 @@ from typing import Any
 
 from dynslice.core import paths
 from dynslice.core.errors import RunError
-from dynslice.experiment.equal_size import Beyond
+from dynslice.experiment.ablation import Ablations
+from dynslice.experiment.equal_size import EqualSize
 from dynslice.experiment.executor import run_all
 from dynslice.experiment.profile import Profile, load, parse_value
-from dynslice.experiment.requests import Point
-from dynslice.experiment.store import Request, Result, Store
+from dynslice.experiment.requests import Design, Point
+from dynslice.experiment.store import Request, Result, Store, unique
 
 
-class Study(Beyond):
-    """The measurements of one profile and where their results are kept."""
+class Study:
+    """The measurements of one profile and where their results are kept.
+
+    What is asked for is in three parts: `design`, the main comparison; `ablation`, notebook 04;
+    and `beyond`, notebook 07.
+    """
 
     def __init__(self, settings: Profile, store: Store, device: str, from_record: bool = False):
-        super().__init__(settings)
+        self.profile = settings
         self.store = store
         self.device = device
         self.from_record = from_record
+        self.design = design = Design(settings)
+        self.ablation = Ablations(design)
+        self.beyond = EqualSize(design)
+        # A report asks for these so often that a study offers them itself.
+        self.points, self.task_points = design.points, design.task_points
+        self.lr_request, self.lr_requests = design.lr_request, design.lr_requests
+        self.slice_request = design.slice_request
+        self.perplexity_request = design.perplexity_request
+        self.selection_request = design.selection_request
+        self.task_request = design.task_request
 
     @classmethod
     def open(
@@ -52,6 +67,14 @@ class Study(Beyond):
         chosen = given.pop("profile", "quick")
         overrides = {name: _from_text(name, v) for name, v in given.items() if v is not None}
         return cls.open(chosen, **fixed, **overrides)
+
+    def requests(self) -> list[Request]:
+        """Everything, each once."""
+        design = self.design
+        every = [*design.redundancy_requests(), *design.perplexity_requests()]
+        every += [*design.task_requests(), *self.ablation.requests()]
+        every += [*design.efficiency_requests(), *self.beyond.requests()]
+        return unique(every)
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
         """Those without a usable result."""

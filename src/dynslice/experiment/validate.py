@@ -3,19 +3,19 @@
 from pathlib import Path
 
 from dynslice.core.errors import RequestError
-from dynslice.experiment.equal_size import Beyond
 from dynslice.experiment.profile import Profile
-from dynslice.experiment.requests import split_for
+from dynslice.experiment.requests import split_for, texts_of
+from dynslice.experiment.study import Study
 
 
-def check_profile(settings: Profile) -> None:
+def check_study(study: Study) -> None:
     """Refuse a study that cannot run before anything heavy starts. Raises RequestError."""
-    check_settings(settings)
-    check_inputs(settings)
+    check_settings(study.profile)
+    check_inputs(study)
 
 
 def check_settings(settings: Profile) -> None:
-    """The part of `check` that takes no time: what the settings say of model, plans and texts."""
+    """The part that takes no time: what the settings say of model, plans and texts."""
     from dynslice.core.tensors import check_window
     from dynslice.inputs import models
     from dynslice.method.architectures import dims_of, require_dense
@@ -39,34 +39,26 @@ def check_settings(settings: Profile) -> None:
         constant(shape, settings.ablation_slice_percentage or 0.0, round_to)
 
 
-def check_inputs(settings: Profile) -> None:
-    """The rest of `check`: tasks must be there, and texts hold the windows asked of them."""
+def check_inputs(study: Study) -> None:
+    """The rest: tasks must be there, and texts hold the windows asked of them."""
     from dynslice.evaluate import task_table
     from dynslice.inputs import models, texts
     from dynslice.inputs.windows import consecutive_windows, token_stream
 
+    settings = study.profile
     task_table.check_data(list(settings.tasks))
     longest: dict[tuple, tuple] = {}
-    for request in Beyond(settings).requests():
-        for config in _texts_of(request.config):
-            if "text" in config and "windows" in config:
-                count, window = config["windows"], config["window"]
-                count = count and count + config.get("skip", 0)
-                asked = ((count or 1) * window, window, count)
-                text = texts.source_of(config)
-                longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])
+    read = [part for request in study.requests() for part in texts_of(request.config)]
+    for config in (part for part in read if "windows" in part):
+        count, window = config["windows"], config["window"]
+        count = count and count + config.get("skip", 0)
+        asked = ((count or 1) * window, window, count)
+        text = texts.source_of(config)
+        longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])
     tokenizer = models.load_tokenizer(settings.model, settings.model_revision)
     for (text, split, revision), (tokens, window, count) in longest.items():
         stream = token_stream(text, split, tokenizer, tokens, revision=revision)
         consecutive_windows(stream, window, count, text)
-
-
-def _texts_of(config: dict) -> list[dict]:
-    """Whatever a request reads, as configurations that name a text and its windows."""
-    network = config.get("slice") or {}
-    calibration = network.get("calibration", {})
-    recovery = {**calibration, **network["recovery"]} if "recovery" in network else {}
-    return [config, config.get("calibration", {}), calibration, recovery]
 
 
 def _check_texts(settings: Profile) -> None:

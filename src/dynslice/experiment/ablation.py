@@ -1,0 +1,153 @@
+"""What notebook 04 varies: one thing at a time, everything else as in the main comparison."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dynslice.experiment.plan_specs import OwnEmbedding, PlanSpec, Shuffled
+from dynslice.experiment.profile import percent
+from dynslice.experiment.requests import DENSE, Design, Point
+from dynslice.experiment.store import Request, unique
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One thing changed in one network."""
+
+    question: str  # what is varied; equal for the variants of one thing
+    point: Point
+    texts: tuple[str, ...]
+
+
+class Ablations:
+    """The ablations of a profile, as requests."""
+
+    def __init__(self, design: Design):
+        self.design = design
+        self.profile = design.profile
+
+    def ablated(self) -> list[Point]:
+        """Constant, dynamic and its constant of equal size: what the ablations vary."""
+        sp, sb = self.profile.ablation_slice_percentage, self.profile.ablation_slice_base
+        return [] if sp is None else self.design.points_at([sp], [sb])[1:]
+
+    def variants(self) -> list[Ablation]:
+        """Every network that differs from the ablated ones in one thing."""
+        if self.profile.ablation_slice_percentage is None:
+            return []
+        return [*self._of_plans(), *self._of_calibration()]
+
+    def lr_by_tokens(self) -> list[Request]:
+        """LR on growing beginnings of the profile's text, the profile's own length among them."""
+        counts = {*self.profile.ablation_lr_tokens, self.profile.lr_max_tokens}
+        ordered = sorted(counts, key=lambda count: count or float("inf"))
+        return [self.design.lr_request(max_tokens=count) for count in ordered]
+
+    def lr_plan_requests(self) -> list[Request]:
+        """The ablated dynamic plan as LR on each text makes it, in the order of lr_requests."""
+        sp, sb = self.profile.ablation_slice_percentage, self.profile.ablation_slice_base
+        plans = [
+            self.design.dynamic(sp, sb, lr=lr.config)
+            for lr in self.design.lr_requests()
+            if sp is not None
+        ]
+        return [self.design.plan_request(plan) for plan in plans]
+
+    def sensitivity_request(self) -> Request | None:
+        """What cutting each layer alone does to the perplexity; None where nobody asks."""
+        p, design = self.profile, self.design
+        if p.single_layer_slice is None:
+            return None
+        return design.request(
+            "sensitivity",
+            slice_percentage=p.single_layer_slice,
+            round_to=p.round_to,
+            calibration=design.calibration(windows=p.single_layer_calibration_windows),
+            **design.windows(p.eval_texts[0], "validation", p.single_layer_eval_windows),
+        )
+
+    def calibration_request(self, point: Point) -> Request:
+        """Perplexity of a sliced network on its own calibration windows."""
+        calibration = point.network["calibration"]
+        return self.design.request("ppl", slice=point.network, **calibration)
+
+    def centred_request(self) -> Request:
+        """Perplexity of the dense model with centred embeddings (docs/method.md)."""
+        config = dict(self.design.perplexity_request(DENSE, self.profile.eval_texts[0]).config)
+        del config["slice"]
+        return Request("centred", config)
+
+    def requests(self) -> list[Request]:
+        """All that the notebook needs."""
+        p, design = self.profile, self.design
+        requests = [design.lr_request(last_layer=end) for end in p.ablation_last_layers]
+        requests += [*design.lr_requests(), *self.lr_plan_requests()]
+        requests += self.lr_by_tokens() if p.ablation_lr_tokens else []
+        requests += filter(None, [self.sensitivity_request()])
+        for point in self.ablated():
+            requests += [design.slice_request(point)]
+            requests += [design.perplexity_request(point, p.eval_texts[0])]
+        variants = self.variants()
+        for ablation in variants:
+            requests.append(design.slice_request(ablation.point))
+            requests += [design.perplexity_request(ablation.point, t) for t in ablation.texts]
+            if ablation.question == "calibration size":
+                requests.append(self.calibration_request(ablation.point))
+        if variants:
+            requests += self._curve_requests()
+            requests += [self.centred_request(), self.calibration_request(self.ablated()[0])]
+        return unique(requests)
+
+    def _curve_requests(self) -> list[Request]:
+        """The constant networks, between which the constant curve is drawn."""
+        points = self.design.points()
+        constant = [p for p in points if p.schedule in ("constant", "matched")]
+        requests = [self.design.slice_request(point) for point in constant]
+        return requests + [r for p in constant for r in self.design.reported_requests(p)]
+
+    def _of_plans(self) -> list[Ablation]:
+        """The dynamic network with another way to its widths, on the same calibration."""
+        p, design = self.profile, self.design
+        sp, sb = p.ablation_slice_percentage, p.ablation_slice_base
+        constant, dynamic = design.constant(sp), design.dynamic(sp, sb)
+        found = []
+
+        def add(question: str, variant: str, plan: PlanSpec, schedule: str | None = None) -> None:
+            point = design.point(plan, variant, schedule)
+            found.append(Ablation(question, point, (p.eval_texts[0],)))
+
+        for end in p.ablation_last_layers:
+            lr = design.lr_request(last_layer=end).config
+            add("last layer", f"last layer {end}", design.dynamic(sp, sb, lr=lr))
+        for score in p.ablation_scores:
+            add("score", f"score {score}", design.dynamic(sp, sb, score=score))
+        for unit in p.ablation_round_to:
+            add("rounding", f"widths rounded to {unit}", design.dynamic(sp, sb, round_to=unit))
+        if p.ablation_embedding:
+            variant = f"dynamic, embedding cut by {percent(sp)}"
+            add("embedding", variant, OwnEmbedding(dynamic, sp), "dynamic")
+            whole = OwnEmbedding(constant, 0.0)
+            add("embedding", "constant, embedding whole", whole, "constant")
+        for seed in range(p.draw_seed, p.draw_seed + p.ablation_shuffles):
+            add("shuffled", f"shuffled, draw {seed}", Shuffled(dynamic, seed))
+        return found
+
+    def _of_calibration(self) -> list[Ablation]:
+        """The same widths with bases from other calibration windows."""
+        p = self.profile
+        constant, dynamic, matched = self.ablated()
+        found = []
+
+        def add(question: str, point: Point, variant: str, **changes: Any) -> None:
+            network = {**point.network, "calibration": self.design.calibration(**changes)}
+            point = replace(point, network=network, variant=f"{point.label}, {variant}")
+            texts = p.eval_texts if "text" in changes else p.eval_texts[:1]
+            found.append(Ablation(question, point, tuple(texts)))
+
+        for count in p.ablation_calibration_windows:
+            add("calibration size", constant, f"{count} windows", windows=count)
+        for text in p.ablation_calibration_texts:
+            add("calibration text", constant, f"calibrated on {text}", text=text)
+        for seed in p.ablation_calibration_seeds:
+            for point in (dynamic, matched):
+                add("calibration seed", point, f"seed {seed}", seed=seed)
+        return found

@@ -1,0 +1,303 @@
+"""The kinds of measurements: how each is taken, how long it takes, what a reader would quote.
+
+Names of kinds and of configuration keys are part of the keys of requests. What measures is
+imported where it runs, because reports read the kinds too and need no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib import metadata
+from math import exp
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from dynslice.core.errors import RunError
+from dynslice.evaluate.task_table import TASKS
+from dynslice.method.controls import single
+from dynslice.method.plan import SlicePlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynslice.experiment.estimate import Estimator
+    from dynslice.experiment.runner import Runner
+
+_MMLU_SUBJECTS = 57
+
+_TASK_WINDOW = 128  # tokens of an item, about
+
+
+class Kind:
+    """One kind of measurement; `config` is what its request asks, `value` what `run` gave."""
+
+    needs_memory = True
+    slices_itself = False  # networks of its own, one after the other
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        """Measure. A value of `seconds` stands for the time that the whole of it took."""
+        raise NotImplementedError
+
+    def seconds(self, estimator: Estimator, config: dict) -> float | None:
+        """About how long it takes without slicing; None where nobody knows how much is read."""
+        return 0.0
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        """The numbers that a reader would quote, by which runs are compared."""
+        return {"stored parameters": value["parameters"]}
+
+
+class LayerRedundancy(Kind):
+    """LR of each layer."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        from dynslice.inputs.windows import sliding_windows
+        from dynslice.method import redundancy
+
+        stream = runner.stream(config)[: config["max_tokens"]]
+        windows = sliding_windows(stream, config["window"], config["stride"])
+        amounts = (windows, config["stride"], config["last_layer"])
+        start = time.perf_counter()
+        lr = redundancy.layer_redundancy(runner.networks.dense, *amounts)
+        return {**lr.to_dict(), "seconds": time.perf_counter() - start}
+
+    def seconds(self, estimator: Estimator, config: dict) -> float | None:
+        tokens = config["max_tokens"] or estimator.tokens_of_text(config)
+        if tokens is None:
+            return None
+        windows = max(1, 1 + (tokens - config["window"]) // config["stride"])
+        return estimator.one_pass(windows * min(tokens, config["window"]), config["window"])
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        return {f"LR of layer {layer['index']}": layer["lr"] for layer in value["layers"]}
+
+
+class PlannedWidths(Kind):
+    """The widths of a plan and what they store; no network is sliced."""
+
+    needs_memory = False
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        return _facts(runner.plan(config["plan"]))
+
+
+class StoredSize(Kind):
+    """What a sliced network, or the dense one, stores, and how exact its rotations are."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        network = runner.network(config)
+        stored = sum(p.numel() for p in network.parameters())
+        if config["slice"] is None:
+            return {"parameters": stored, "parameters_dense": stored, "mean_slice": 0.0}
+        facts = _facts(runner.plan(config["slice"]["plan"]))
+        if stored != facts["parameters"]:
+            raise RunError(
+                f"the sliced model stores {stored} parameters, its plan says "
+                f"{facts['parameters']}; this is a bug, please report it"
+            )
+        outcome = runner.sliced_for(config["slice"])
+        errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
+        return {**facts, **errors, "seconds": outcome.seconds + outcome.recovery_seconds}
+
+
+class Perplexity(Kind):
+    """Perplexity of a network on windows of a text."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        return _perplexity(runner.network(config), runner.windows(config))
+
+    def seconds(self, estimator: Estimator, config: dict) -> float | None:
+        return estimator.reading(config)
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        return {"perplexity": value["perplexity"]}
+
+
+class CentredPerplexity(Perplexity):
+    """Perplexity of the dense model with the mean over d taken from every embedding."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        def centre(_module, _args, output: Tensor) -> Tensor:
+            return output - output.mean(dim=-1, keepdim=True)
+
+        dense = runner.networks.dense
+        handle = dense.get_input_embeddings().register_forward_hook(centre)
+        try:
+            return _perplexity(dense, runner.windows(config))
+        finally:
+            handle.remove()
+
+
+class SingleLayerCuts(Kind):
+    """NLL per window of the dense model, and with each layer cut alone."""
+
+    slices_itself = True
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        windows, calibration = runner.windows(config), runner.windows(config["calibration"])
+        dense, layers = _perplexity(runner.networks.dense, windows)["nll"], []
+        dims = runner.dims
+        for layer in tqdm(range(dims.layers), desc="single layers", unit="layer", leave=False):
+            cut = single(dims, layer, config["slice_percentage"], config["round_to"])
+            network = runner.networks.slice(calibration, cut).model
+            nll = _perplexity(network, windows)["nll"]
+            del network  # before the next one is made
+            layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
+        return {"dense": dense, "layers": layers}
+
+    def seconds(self, estimator: Estimator, config: dict) -> float:
+        each = estimator.slicing(config["calibration"]) + estimator.reading(config)
+        return estimator.dims.layers * each
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        losses = {f"layer {layer['index']} cut": layer["nll"] for layer in value["layers"]}
+        return _perplexities({**losses, "no layer cut": value["dense"]})
+
+
+class PlaceLosses(Kind):
+    """NLL per window with all places cut by a plan, and with one cut more or less."""
+
+    slices_itself = True
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        from dynslice.evaluate.place_losses import place_losses
+
+        windows, calibration = runner.windows(config), runner.windows(config["calibration"])
+        given = (calibration, windows, runner.plan(config["plan"]), config["shares"])
+        return place_losses(runner.networks.dense, *given)
+
+    def seconds(self, estimator: Estimator, config: dict) -> float:
+        tokens, dims = config["windows"] * config["window"], estimator.dims
+        half = estimator.one_pass(tokens, config["window"]) / 2
+        runs = dims.layers * len(dims.reads) * len(config["shares"])
+        head = estimator.head_flops(tokens) / estimator.machine.rate
+        return estimator.slicing(config["calibration"]) + runs * (half + head)
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        losses = {"as planned": value["plan"]}
+        for place in value["places"]:
+            where = f"{place['block']} of layer {place['layer']}"
+            at_shares = zip(value["shares"], place["losses"], strict=True)
+            losses |= {f"{where} cut by {share}": nll for share, nll in at_shares}
+        return _perplexities(losses)
+
+
+class PlanSearch(Kind):
+    """The plan of least loss on validation windows that a coordinate search finds."""
+
+    slices_itself = True
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        from dynslice.extensions import schedules
+
+        windows, calibration = runner.windows(config), runner.windows(config["calibration"])
+        largest = runner.plan(config["budget"])
+
+        def loss(candidate: SlicePlan) -> float:
+            network = runner.networks.slice(calibration, candidate).model
+            return _perplexity(network, windows)["nll_mean"]
+
+        evidence = schedules.Evidence(largest.shape, largest.round_to)
+        amounts = (largest.parameters, loss, config["evaluations"])
+        best, tried = schedules.search(evidence, *amounts)
+        return {"place_widths": list(best.place_widths[:-1]), "tried": tried}
+
+    def seconds(self, estimator: Estimator, config: dict) -> float:
+        each = estimator.slicing(config["calibration"]) + estimator.reading(config)
+        return config["evaluations"] * each
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        return {"perplexity, best plan tried": exp(min(step["loss"] for step in value["tried"]))}
+
+
+class Speed(Kind):
+    """Prefill and decoding of a sliced network and of the dense model, in turn."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        import torch
+
+        from dynslice.evaluate import speed
+
+        dense, size = runner.networks.dense, (config["windows"], config["window"])
+        generator = torch.Generator().manual_seed(config["seed"])  # any tokens will do
+        ids = torch.randint(dense.config.vocab_size, size, generator=generator)
+        amounts = (config["new_tokens"], config["repeats"])
+        return speed.speed(dense, runner.network(config), ids, *amounts)
+
+    def seconds(self, estimator: Estimator, config: dict) -> float:
+        from dynslice.evaluate import speed
+
+        prefill = estimator.one_pass(config["windows"] * config["window"], config["window"])
+        rate = speed.copy_rate(estimator.device)
+        decoding = config["new_tokens"] * estimator.dense_bytes / rate
+        return 2 * (config["repeats"] + speed.WARM_UP) * (prefill + decoding)
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        counts = ("stored_bytes", "prefill_flops", "decode_bytes")
+        return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}
+
+
+class TaskAccuracy(Kind):
+    """Accuracy of a network on a task."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        from dynslice.evaluate import harness
+
+        name, network = config["task"], runner.network(config)
+        sample = {"subset": config.get("subset", "first"), "seed": config.get("draw_seed", 0)}
+        given = (network, runner.networks.tokenizer, [name], config["limit"])
+        value = harness.tasks(*given, **sample)[name]
+        return {**value, "lm_eval_version": metadata.version("lm-eval")}
+
+    def seconds(self, estimator: Estimator, config: dict) -> float | None:
+        tokens = task_tokens(config["task"], config["limit"], config.get("subset"))
+        return estimator.one_pass(tokens, _TASK_WINDOW, head=True)
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        names = [name for name in ("acc", "acc_norm") if value[name] is not None]
+        return {**{name: value[name] for name in names}, **value.get("metrics", {})}
+
+
+KINDS: dict[str, Kind] = {
+    "lr": LayerRedundancy(),
+    "plan": PlannedWidths(),
+    "slice": StoredSize(),
+    "ppl": Perplexity(),
+    "centred": CentredPerplexity(),
+    "sensitivity": SingleLayerCuts(),
+    "places": PlaceLosses(),
+    "search": PlanSearch(),
+    "speed": Speed(),
+    "task": TaskAccuracy(),
+}
+
+
+def task_tokens(name: str, limit: int | None, subset: str | None) -> int | None:
+    """Tokens of the items of a task, its contexts shared; None where that is not known."""
+    row = TASKS[name]
+    if row.tokens is None:
+        return None
+    if limit is not None and name == "mmlu" and subset != "stratified":
+        limit *= _MMLU_SUBJECTS
+    return round(min(limit or row.items, row.items) * row.tokens)
+
+
+def _perplexity(network, windows: Tensor) -> dict:
+    from dynslice.evaluate import perplexity
+
+    return perplexity.perplexity(network, windows)
+
+
+def _perplexities(losses: dict[str, list[float]]) -> dict[str, float]:
+    return {f"perplexity, {what}": exp(fmean(nll)) for what, nll in losses.items()}
+
+
+def _facts(plan: SlicePlan) -> dict:
+    values = plan.to_dict()
+    names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
+    facts = {name: values[name] for name in names}
+    if plan.own_attention:
+        facts["attention_widths"] = list(plan.attention_widths)
+    return {**facts, "shortcut_parameters": plan.shortcut_parameters}

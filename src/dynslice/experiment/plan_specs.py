@@ -1,0 +1,167 @@
+"""Plans as requests name them: what each rests on, and how it is made.
+
+A request holds the JSON of a spec, which is part of its key: neither the names of the fields nor
+those of the schedules may change without a new record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dynslice.core.errors import RequestError
+from dynslice.experiment.store import Request
+from dynslice.extensions import schedules
+from dynslice.method import plan
+from dynslice.method.controls import matched, shuffled, with_embedding
+from dynslice.method.plan import ModelDims, SlicePlan
+from dynslice.method.scores import rises, scores_of
+
+ValueOf = Callable[[Request], dict]  # what a measurement of the dense model gave
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """A plan that is asked for and not yet made."""
+
+    schedule: ClassVar[str]
+
+    @property
+    def target(self) -> Constant | Dynamic:
+        """The plan whose slice percentage this one keeps to: itself, or what it is made from."""
+        made_from = [value for value in vars(self).values() if isinstance(value, PlanSpec)]
+        return made_from[0].target if made_from else self
+
+    def needs(self) -> list[Request]:
+        """The measurements of the dense model that decide the widths."""
+        return self.target.needs()
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        """The plan of a model. Raises RequestError where the model has none like it."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Schedule, SP and SB in a few words."""
+        target = self.target
+        base = f" SB {target.slice_base}" if isinstance(target, Dynamic) else ""
+        return f"{self.schedule} SP {target.slice_percentage}{base}"
+
+    def to_dict(self) -> dict:
+        """The JSON form, without what is left at None."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        parts = {name: v.to_dict() for name, v in given.items() if isinstance(v, PlanSpec)}
+        return {"schedule": self.schedule, **given, **parts}
+
+
+@dataclass(frozen=True)
+class Constant(PlanSpec):
+    """The same slice at every layer."""
+
+    slice_percentage: float
+    round_to: int
+    schedule = "constant"
+
+    def needs(self) -> list[Request]:
+        return []
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        return plan.constant(dims, self.slice_percentage, self.round_to)
+
+
+@dataclass(frozen=True)
+class Dynamic(PlanSpec):
+    """Slices by layer redundancy; lr: the configuration of the request that measures it."""
+
+    slice_percentage: float
+    slice_base: float
+    round_to: int
+    lr: dict
+    score: str | None = None
+    schedule = "dynamic"
+
+    def needs(self) -> list[Request]:
+        return [Request("lr", self.lr)]
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        [evidence] = self.needs()
+        scores = scores_of(value_of(evidence)["layers"], self.score or "cosine")
+        return plan.dynamic(dims, scores, self.slice_percentage, self.slice_base, self.round_to)
+
+
+@dataclass(frozen=True)
+class Matched(PlanSpec):
+    """The constant plan that stores as much as another one."""
+
+    to: PlanSpec
+    schedule = "matched"
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        return matched(self.to.make(dims, value_of))
+
+
+@dataclass(frozen=True)
+class Shuffled(PlanSpec):
+    """The widths of another plan in random order."""
+
+    of: PlanSpec
+    seed: int
+    schedule = "shuffled"
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        return shuffled(self.of.make(dims, value_of), self.seed)
+
+
+@dataclass(frozen=True)
+class OwnEmbedding(PlanSpec):
+    """Another plan with an embedding of its own width."""
+
+    of: PlanSpec
+    embedding_slice: float
+    schedule = "embedding"
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        return with_embedding(self.of.make(dims, value_of), self.embedding_slice)
+
+
+@dataclass(frozen=True)
+class WithinBudget(PlanSpec):
+    """A schedule that stores no more than a constant plan; evidence: {"kind", "config"}."""
+
+    schedule: str
+    budget: Constant
+    evidence: dict | None = None
+
+    def needs(self) -> list[Request]:
+        return [Request(**self.evidence)] if self.evidence else []
+
+    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+        budget = self.budget.make(dims, value_of)
+        known = {}
+        for request in self.needs():
+            value = value_of(request)
+            match request.kind:
+                case "search":
+                    return plan.of_places("search", dims, value["place_widths"], budget.round_to)
+                case "lr":
+                    known["lr"] = scores_of(value["layers"])
+                case "places":
+                    known["rises"] = rises(value)
+        evidence = schedules.Evidence(dims, budget.round_to, **known)
+        return schedules.within(self.schedule, evidence, budget.parameters)
+
+
+_SPECS = {spec.schedule: spec for spec in (Constant, Dynamic, Matched, Shuffled, OwnEmbedding)}
+
+
+def plan_spec(values: dict) -> PlanSpec:
+    """The spec of its JSON form. Raises RequestError for an unknown schedule."""
+    given = dict(values)
+    for name in {"to", "of", "budget"} & values.keys():
+        given[name] = plan_spec(values[name])
+    if "budget" in given:
+        return WithinBudget(**given)
+    schedule = given.pop("schedule")
+    if schedule not in _SPECS:
+        raise RequestError(f"schedule {schedule!r} is unknown; there are {', '.join(_SPECS)}")
+    return _SPECS[schedule](**given)
