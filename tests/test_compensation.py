@@ -244,18 +244,18 @@ def test_a_ridge_that_rounding_defeats_is_said():
         regression.solve(1e-6)
 
 
-def test_a_store_beside_another_shares_its_room(tmp_path):
+def test_a_store_next_to_another_shares_its_room(tmp_path):
     batch = torch.ones(1, 2, 4)
     x = Activations(CPU, 2 * batch.nbytes, folder=tmp_path)
-    beside = x.beside()
-    for store in (x, beside, beside):
+    other = x.empty_store()
+    for store in (x, other, other):
         store.append(batch.clone())
-    assert [len(store) for store in (x, beside)] == [1, 2]
+    assert [len(store) for store in (x, other)] == [1, 2]
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    beside.clear()
-    assert len(beside) == 0
+    other.clear()
+    assert len(other) == 0
     assert not list(tmp_path.rglob("*.safetensors"))
-    beside.append(batch.clone())
+    other.append(batch.clone())
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -20,9 +20,9 @@ from dynslice.method import streaming
 from dynslice.method.activations import Activations
 from dynslice.method.architectures import dims_of
 from dynslice.method.footprint import (
+    activation_bytes,
     extra_memory,
     largest_weight,
-    signal_bytes,
     slicing_workspace,
     stored_bytes,
 )
@@ -59,7 +59,7 @@ def test_streamed_slice_equals_the_one_in_memory(name, tokens, tmp_path):
     assert weights.keys() == expected.keys()
     for key, weight in expected.items():
         assert torch.equal(weights[key], weight), key
-    assert list(tmp_path.glob(".s*")) == []  # neither signals nor unfinished models
+    assert list(tmp_path.glob(".*")) == []  # neither activations nor unfinished models
 
 
 def memory_needed(config, plan, windows):
@@ -170,7 +170,7 @@ def test_predicted_memory_is_within_a_fifth_of_what_tensors_take(
 
     asked = compensation is not None
     predicted = slicing_workspace(config, plan, window, CPU, torch.float32, asked)
-    predicted += signal_bytes(plan, windows.numel(), torch.float32, asked)
+    predicted += activation_bytes(plan, windows.numel(), torch.float32, asked)
     assert predicted == pytest.approx(extra_memory(slice_all, CPU), rel=0.2)
 
 

@@ -32,7 +32,7 @@ def place_losses(
 ) -> dict:
     """NLL in nats per token of windows [n, T]: by the plan, and with one place cut by a share.
 
-    calibration: token windows [m, T'] whose signals give the bases. Returns {"plan": [n],
+    calibration: token windows [m, T'] whose activations give the bases. Returns {"plan": [n],
     "shares", "places": [{"layer", "block", "share", "losses": [[n] of each share]}]}, places in
     the order in which the stream comes by, with the share that the plan cuts there. Raises
     RequestError for a share outside 0 to 1, a plan of another model, a head that is not a plain

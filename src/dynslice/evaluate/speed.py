@@ -34,7 +34,7 @@ def copy_rate(device: torch.device) -> float:
 def alternate(
     steps: dict[str, Callable], device: torch.device, repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Seconds of each step by repeat, the steps taken in turn so that drifts hit them alike."""
+    """Seconds of each step by repeat, the steps taken in turn so that drifts hit all of them."""
     for step in steps.values():
         for _ in range(warm_up):
             step()
@@ -57,7 +57,7 @@ def seconds_of(step: Callable, device: torch.device) -> float:
 def speed(
     dense: PreTrainedModel, sliced: PreTrainedModel, ids: Tensor, new_tokens: int, repeats: int
 ) -> dict:
-    """What a sliced network saves, counted and measured beside its dense model.
+    """What a sliced network saves, counted and measured, next to its dense model.
 
     Prefill is one pass over token ids [b, T]; decoding generates `new_tokens` at batch 1 after
     the first 32 tokens of ids. Times are lists over repeats, dense and sliced in turn.

@@ -1,6 +1,6 @@
 """Compensation in closed form: what slicing took is given back by the maps that write the stream.
 
-Beside the sliced network the dense one runs over the same calibration tokens. Where a block
+With the sliced network the dense one runs over the same calibration tokens. Where a block
 writes, the stream of the sliced network is x + W a with a the inputs of its writing map, and the
 dense one is h. What is missing, e = h - (x + W a), is explained as far as it goes by what the
 sliced network knows there: ridge regression of e on z = (Q^T x, a) gives corrections of the two
@@ -33,7 +33,6 @@ from dynslice.method.numerics import add_gram
 from dynslice.method.slicing import BlockInPlace, Step, run_block
 
 RIDGE = 0.1
-
 _TINY = 1e-30
 
 
@@ -56,7 +55,7 @@ class Compensation:
             )
 
     def __call__(self, x: Activations) -> Step:
-        """A step past each block that starts at the first stream x, dense and sliced alike."""
+        """A step past each block that starts at the first stream x, of both networks."""
         return partial(compensate_block, x.copied(), self)
 
 
@@ -96,7 +95,7 @@ class Regression:
 
     def add(self, inputs: Tensor, x: Tensor, h: Tensor) -> None:
         """A batch of tokens: the inputs [.., k], what the stream is and what it should be."""
-        z, x, h = (signals.flatten(0, -2).float() for signals in (inputs, x, h))
+        z, x, h = (part.flatten(0, -2).float() for part in (inputs, x, h))
         size = h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=_TINY)
         z, e = z / size, (h - x) / size
         add_gram(self._gram, z)
@@ -105,7 +104,7 @@ class Regression:
     def solve(self, ridge: float) -> Tensor:
         """D [k, d] in float64, so that z D comes near to what is missing; used up by it.
 
-        Raises RequestError for signals that are not finite, RunError where rounding makes the
+        Raises RequestError for activations that are not finite, RunError where rounding makes the
         system indefinite.
         """
         check_finite(self._gram, "the inputs of a map that writes the residual stream")
@@ -142,7 +141,7 @@ def compensate_block(
     writes = [block.layer.get_submodule(name) for name in block.block.writes]
     known = Q if compensation.shortcut else Q[:, :0]
     sizes = [known.shape[1], *(map_.in_features for map_ in writes)]
-    regression, z, dense = Regression(sizes, len(Q), x.device), x.beside(), iter(h)
+    regression, z, dense = Regression(sizes, len(Q), x.device), x.empty_store(), iter(h)
 
     def past(stream: Tensor) -> Tensor:
         cut = R.to(stream.dtype)

@@ -16,11 +16,11 @@ from dynslice.method.modeling_sliced import Family, subtracts_mean
 
 
 class Activations:
-    """Batches of signals [b, T, d]: on the device, then in host memory, then on disk.
+    """Batches of hidden states [b, T, d]: on the device, then in host memory, then on disk.
 
     Budgets are in bytes, None is no limit; a batch that fits into neither goes to a file in
     `folder`. Where the device is the CPU, its budget is that of the device, and there is no
-    host memory beside it. Iterating gives every batch on the device, one at a time.
+    other host memory. Iterating gives every batch on the device, one at a time.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class Activations:
         for batch in self._batches:
             yield self._fetch(batch)
 
-    def beside(self) -> "Activations":
+    def empty_store(self) -> "Activations":
         """An empty store that shares the budgets of this one."""
         other = Activations(self.device, folder=self._folder)
         other._room = self._room
         return other
 
     def copied(self) -> "Activations":
-        """The same batches in a store beside this one."""
-        other = self.beside()
+        """The same batches in a store that shares the budgets."""
+        other = self.empty_store()
         for batch in self:
             other.append(batch.clone())
         return other
@@ -104,7 +104,7 @@ class Activations:
 
     def _files(self) -> Path:
         if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(dir=self._folder, prefix=".signals-")
+            self._scratch = tempfile.TemporaryDirectory(dir=self._folder, prefix=".activations-")
         return Path(self._scratch.name)
 
     @staticmethod

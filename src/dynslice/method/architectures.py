@@ -3,11 +3,7 @@
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError, in_one_line
 from dynslice.method.modeling_sliced import (

@@ -53,7 +53,7 @@ def shuffled(plan: SlicePlan, seed: int) -> SlicePlan:
     """The widths of a plan in a random order of layers; the embedding keeps its own.
 
     The control of a schedule: equal widths, hence nearly equal stored parameters, handed out
-    without regard to the layer (by chance, or because widths are alike, some layers keep theirs).
+    without regard to the layer (by chance, or because widths are equal, some layers keep theirs).
     """
     order = np.random.default_rng(seed).permutation(plan.shape.layers)
     return replace(

@@ -28,7 +28,7 @@ def slicing_workspace(
     dtype: torch.dtype,
     compensated: bool = False,
 ) -> int:
-    """Bytes on the device at the peak of streamed slicing, signals and finished shards apart.
+    """Bytes on the device at the peak of streamed slicing, without activations and finished shards.
 
     The largest of its steps counts: rotating the embedding, running a block on a batch of windows,
     the covariance and its eigenvectors, the regression of a compensation, folding a map.
@@ -48,9 +48,9 @@ def slicing_workspace(
         # A stored table and the changed one; a part of them in float32.
         "tables": basis + 2 * shape.vocab_size * d * size + rows * (FLOAT32 + size),
         "block": weights + basis + d * d * size + layers_workspace(config, dtype, count * window),
-        # The covariance, beside a batch in float64.
+        # The covariance, and a batch in float64.
         "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
-        # The covariance, its eigenvectors in two orders, and what LAPACK needs beside them.
+        # The covariance, its eigenvectors in two orders, and what LAPACK needs besides.
         "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
         "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
     }
@@ -73,7 +73,7 @@ def largest_weight(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return max(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
-def signal_bytes(
+def activation_bytes(
     plan: SlicePlan, tokens: int, dtype: torch.dtype, compensated: bool = False
 ) -> int:
     """Bytes of the residual stream of all calibration tokens.
@@ -156,7 +156,7 @@ def decode_bytes(model: PreTrainedModel) -> int:
 
 
 def extra_memory(step: Callable, device: torch.device) -> int:
-    """Bytes of tensors that a call makes and holds at its peak, beside what was there before.
+    """Bytes of tensors that a call makes and holds at its peak, on top of what was there before.
 
     On a GPU by torch's allocator; elsewhere counted, since the resident set of a process hides
     what its allocator reuses. On the meta device it is what a call would take.

@@ -1,14 +1,14 @@
 """Sliced networks as transformers models, and the table of families.
 
-This file is self-contained on purpose: `save_pretrained` copies it beside the weights, so that
+This file is self-contained on purpose: `save_pretrained` copies it next to the weights, so that
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` works where dynslice is not
 installed. It therefore also holds the table of families: which parts of a decoder read the
 residual stream, which write it, and which norms stand between.
 
 A layer is one block after another, each x + f(norm(x)); the stream has a width of its own at the
 place before each block. With residual width d, a_i dimensions before attention and m_i before the
-MLP of layer i (SliceGPT section 3.3, docs/method.md; attention and MLP share w_i, and the MLP writes
-in the width of the next layer):
+MLP of layer i (SliceGPT section 3.3, docs/method.md; in a plan attention and MLP share w_i, and the
+MLP writes in the width of the next layer):
 
     tokens -> embedding [a_0] -> attention -> [m_0] -> MLP -> [a_1] -> ... -> [d] -> norm -> head
 
@@ -83,9 +83,7 @@ class Family:
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
 _ATTENTION = Branch(("self_attn",), _QKV, "self_attn.o_proj", attention=True)
-
 _MLP = Branch(("mlp",), ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 
 _LLAMA = Family(

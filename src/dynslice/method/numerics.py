@@ -14,10 +14,10 @@ from dynslice.core.tensors import check_finite
 def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
     """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
 
-    x: batches of signals [.., d]. Products, sum and decomposition in float64: products in float32
-    turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean diagonal
-    to the diagonal, which moves all eigenvalues alike and leaves the eigenvectors as they are,
-    so it is left out here. centred: the signals have no mean over d, and the direction of the
+    x: batches of hidden states [.., d]. Products, sum and decomposition in float64: products in
+    float32 turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean diagonal
+    to the diagonal, which moves all eigenvalues equally and leaves the eigenvectors as they are,
+    so it is left out here. centred: they have no mean over d, and the direction of the
     mean comes last, also where other directions are empty too.
     """
     covariance = doubles = None
@@ -40,7 +40,6 @@ def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
 
 
 ROWS = 16384  # of an embedding or a head that are changed at once
-
 CHECKED = 64  # rows of each map, and columns of each basis, that are computed again in float64
 
 

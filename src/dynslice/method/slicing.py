@@ -216,7 +216,7 @@ def _stored(
 def _embeddings(model, family: Family, Q: Tensor, audit: RoundingAudit, centred: Callable):
     """The rows that make up the first stream, in its basis."""
     for name in family.embeddings:
-        # No variable holds a table: it would be kept beside the head.
+        # No variable holds a table: it would be kept while the head is made.
         table = f"{name}.weight"
         yield table, audit.rotated(model.get_parameter(table), Q, centred)
 

@@ -1,7 +1,7 @@
 """Slicing a model that is never in memory as a whole: read layer by layer, written shard by shard.
 
-Only the current layer's weights, its workspace and the signals that fit are on the device; other
-signals are in host memory or on disk (`signals`). Weights come lazily from safetensors.
+Only the current layer's weights, its workspace and the activations that fit are on the device;
+others are in host memory or on disk (`activations`). Weights come lazily from safetensors.
 """
 
 import json
@@ -129,7 +129,7 @@ def _rooms(
     budget: Budget,
     compensated: bool,
 ) -> dict[str, int | None]:
-    """Bytes for signals on the device and in host memory, and of a shard, within a budget."""
+    """Bytes for activations on the device and in host memory, and of a shard, within a budget."""
     window, dtype = windows.shape[1], model.dtype
     workspace = slicing_workspace(model.config, plan, window, device, dtype, compensated)
     on_cpu = device.type == "cpu"
