@@ -15,10 +15,10 @@ def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
     """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
 
     x: batches of hidden states [.., d]. Products, sum and decomposition in float64: products in
-    float32 turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean diagonal
-    to the diagonal, which moves all eigenvalues equally and leaves the eigenvectors as they are,
-    so it is left out here. centred: they have no mean over d, and the direction of the
-    mean comes last, also where other directions are empty too.
+    float32 turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean
+    diagonal to the diagonal, which moves all eigenvalues equally and no eigenvector, so it is left
+    out here. centred: they have no mean over d, and the direction of the mean comes last, also
+    where other directions are empty too.
     """
     covariance = doubles = None
     for part in x:
