@@ -2,12 +2,17 @@
 
 import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from prose import paragraphs
 from safetensors import safe_open
 
-from dynslice.core import assets
+from dynslice.core import assets, paths
+from dynslice.evaluate import harness
 
 MODEL = ["--model", "embedded:tiny-random"]
 
@@ -283,3 +288,47 @@ def test_slice_streams_a_compensation(result, tmp_path):
     result(*asked, "--out", tmp_path / "whole")
     result(*asked, "--stream", "--out", tmp_path / "streamed")
     check_same_tensors(tmp_path / "whole", tmp_path / "streamed")
+
+
+HEAVY = ("torch", "transformers", "datasets", "lm_eval")
+
+
+def loads(command, output):
+    """Which of the libraries that take seconds a command loads, its notebooks left out."""
+    code = (
+        "import sys\n"
+        "from dynslice.cli import commands, reproduce\n"
+        "reproduce._execute = lambda *_: None\n"
+        f"assert commands.main({command!r}) == 0\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    environment = {**os.environ, "DYNSLICE_OUTPUT": str(output)}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stderr.splitlines()[-1]
+
+
+def test_what_is_there_already_costs_no_heavy_import(ask, tmp_path):
+    """Neither `assets fetch` nor a run of which every value has been measured."""
+    assert ask("assets", "fetch")[0] == 0
+    assert loads(["assets", "fetch"], tmp_path) == "[]"
+    shutil.copytree(paths.record("quick"), tmp_path / "data/results/quick")
+    for extra in ([], ["--from-record"]):
+        assert loads(["reproduce", "--profile", "quick", *extra], tmp_path) == "[]"
+
+
+def test_task_files_that_were_altered_are_written_anew(result, tmp_path, monkeypatch):
+    for module in (harness, paths):
+        monkeypatch.setattr(module, "TASK_FILES", tmp_path / "tasks")
+    result("assets", "fetch")
+    path = tmp_path / "tasks" / "piqa.yaml"
+    before = path.read_text()
+    path.write_text("task: piqa\n")
+    result("assets", "fetch")
+    assert path.read_text() == before
+    (path.parent / "made-by").write_text("another version")
+    path.unlink()
+    result("assets", "fetch")
+    assert path.read_text() == before

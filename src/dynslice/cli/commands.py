@@ -10,6 +10,8 @@ import time
 import traceback
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 from dynslice.cli.common import (
     check_output,
@@ -23,7 +25,7 @@ from dynslice.cli.common import (
 from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
-from dynslice.core import interrupt
+from dynslice.core import assets, files, interrupt, paths
 from dynslice.core.errors import RequestError, RunError, in_one_line, without_secrets
 from dynslice.core.paths import shown_path
 
@@ -62,14 +64,13 @@ def _say(status: int, sentence: str) -> int:
 
 def assets_command(options) -> tuple[dict, list[str]]:
     """fetch, verify or list the embedded assets."""
-    from dynslice.core import assets
-    from dynslice.evaluate import harness
-    from dynslice.inputs import models
-
     if options.action == "fetch":
         fetched = assets.fetch()
-        models.resolve("embedded:smollm2-135m")
-        tasks = harness.write_task_files()
+        if not files.is_sound(paths.embedded_model("smollm2-135m")):
+            from dynslice.inputs import models
+
+            models.resolve("embedded:smollm2-135m")
+        tasks = _task_files()
         lines = [f"fetched {', '.join(fetched)}" if fetched else "all assets are there already"]
         lines.append(f"task files for lm-eval's --include_path: {shown_path(tasks)}")
         return {"fetched": fetched, "task_files": str(tasks)}, lines
@@ -94,6 +95,25 @@ def assets_command(options) -> tuple[dict, list[str]]:
         for name, row in rows.items()
     ]
     return {"assets": rows}, lines
+
+
+def _task_files() -> Path:
+    """The folder of task files, written anew unless they are sound and of this version.
+
+    What decides that does not load lm-eval, which would cost each start many seconds.
+    """
+    ours = [paths.PACKAGE / "evaluate" / name for name in ("harness.py", "task_table.py")]
+    facts = [metadata.version("lm-eval"), find_spec("lm_eval").origin, str(paths.TASK_FILES)]
+    facts += [files.sha256(path) for path in (*ours, paths.ASSET_MANIFEST)]
+    folder, made_by = paths.TASK_FILES, "\n".join(facts)
+    stamp = folder / "made-by"
+    if not (files.is_sound(folder) and stamp.read_text(encoding="utf-8") == made_by):
+        from dynslice.evaluate import harness
+
+        folder = harness.write_task_files()
+        files.write(folder / stamp.name, made_by)
+        files.seal(folder)
+    return folder
 
 
 def lr_command(options) -> tuple[dict, list[str]]:

@@ -151,7 +151,8 @@ def sha256(path: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Write the SHA-256 of each file of a folder next to them."""
-    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    sealed = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != CHECKSUMS]
+    sums = {path.name: sha256(path) for path in sealed}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,13 +8,17 @@ installed without one.
 import os
 from pathlib import Path
 
-_CHECKOUT = Path(__file__).resolve().parents[3]
+PACKAGE = Path(__file__).resolve().parents[1]
+
+_CHECKOUT = PACKAGE.parents[1]
 
 ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
 
 CACHE = Path(os.environ.get("DYNSLICE_CACHE", ROOT / "data" / "cache")).resolve()
 
 OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT", ROOT)).resolve()
+
+TASK_FILES = CACHE / "lm_eval_tasks"
 
 ASSET_MANIFEST = ROOT / "data" / "assets.json"
 
@@ -24,7 +28,7 @@ BENCH = ROOT / "data" / "bench"
 
 NOTEBOOKS = ROOT / "notebooks"
 
-PROFILES = Path(__file__).parents[1] / "profiles"
+PROFILES = PACKAGE / "profiles"
 
 
 def results(profile: str) -> Path:
@@ -47,5 +51,11 @@ def rendered(profile: str) -> Path:
     return OUTPUT / "notebooks" / "rendered" / profile
 
 
+def embedded_model(name: str) -> Path:
+    """Where an embedded model is kept once it has been made."""
+    return CACHE / "models" / name
+
+
 def shown_path(path: Path) -> str:
+    """A path as a reader of messages wants it: from here."""
     return os.path.relpath(path)

