@@ -1,6 +1,7 @@
 """The packages stand on floors, and imports run downwards only (docs/architecture.md)."""
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def test_a_module_is_one_idea_and_a_function_a_screen(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 <= LONGEST_FUNCTION, node.name
+
+
+def test_the_map_names_every_module():
+    map_ = (paths.ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    parts = dict(part.split("\n", 1) for part in map_.split("\n## ")[1:])
+    for package in FLOOR:
+        named = set(re.findall(r"`(\w+)`", parts[package]))
+        modules = {path.stem for path in (SOURCE / package).glob("[a-z]*.py")}
+        assert modules <= named, modules - named
 
 
 def test_packages_load_nothing_by_themselves():

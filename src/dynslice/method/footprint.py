@@ -1,4 +1,4 @@
-"""How much memory slicing takes, predicted from the shape of a model."""
+"""Memory, bytes and operations of slicing and of a network, counted without weights."""
 
 import math
 import weakref

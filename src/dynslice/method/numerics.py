@@ -1,4 +1,4 @@
-"""How exact the rotated maps of a slice are: measured against float64, and bounded."""
+"""Bases in float64, and how exact the rotated maps of a slice are: measured and bounded."""
 
 import math
 from collections.abc import Callable, Iterable

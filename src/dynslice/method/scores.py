@@ -1,4 +1,4 @@
-"""Scores as numbers: redundancy of layers between least and most, and losses by place.
+"""Scores as numbers: LR by layer, normalised, and losses by place.
 
 Apart from `redundancy` and `sensitivity`, which measure them, so that a report needs no torch.
 """
