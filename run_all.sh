@@ -15,7 +15,7 @@ started=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'run_all.sh: %s\n' "$*" >&2; exit 1; }
 
-# What takes long in the set-up is a process group beside this shell, which hears signals at once.
+# What takes long in the set-up is a process group of its own; this shell hears signals at once.
 stopped() {
     trap '' INT TERM
     kill -KILL -- -"$!" 2>/dev/null || true # whatever it leaves, the next run clears away
@@ -109,7 +109,17 @@ echo "set-up took $((SECONDS - started)) s"
 if [ "${1:-}" = "--test" ]; then
     shift
     say "3/3 tests"
-    exec "$python" -m pytest "$@"
+    began=$SECONDS
+    # Signals go on to pytest and what it started; how that ends is how this ends.
+    for signal in INT TERM; do
+        trap 'kill -'"$signal"' -- -"$!" 2>/dev/null || true' "$signal"
+    done
+    interruptible "$python" -m pytest "$@" && status=0 || status=$?
+    while kill -0 "$!" 2>/dev/null; do # a signal ended the waiting, not yet the tests
+        wait $! && status=0 || status=$?
+    done
+    echo "the tests took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
+    exit "$status"
 fi
 say "3/3 measurements, notebooks, figures"
 exec "$python" -m dynslice reproduce "$@"

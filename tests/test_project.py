@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -158,10 +159,49 @@ def test_a_step_that_fails_on_a_gpu_is_named_and_keeps_no_other_from_running(on_
     assert asked[-1].endswith("--profile full --device cuda")
 
 
+@pytest.fixture
+def tested(tmp_path):
+    """Start `./run_all.sh --test` with a `python` that runs a line of shell in place of pytest."""
+
+    def start(line):
+        (tmp_path / "python").write_text(
+            f'#!/usr/bin/env bash\ncase "$*" in *pytest*) {line} ;; esac\n'
+        )
+        (tmp_path / "python").chmod(0o755)
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            [paths.ROOT / "run_all.sh", "--test"],
+            env={**os.environ, "PATH": path, "VIRTUAL_ENV": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_tests_of_run_all_end_with_their_time_and_status(status, tested):
+    running = tested(f"exit {status}")
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == status
+    assert re.fullmatch(r"the tests took 0 min \d+ s", said.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 2), ("SIGTERM", 143)])
+def test_a_signal_to_run_all_reaches_its_tests(name, status, tested):
+    """Those decide how it ends, as pytest does with SIGINT."""
+    running = tested("trap 'exit 2' INT; echo ready; while :; do sleep 0.1; done")
+    assert any(line == "ready\n" for line in running.stdout)
+    running.send_signal(getattr(signal, name))
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == status
+    assert "the tests took 0 min" in said
+
+
 def test_every_message_that_the_readme_explains_is_one_that_the_code_says():
     readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("## If something goes wrong")[1].split("\n\n")[2]
-    sources = [*(paths.ROOT / "src/dynslice").glob("*.py"), paths.ROOT / "run_all.sh"]
+    sources = [*(paths.ROOT / "src/dynslice").rglob("*.py"), paths.ROOT / "run_all.sh"]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # sentences that are written in pieces
     cells = [line.split("|")[1] for line in table.splitlines()[2:]]
