@@ -12,7 +12,7 @@ from dynslice.core.errors import RunError
 from dynslice.experiment.profile import load
 from dynslice.experiment.store import Request, Result, Store
 from dynslice.experiment.study import Study
-from dynslice.report import ablations, claims, pages, perplexity, statistics
+from dynslice.report import ablations, claims, pages, perplexity, single_layer, statistics
 from dynslice.report import tasks as task_report
 
 RNG = np.random.default_rng(4)
@@ -177,11 +177,13 @@ def test_verdicts_are_those_of_the_chosen_network(invented, shift, noise, verdic
     verdicts = rows.groupby("measured on")["verdict on this model"].unique()
     assert verdicts["wikipedia"].tolist() == [verdict]
     assert verdicts["sotu"].tolist() == ["supported in direction, not in size"]  # untouched
-    prose = claims.claims_prose(invented)
-    assert "on wikipedia: dynamic slicing" in prose
-    assert f"**{verdict}** on embedded:tiny-random" in prose
-    word = {"not supported": "Does not hold" if shift > 0 else "Not shown"}.get(verdict)
-    assert word is None or f"**{word}**: lower perplexity" in claims.findings(invented)
+    word = {
+        "supported": "Holds",
+        "supported in direction, not in size": "Supported in direction, not in size",
+        "not supported": "Does not hold" if shift > 0 else "Not shown",
+    }[verdict]
+    said = claims.findings(invented).splitlines()
+    assert any(f"**{word}**: lower perplexity" in line and "wikipedia" in line for line in said)
 
 
 def test_points_and_ratio_are_both_said_where_they_disagree(invented):
@@ -281,12 +283,13 @@ def test_an_accuracy_of_zero_has_no_ratio(invented):
         for task in TASKS:
             request = invented.task_request(point, task)
             alter(invented, request, lambda value: {**value, "correct": [0] * ITEMS})
-    spoken = claims.claims_prose(invented)
-    assert "+0.0 points [+0.0, +0.0]: **not supported**" in spoken
-    assert "as a ratio" not in spoken
+    table = claims.claims_table(invented)
+    rows = table[table["claim"].str.startswith("Dynamic slicing performs")]
+    assert set(rows["measured"]) == {"+0.0 points [+0.0, +0.0]"}
+    assert set(rows["verdict on this model"]) == {"not supported"}
 
 
-def test_tasks_weigh_alike_whatever_their_items(invented):
+def test_tasks_weigh_the_same_whatever_their_items(invented):
     a, b = invented.task_points()[:2]
     for task, count, right in (("piqa", 30, 1), ("arc_easy", 10, 0)):
         for point, correct in ((a, right), (b, 0)):
@@ -294,7 +297,7 @@ def test_tasks_weigh_alike_whatever_their_items(invented):
             request = invented.task_request(point, task)
             alter(invented, request, lambda v, m=made: {**v, **m})
     change = statistics.accuracy_change(invented, a, b, ["piqa", "arc_easy"])
-    assert change.estimate == pytest.approx(50)  # 75 if items weighed alike
+    assert change.estimate == pytest.approx(50)  # 75 if items weighed the same
     assert statistics.accuracy(invented, a, ["piqa", "arc_easy"]) == pytest.approx(50)
 
 
@@ -305,10 +308,10 @@ def test_results_of_other_items_are_not_paired(invented):
         statistics.accuracy_change(invented, a, b, ["piqa"])
 
 
-def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
-    table = ablations.sensitivity_table(invented)
-    assert ablations.rank_correlation(table).estimate == pytest.approx(-1)
-    assert "LR predicts what hurts" in ablations.sensitivity_prose(table, invented)
+def test_cutting_single_layers_tells_whether_lr_predicts_the_loss(invented):
+    table = single_layer.table(invented)
+    assert single_layer.rank_correlation(table).estimate == pytest.approx(-1)
+    assert "LR predicts what hurts" in single_layer.prose(table, invented)
 
     def turned(value):
         return {
@@ -319,10 +322,8 @@ def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
             ],
         }
 
-    alter(invented, invented.sensitivity_request(), turned)
-    assert "wrong way round" in ablations.sensitivity_prose(
-        ablations.sensitivity_table(invented), invented
-    )
+    alter(invented, invented.ablation.sensitivity_request(), turned)
+    assert "wrong way round" in single_layer.prose(single_layer.table(invented), invented)
 
 
 @pytest.mark.parametrize(
@@ -334,26 +335,26 @@ def test_sensitivity_tells_whether_lr_predicts_the_loss(invented):
     ],
 )
 def test_shuffles_are_compared_with_the_order_by_lr(invented, shift, says):
-    for ablation in invented.ablations():
+    for ablation in invented.ablation.variants():
         if ablation.question == "shuffled":
             alter(invented, invented.perplexity_request(ablation.point, "sotu"), shift_nll(shift))
     table = ablations.shuffle_table(invented)
     assert table["against LR order (%)"].iloc[1:3].mean() == pytest.approx(100 * np.expm1(shift))
     assert says in ablations.shuffle_prose(table)
-    assert "All layers alike with the embedding whole" in ablations.shuffle_prose(table)
+    assert "One width for all layers, with the embedding whole" in ablations.shuffle_prose(table)
 
 
 def test_a_size_outside_the_curve_is_compared_with_the_nearest_constant(invented):
-    embedding = next(a.point for a in invented.ablations() if a.question == "embedding")
+    embedding = next(a.point for a in invented.ablation.variants() if a.question == "embedding")
     alter(invented, invented.slice_request(embedding), lambda v: {**v, "parameters": 10**6})
     rows = ablations.ablation_table(invented)
-    prose = ablations.ablation_prose(rows, "embedding")
-    assert "outside the constant curve, against the nearest constant network, of 140.0 M" in prose
+    phrase = ablations.curve_phrase(rows[rows["network"] == embedding.label].iloc[0])
+    assert "outside the constant curve, against the nearest constant network, of 140.0 M" in phrase
 
 
 def test_a_sign_that_depends_on_the_calibration_is_said(invented):
     assert "the same in all" in ablations.seed_prose(ablations.seed_table(invented))
-    first = next(a for a in invented.ablations() if a.question == "calibration seed")
+    first = next(a for a in invented.ablation.variants() if a.question == "calibration seed")
     alter(invented, invented.perplexity_request(first.point, "sotu"), shift_nll(0.2))
     assert "sign depends" in ablations.seed_prose(ablations.seed_table(invented))
 
@@ -363,7 +364,7 @@ def test_every_page_and_figure_comes_from_these_results(invented):
     perplexity.sweep_figure(comparison)
     task_report.accuracy_figure(task_report.task_table(invented))
     ablations.lr_figure(ablations.lr_table(invented))
-    ablations.sensitivity_figure(ablations.sensitivity_table(invented))
+    single_layer.figure(single_layer.table(invented))
     ablations.shuffle_figure(ablations.shuffle_table(invented))
     deviations = pages.deviations_block(invented)
     assert "nan" not in deviations
@@ -391,14 +392,13 @@ def test_generation_tasks_have_a_row_and_no_part_in_averages(others, tmp_path):
     assert shown["margin"].isna().all()
     assert ("average" in set(rows["task"])) == bool(others)
     assert task_report.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
-    assert set(task_report.task_comparison(study)["task"]) == (
-        {*others, "average"} if others else set()
-    )
+    compared = task_report.task_comparison(study)
+    assert set(compared.get("task", [])) == ({*others, "average"} if others else set())
     task_report.accuracy_figure(rows)
-    assert "nan" not in claims.claims_prose(study) + claims.levels(study)
+    assert "nan" not in claims.claims_table(study).to_markdown() + claims.findings(study)
     if others:
         without = Invented(load("smoke", SETTINGS), Store(tmp_path / "without"), "cpu", True).fill()
-        assert claims.levels(study) == claims.levels(without)
+        assert claims.findings(study) == claims.findings(without)
         old = task_report.task_table(without)
         new = rows[~rows["task"].str.startswith("gsm8k")].reset_index(drop=True)
         pd.testing.assert_frame_equal(new, old, check_dtype=False)
@@ -406,7 +406,7 @@ def test_generation_tasks_have_a_row_and_no_part_in_averages(others, tmp_path):
 
 def test_requests_of_the_ablations_differ_in_what_they_vary(invented):
     """No two variants ask for the same network, and each differs from its reference."""
-    networks = [a.point.network for a in invented.ablations()]
-    networks += [point.network for point in invented.ablated()]
+    networks = [a.point.network for a in invented.ablation.variants()]
+    networks += [point.network for point in invented.ablation.ablated()]
     keys = {Request("network", network).key for network in networks}
     assert len(keys) == len(networks)

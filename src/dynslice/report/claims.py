@@ -1,14 +1,12 @@
-"""What the results say of the paper: verdicts by rule, deviations, and the README's sentences."""
+"""Notebook 06: verdicts on the paper's claims by rule, and what a record says of its idea."""
 
 from dataclasses import dataclass
 
 import pandas as pd
 
 from dynslice.core import paths
-from dynslice.experiment.profile import percent
-from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
-from dynslice.report import ablations, perplexity, statistics, tasks
+from dynslice.report import ablations, perplexity, single_layer, statistics
 from dynslice.report.statistics import BASES, Difference, Pair
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
@@ -20,7 +18,7 @@ ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hinds
 
 @dataclass(frozen=True)
 class Outcome:
-    """One claim, on one basis of comparison, beside what was measured of it.
+    """One claim, on one basis of comparison, with what was measured of it.
 
     change: from constant to dynamic slicing, None where nothing was measured; in percent of
     perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy
@@ -108,27 +106,6 @@ def claims_table(study: Study) -> pd.DataFrame:
     )
 
 
-def claims_prose(study: Study) -> str:
-    """The verdicts as sentences (Markdown), in words that follow from the numbers."""
-    lines = []
-    grouped: dict[str, list[Outcome]] = {}
-    for outcome in outcomes(study):
-        grouped.setdefault(outcome.claim, []).append(outcome)
-    for claim, group in grouped.items():
-        lines += [f"**{claim}** (published: {group[0].published:+.0f} %).", ""]
-        for o in group:
-            lines.append(
-                f"- At {o.basis}, on {o.measured_on}: dynamic slicing ({o.network}, {o.how}) "
-                f"differs from constant slicing by {o.measured}: **{o.verdict}** on "
-                f"{study.profile.model}."
-                if o.change
-                else f"- At {o.basis} this profile measures no such pair: **{NOT_TESTED}**."
-            )
-        lines += [f"- On {model}: **{NOT_TESTED}**." for model, ran in _tested(study) if not ran]
-        lines.append("")
-    return "\n".join(lines)
-
-
 Measured = tuple[str, str, str, Difference | None, Difference | None]
 
 
@@ -145,13 +122,15 @@ def _tested(study: Study) -> list[tuple[str, bool]]:
 def _perplexities(study: Study, basis: str) -> list[Measured]:
     found = []
     for text in study.profile.eval_texts:
-        pair, how = statistics.chosen(study, basis), ON_VALIDATION
-        if pair is None:
-            pair, how = statistics.best(study, basis, text), IN_HINDSIGHT
+        pair = statistics.chosen(study, basis) or statistics.best(study, basis, text)
         change = statistics.perplexity_change(study, *pair[:2], text) if pair else None
-        named = (pair[0].label, how) if pair else ("-", "-")
+        named = (pair[0].label, _how(study)) if pair else ("-", "-")
         found.append((text, *named, change, None))
     return found
+
+
+def _how(study: Study) -> str:
+    return IN_HINDSIGHT if study.profile.selection_windows is None else ON_VALIDATION
 
 
 def _accuracy(study: Study, basis: str) -> list[Measured]:
@@ -166,13 +145,10 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
         return -statistics.selection_change(study, *pair[:2]).estimate
 
     pair = max(pairs, key=gain)
-    how = ON_VALIDATION if study.profile.selection_windows else IN_HINDSIGHT
-    how = how if len(pairs) > 1 else "the only one with tasks"
+    how = _how(study) if len(pairs) > 1 else "the only one with tasks"
     change = statistics.accuracy_change(study, *pair[:2], tasks)
-    ratio, whole = None, statistics.accuracy(study, pair[1], tasks)
-    if whole:
-        ratio = Difference(*(100 / whole * x for x in (change.estimate, change.low, change.high)))
-    return [(on, pair[0].label, how, change, ratio)]
+    whole = statistics.accuracy(study, pair[1], tasks)
+    return [(on, pair[0].label, how, change, change.times(100 / whole) if whole else None)]
 
 
 # What we found
@@ -180,35 +156,24 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
 
 def findings(study: Study) -> str:
     """What a record says of the paper's idea: the claims, then what the ablations say of it."""
-    found = [_finding(outcome) for outcome in outcomes(study) if outcome.change]
-    none = (
+    found = [_finding(outcome) for outcome in outcomes(study) if outcome.change] or [
         f"**{NOT_TESTED.capitalize()}**: this profile compares no dynamic with a constant network."
-    )
-    lines = [
-        "**The claims, by rule**, each as the change from constant to dynamic slicing:",
-        "",
-        *(f"- {line}" for line in found or [none]),
-        "",
-        "**What else a reader should know:**",
-        "",
-        f"- {perplexity.size_prose(perplexity.perplexity_table(study))}",
-        *(f"- {_levels(study, text)}" for text in _foreign_texts(study)),
-        *(f"- {line}" for line in _ablation_findings(study)),
     ]
-    return "\n".join(lines)
-
-
-def _foreign_texts(study: Study) -> list[str]:
-    """Texts that nothing was calibrated on: how far a network is from dense says more there."""
-    return [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
-
-
-def levels(study: Study) -> str:
-    """Perplexities, accuracies and margins behind the findings (Markdown list)."""
-    comparison = tasks.task_comparison(study)
-    averages = comparison[comparison["task"] == "average"]
-    lines = [_levels(study, text) for text in study.profile.eval_texts]
-    return "\n".join(f"- {line}" for line in [*lines, *_accuracies(study), *_margins(averages)])
+    # On a text that nothing was calibrated on, how far a network is from dense says more.
+    foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
+    others = [perplexity.size_prose(perplexity.perplexity_table(study))]
+    others += [_levels(study, text) for text in foreign] + _ablation_findings(study)
+    return "\n".join(
+        [
+            "**The claims, by rule**, each as the change from constant to dynamic slicing:",
+            "",
+            *(f"- {line}" for line in found),
+            "",
+            "**What else a reader should know:**",
+            "",
+            *(f"- {line}" for line in others),
+        ]
+    )
 
 
 def _finding(outcome: Outcome) -> str:
@@ -226,53 +191,26 @@ def _finding(outcome: Outcome) -> str:
 
 def _levels(study: Study, text: str) -> str:
     """How far from the dense model the networks of the largest SP are on a text."""
-
-    def level(point: Point) -> str:
-        request = study.perplexity_request(point, text)
-        return f"{point.label}: {study.get(request).value['perplexity']:.1f}"
-
-    p = study.profile
-    largest = max(p.slice_percentages)
+    largest = max(study.profile.slice_percentages)
     shown = [
         point
         for point in study.points()
         if point.network is None
         or (point.slice_percentage == largest and point.schedule in ("constant", "dynamic"))
     ]
-    where = "of the calibration's kind" if text == p.calibration_text else "not calibrated on"
-    shown += [a.point for a in study.ablations() if a.question == "calibration text"]
-    return f"Perplexity on {text} ({where}): {'; '.join(map(level, shown))}."
-
-
-def _accuracies(study: Study) -> list[str]:
-    tasks = statistics.choice_tasks(study)
-    shown = [p for p in study.task_points() if tasks and p.schedule != "matched"]
-    levels = [f"{point.label}: {statistics.accuracy(study, point, tasks):.1f} %" for point in shown]
-    return [f"Average accuracy: {'; '.join(levels)}."] if levels else []
-
-
-def _margins(averages: pd.DataFrame) -> list[str]:
-    return [
-        f"Margin of the right choice, dynamic minus constant at {basis}, average of the tasks: "
-        + "; ".join(
-            f"SP {percent(row['SP'])} {row['margin (nats)']:+.3f} nats "
-            f"[{row['margin low']:+.3f}, {row['margin high']:+.3f}]"
-            for row in rows.to_dict("records")
-        )
-        + "."
-        for basis, rows in averages.groupby("against constant at", sort=False)
-    ]
+    shown += [a.point for a in study.ablation.variants() if a.question == "calibration text"]
+    levels = [f"{point.label}: {study.perplexity(point, text):.1f}" for point in shown]
+    return f"Perplexity on {text} (not calibrated on): {'; '.join(levels)}."
 
 
 def _ablation_findings(study: Study) -> list[str]:
-    if not study.ablations():
+    if not study.ablation.variants():
         return []
-    network = f"{study.ablated()[1].label}, {study.profile.eval_texts[0]}"
+    network = f"{study.ablation.ablated()[1].label}, {study.profile.eval_texts[0]}"
     return [
-        "Does LR predict what hurts? "
-        + ablations.sensitivity_prose(ablations.sensitivity_table(study), study),
+        "Does LR predict what hurts? " + single_layer.prose(single_layer.table(study), study),
         f"Does the order of the widths matter ({network})? "
         + ablations.shuffle_prose(ablations.shuffle_table(study)),
-        f"Does the draw of the calibration windows matter ({network}, against constant slicing at "
+        f"Does the sample of calibration windows matter ({network}, against constant slicing at "
         f"equal stored parameters)? {ablations.seed_prose(ablations.seed_table(study))}",
     ]

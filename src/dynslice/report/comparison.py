@@ -1,32 +1,40 @@
-"""Tables and figures of paired differences that several notebooks share."""
+"""Sentences and figures of paired differences that several notebooks share."""
 
 from itertools import cycle, product
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from dynslice.experiment.profile import percent
 from dynslice.report import statistics, style
-from dynslice.report.style import COLUMN_WIDTH, MARKERS
+from dynslice.report.style import MARKERS
 
-LEGEND_COLUMNS = 4
+BY = "against constant at"  # the column of the basis of a comparison
 
 
-def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
-    """What a table of paired differences says, per basis of comparison, as Markdown."""
+def columns(change: statistics.Difference, name: str) -> dict:
+    """A change from constant to dynamic slicing as cells of a row, and its direction in words."""
+    return {**statistics.columns(change, name), "dynamic is": change.direction}
+
+
+def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
+    """What a table of paired differences says, per basis of comparison, as Markdown.
+
+    Of a table with tasks, what it says of their average.
+    """
     if comparison.empty:
         return f"This profile compares no dynamic with a constant network by {quantity}."
+    if "task" in comparison:
+        comparison = comparison[comparison["task"] == "average"]
     lines = []
     unit = column.partition("(")[2].rstrip(")")
-    for basis, rows in comparison.groupby("against constant at", sort=False):
-        counts = rows["dynamic is"].value_counts()
+    for basis, rows in comparison.groupby(BY, sort=False):
         found = [
             f"no difference is shown in {count}"
             if word == "no difference shown"
             else f"{quantity} of dynamic slicing is {word} in {count}"
-            for word, count in counts.items()
+            for word, count in rows["dynamic is"].value_counts().items()
         ]
         low, high = (f"{x:+.1f}" for x in (rows[column].min(), rows[column].max()))
         changes = f"the change is {low}" if low == high else f"the changes are {low} to {high}"
@@ -37,43 +45,65 @@ def comparison_prose(comparison: pd.DataFrame, column: str, quantity: str) -> st
     return "\n".join(lines)
 
 
-def difference_figure(comparison: pd.DataFrame, column: str, label: str) -> plt.Figure:
+def figure(comparison: pd.DataFrame, column: str) -> plt.Figure:
     """Paired differences with their intervals, one panel per basis of comparison.
 
-    column: the difference, named `quantity (unit)`; label: the column that names the rows. An
-    average is a filled circle.
+    column: the difference, named `quantity (unit)`. An average over tasks is a filled circle.
     """
-    style.style()
     if comparison.empty:
         return style.nothing()
-    groups = list(comparison.groupby("against constant at", sort=False))
-    figure, axes = plt.subplots(
-        1,
-        len(groups),
-        figsize=(2 * COLUMN_WIDTH, 0.9 + 0.22 * len(groups[0][1])),
-        sharey=True,
-        sharex=True,
-        squeeze=False,
-    )
+    shares = "SP " + comparison["SP"].map(percent) + ", SB " + comparison["SB"].map(percent)
+    tasks = "task" in comparison
+    names = comparison["task"] + ", " + shares if tasks else shares + ", " + comparison["text"]
+    groups = list(comparison.assign(name=names).groupby(BY, sort=False))
+    height = 0.9 + 0.22 * len(groups[0][1])
+    drawn, axes = style.panels(1, len(groups), height, sharey=True, sharex=True, squeeze=False)
     for axis, (basis, rows) in zip(axes[0], groups, strict=True):
-        y = np.arange(len(rows))[::-1]
-        errors = [rows[column] - rows["low"], rows["high"] - rows[column]]
-        fill = ["k" if name.startswith("average") else "w" for name in rows[label]]
-        axis.errorbar(rows[column], y, xerr=errors, fmt="none", color="0.4", capsize=2, zorder=1)
-        axis.scatter(rows[column], y, c=fill, edgecolors="k", s=18, zorder=2)
-        axis.axvline(0, color="0.6", linewidth=1)
-        axis.set_yticks(y, rows[label])
-        axis.set_ylim(-0.5, len(rows) - 0.5)
+        averages = [name for name in rows["name"] if name.startswith("average")]
+        forest(axis, rows, column, "name", filled=averages)
         axis.set_title(f"against constant at {basis}")
         quantity, _, unit = column.rstrip(")").partition(" (")
         axis.set_xlabel(f"change of {quantity} ({unit})")
     if not comparison[[column, "low", "high"]].to_numpy(dtype=float).any():
         axes[0, 0].set_xlim(-1, 1)  # nothing but zeros gives no scale
-    figure.tight_layout()
-    return figure
+    return drawn
 
 
-# Parts
+# Parts of figures
+
+
+def forest(
+    axis: plt.Axes,
+    rows: pd.DataFrame,
+    column: str,
+    label: str,
+    by: str | None = None,
+    suffix: str = "",
+    filled: list[str] | None = None,
+) -> None:
+    """Differences with their intervals, a line for each name in the column `label`.
+
+    by: the column whose values stand side by side in a line. suffix: that of low and high.
+    filled: the names whose marks are full, all by default.
+    """
+    names = list(rows[label].unique())
+    lines = {name: len(names) - 1 - i for i, name in enumerate(names)}
+    groups = [("", rows)] if by is None else list(rows.groupby(by, sort=False))
+    colours = cycle(("k",) if by is None else ("C0", "C1", "C2", "C3"))
+    for i, ((text, group), marker, colour) in enumerate(
+        zip(groups, cycle("os^D"), colours, strict=False)
+    ):
+        y = group[label].map(lines) + 0.22 * ((len(groups) - 1) / 2 - i)
+        names_of = list(statistics.columns(None, column, suffix))
+        values, low, high = (group[name].astype(float) for name in names_of)
+        bars = {"color": "0.4" if by is None else colour, "linewidth": 1, "capsize": 2}
+        axis.errorbar(values, y, xerr=[values - low, high - values], fmt="none", zorder=1, **bars)
+        full = group[label].isin(names if filled is None else filled)
+        faces = [colour if f else "w" for f in full]
+        axis.scatter(values, y, 18, faces, marker=marker, edgecolors=colour, label=text, zorder=2)
+    style.zero_line(axis, vertical=True)
+    axis.set_yticks(list(lines.values()), names)
+    axis.set_ylim(-0.6, len(names) - 0.4)
 
 
 def constant_and_dynamic(
@@ -90,10 +120,3 @@ def constant_and_dynamic(
     for (colour, marker), (sb, rows) in zip(looks, dynamic, strict=False):
         label = f"dynamic, SB {percent(sb)}"
         style.points_with_intervals(axis, factor * rows[x], rows, y, marker, colour, label)
-
-
-def difference_columns(change: statistics.Difference | None, name: str) -> dict:
-    if change is None:
-        return dict.fromkeys((name, "low", "high", "dynamic is"))
-    values = (change.estimate, change.low, change.high, change.direction)
-    return dict(zip((name, "low", "high", "dynamic is"), values, strict=True))

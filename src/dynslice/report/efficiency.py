@@ -1,4 +1,4 @@
-"""What slicing costs and saves: tables and figures of notebook 05, from result files."""
+"""Notebook 05: what slicing costs and saves."""
 
 import json
 from statistics import median
@@ -17,43 +17,33 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STEPS = {"prefill": "prefill_flops", "decode": "decode_bytes"}  # and what bounds each
 
 # The benchmark of each machine: its file, and the command that measures it there.
+_LARGE = "dynslice bench --device cuda --shape {} --windows 128 --window 2048 --repeats 1"
 BENCHES = {
-    "SmolLM2-135M on a CPU": (
-        "smollm2-135m-cpu",
-        "dynslice bench --device cpu --repeats 5",
-    ),
+    "SmolLM2-135M on a CPU": ("smollm2-135m-cpu", "dynslice bench --device cpu --repeats 5"),
     "SmolLM2-135M on a GPU": (
         "smollm2-135m-cuda",
         "dynslice bench --device cuda --windows 128 --window 2048",
     ),
-    "the shape of Llama-3-8B on a GPU": (
-        "llama-3-8b-cuda",
-        "dynslice bench --device cuda --shape llama-3-8b --windows 128 --window 2048 --repeats 1",
-    ),
-    "the shape of Mistral-7B on a GPU": (
-        "mistral-7b-cuda",
-        "dynslice bench --device cuda --shape mistral-7b --windows 128 --window 2048 --repeats 1",
-    ),
+    "the shape of Llama-3-8B on a GPU": ("llama-3-8b-cuda", _LARGE.format("llama-3-8b")),
+    "the shape of Mistral-7B on a GPU": ("mistral-7b-cuda", _LARGE.format("mistral-7b")),
 }
 
 
 def size_table(study: Study) -> pd.DataFrame:
     """One row per network: what it stores, and how long slicing took."""
-    study.ensure(study.efficiency_requests())
+    study.ensure(study.design.efficiency_requests())
     rows = []
-    points = [*study.points(), *study.speed_points()]
+    points = [*study.points(), *study.design.speed_points()]
     for point in {point.label: point for point in points}.values():
-        result = study.get(study.slice_request(point))
-        stored = result.value["parameters"] * _BYTES[study.profile.dtype]
+        result, size = study.get(study.slice_request(point)), study.size(point)
         rows.append(
             {
                 "network": point.label,
                 "SP": point.slice_percentage,
                 "SB": point.slice_base,
-                "parameters (M)": result.value["parameters"] / 1e6,
-                "stored (MB)": stored / 1e6,
-                "against dense (%)": 100
-                * (result.value["parameters"] / result.value["parameters_dense"] - 1),
+                "parameters (M)": size / 1e6,
+                "stored (MB)": size * _BYTES[study.profile.dtype] / 1e6,
+                "against dense (%)": 100 * (size / result.value["parameters_dense"] - 1),
                 "slicing (s)": None if point.network is None else result.seconds,
             }
         )
@@ -61,16 +51,18 @@ def size_table(study: Study) -> pd.DataFrame:
 
 
 def time_prose(study: Study, table: pd.DataFrame) -> str:
-    """How long LR and slicing took, beside each other."""
+    """How long LR and slicing took."""
     p, lr = study.profile, study.get(study.lr_request())
     tokens = lr.value["windows"] * lr.value["window"]
-    slicing = table["slicing (s)"].dropna()
+    slicing, calibration = (
+        table["slicing (s)"].dropna(),
+        p.calibration_windows * p.calibration_window,
+    )
     return (
         f"LR took **{lr.seconds:.1f} s** for {tokens:,} window tokens ({tokens / lr.seconds:,.0f} "
         f"tokens/s), once for all dynamic networks. Slicing took **{slicing.median():.1f} s** "
         f"({slicing.min():.1f} to {slicing.max():.1f} s) a network for "
-        f"{p.calibration_windows * p.calibration_window:,} calibration tokens "
-        f"({p.calibration_windows * p.calibration_window / slicing.median():,.0f} tokens/s)."
+        f"{calibration:,} calibration tokens ({calibration / slicing.median():,.0f} tokens/s)."
     )
 
 
@@ -81,37 +73,44 @@ def speed_table(study: Study) -> pd.DataFrame:
     of which dense and sliced ran one after the other. What bounds prefill is the FLOP count,
     what bounds decoding at batch 1 the bytes of weights that are read.
     """
-    rows = []
-    for point in study.speed_points():
-        value = study.get(study.speed_request(point)).value
-        rows += [_speed_row(point, value, step) for step in _STEPS]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        _speed_row(point, study.get(study.design.speed_request(point)).value, step)
+        for point in study.design.speed_points()
+        for step in _STEPS
+    )
 
 
 def _speed_row(point: Point, value: dict, step: str) -> dict:
     dense, sliced = (np.array(value[f"{step}_seconds"][name]) for name in ("dense", "sliced"))
     counted = value[_STEPS[step]]["dense"] / value[_STEPS[step]]["sliced"]
-    gain = median(dense) / median(sliced)
-    peak = value["stored_bytes"]["sliced"] + value["prefill_extra_bytes"]["sliced"]
-    flops = value["prefill_flops"]["sliced"] / value["prefill_tokens"]
-    needs = {
-        "prefill": _flop(flops),
-        "decode": f"{value['decode_bytes']['sliced'] / 1e6:.0f} MB",
-    }
+    gain, tokens = median(dense) / median(sliced), value[f"{step}_tokens"]
+    prefill = step == "prefill"
     return {
         "network": point.label,
         "schedule": point.schedule,
         "step": step,
-        "needs per token": needs[step],
-        "dense (ms/token)": 1e3 * median(dense) / value[f"{step}_tokens"],
-        "sliced (ms/token)": 1e3 * median(sliced) / value[f"{step}_tokens"],
+        "needs per token": _flops(value, "sliced") if prefill else _read(value, "sliced"),
+        "dense (ms/token)": 1e3 * median(dense) / tokens,
+        "sliced (ms/token)": 1e3 * median(sliced) / tokens,
         "gain (x)": gain,
         "least (x)": min(dense / sliced),
         "most (x)": max(dense / sliced),
         "counted (x)": counted,
         "gain / counted": gain / counted,
-        "peak memory (MB)": peak / 1e6 if step == "prefill" else None,
+        "peak memory (MB)": _peak(value, "sliced") if prefill else None,
     }
+
+
+def _flops(value: dict, network: str) -> str:
+    return _flop(value["prefill_flops"][network] / value["prefill_tokens"])
+
+
+def _read(value: dict, network: str) -> str:
+    return f"{value['decode_bytes'][network] / 1e6:.0f} MB"
+
+
+def _peak(value: dict, network: str) -> float:
+    return (value["stored_bytes"][network] + value["prefill_extra_bytes"][network]) / 1e6
 
 
 def _flop(count: float) -> str:
@@ -121,21 +120,19 @@ def _flop(count: float) -> str:
 
 def dense_prose(study: Study) -> str:
     """The dense model's own figures, and what was run."""
-    if not study.speed_points():
+    if not study.design.speed_points():
         return (
             f"The profile `{study.profile.name}` times no network (`speed_slice_percentages` is "
             "empty); the rendered notebook of `quick` shows the measured speeds."
         )
-    p, point = study.profile, study.speed_points()[0]
-    value = study.get(study.speed_request(point)).value
-    flops = value["prefill_flops"]["dense"] / value["prefill_tokens"]
-    peak = value["stored_bytes"]["dense"] + value["prefill_extra_bytes"]["dense"]
+    p, point = study.profile, study.design.speed_points()[0]
+    value = study.get(study.design.speed_request(point)).value
     return (
         f"Prefill is one pass over {p.speed_windows} windows of {p.speed_window} tokens, decoding "
         f"generates {p.speed_new_tokens} tokens at batch 1; medians of {p.speed_repeats} repeats "
-        f"after one that is not timed. The dense model needs {_flop(flops)} a token of "
-        f"prefill, reads {value['decode_bytes']['dense'] / 1e6:.0f} MB for each decoded one, and "
-        f"holds {peak / 1e6:.0f} MB at the peak of prefill."
+        f"after one that is not timed. The dense model needs {_flops(value, 'dense')} a token of "
+        f"prefill, reads {_read(value, 'dense')} for each decoded one, and holds "
+        f"{_peak(value, 'dense'):.0f} MB at the peak of prefill."
     )
 
 
@@ -155,16 +152,15 @@ def speed_prose(table: pd.DataFrame) -> str:
 
 def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
     """How constant and dynamic networks of equal mean slice compare in work and in size."""
-    stored = sizes.set_index("network")[["SP", "parameters (M)"]]
-    both = speeds.join(stored, on="network") if len(speeds) else speeds
-    work, size = [], []
-    for _, rows in both.groupby(["SP", "step"]) if len(both) else []:
-        for _, dynamic in rows[rows["schedule"] == "dynamic"].iterrows():
-            constant = rows[rows["schedule"] == "constant"].iloc[0]
-            work.append(constant["counted (x)"] / dynamic["counted (x)"] - 1)
-            size.append(dynamic["parameters (M)"] / constant["parameters (M)"] - 1)
-    if not work:
+    if speeds.empty:
         return ""
+    both = speeds.merge(sizes[["network", "SP", "parameters (M)"]], on="network")
+    of = {schedule: both[both["schedule"] == schedule] for schedule in ("dynamic", "constant")}
+    pairs = of["dynamic"].merge(of["constant"], on=["SP", "step"], suffixes=("", ", constant"))
+    if pairs.empty:
+        return ""
+    work = pairs["counted (x), constant"] / pairs["counted (x)"] - 1
+    size = pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1
     return (
         f"At equal mean slice a dynamic network differs from the constant one by "
         f"{100 * min(work):+.1f} to {100 * max(work):+.1f} % in what it needs for a token "
@@ -175,11 +171,9 @@ def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
 
 def speed_figure(table: pd.DataFrame) -> plt.Figure:
     """Measured gain against the counted one; the band is 10 % to either side."""
-    style.style()
     if table.empty:
         return style.nothing()
-    figure, axes = plt.subplots(1, 2, figsize=(2 * style.COLUMN_WIDTH, 2.5), sharey=True)
-    looks = {"constant": ("o", "w"), "dynamic": ("^", "C1")}
+    figure, axes = style.panels(1, 2, sharey=True)
     names = {"prefill": "prefill, FLOP counted (x)", "decode": "decoding, bytes counted (x)"}
     for axis, (step, name) in zip(axes, names.items(), strict=True):
         rows = table[table["step"] == step]
@@ -187,25 +181,14 @@ def speed_figure(table: pd.DataFrame) -> plt.Figure:
         ends = ends + np.array([-0.02, 0.02])
         axis.plot(ends, ends, color="0.5", linestyle="--", linewidth=1, label="as counted")
         axis.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", linewidth=0)
-        for schedule, (marker, face) in looks.items():
-            here = rows[rows["schedule"] == schedule]
-            gain, x = here["gain (x)"], here["counted (x)"]
-            reach = [(gain - here["least (x)"]).clip(0), (here["most (x)"] - gain).clip(0)]
-            axis.errorbar(
-                x,
-                gain,
-                yerr=reach,
-                fmt=marker,
-                color="C0" if schedule == "constant" else "C1",
-                markerfacecolor=face,
-                capsize=2,
-                linewidth=1,
-                label=schedule,
+        for schedule, marker, colour in (("constant", "o", "C0"), ("dynamic", "^", "C1")):
+            here, reach = rows[rows["schedule"] == schedule], ("least (x)", "most (x)")
+            style.points_with_intervals(
+                axis, here["counted (x)"], here, "gain (x)", marker, colour, schedule, reach
             )
         axis.set(xlabel=name)
     axes[0].set(ylabel="measured gain over dense (x)")
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
+    axes[0].legend()
     return figure
 
 
@@ -217,19 +200,10 @@ def benches() -> dict[str, dict]:
 
 def bench_table(bench: dict) -> pd.DataFrame:
     """The rows of one benchmark."""
-    met = {None: "-", True: "yes", False: "no"}
-    return pd.DataFrame(
-        {
-            "step": row["step"],
-            "seconds": row["seconds"],
-            "rate": row["rate"],
-            "ratio": row["ratio"],
-            "limit": row["limit"] or "-",
-            "met": met[row["met"]],
-            "ratio is": row["yardstick"],
-        }
-        for row in bench["rows"]
-    )
+    table = pd.DataFrame(bench["rows"]).rename(columns={"yardstick": "ratio is"})
+    table["limit"] = table["limit"].replace("", "-")
+    table["met"] = [{None: "-", True: "yes", False: "no"}[row["met"]] for row in bench["rows"]]
+    return table[["step", "seconds", "rate", "ratio", "limit", "met", "ratio is"]]
 
 
 def bench_prose(name: str, bench: dict) -> str:
@@ -260,7 +234,6 @@ def unmeasured_prose() -> str:
 def bench_block(name: str = "SmolLM2-135M on a CPU") -> str:
     """What a benchmark ran on, and its rows that have a limit, for the README."""
     bench = benches()[name]
-    table = bench_table(bench)
-    table = table[table["met"] != "-"][["step", "ratio", "limit", "met", "ratio is"]]
-    rows = style.rounded(table).to_markdown(index=False, disable_numparse=True)
+    table = bench_table(bench).query("met != '-'")
+    rows = style.markdown(table[["step", "ratio", "limit", "met", "ratio is"]])
     return f"{bench_prose(name, bench)}\n\n{rows}\n\n{unmeasured_prose()}"

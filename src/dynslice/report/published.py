@@ -1,4 +1,4 @@
-"""Numbers that others published, beside those of a study; `data/published/README.md` says how."""
+"""Numbers that others published next to those of a study; see `data/published/README.md`."""
 
 import csv
 import re
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from math import isclose
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -25,12 +26,7 @@ GUIDE = "data/published/README.md"
 PERPLEXITY, ACCURACY = ("perplexity",), ("acc", "acc_norm")
 
 # The networks of a study that a published method names; any other method has none here.
-SCHEDULES = {
-    "dense": "dense",
-    "slicegpt": "constant",
-    "constant": "constant",
-    "dynamic": "dynamic",
-}
+SCHEDULES = {name: name for name in ("dense", "constant", "dynamic")} | {"slicegpt": "constant"}
 
 # A network of the study, what is compared of its settings (published, here), and its number.
 Ours = tuple[Point, dict[str, tuple], float | None]
@@ -92,7 +88,7 @@ def read() -> list[Cell]:
 
 
 def table(study: Study) -> pd.DataFrame:
-    """Published perplexities of the study's model, each beside what the study measured.
+    """Published perplexities of the study's model, each next to what the study measured.
 
     A row for each published number and each network and text of the study that it speaks of, or
     one row without a number of ours. `settings` is `equal`, or names what differs or is not
@@ -100,24 +96,24 @@ def table(study: Study) -> pd.DataFrame:
     """
 
     def ours(cell: Cell) -> Iterator[Ours]:
-        p = study.profile
+        p, split = study.profile, _text(cell.dataset)[1]
         texts = [text for text in p.eval_texts if _text(cell.dataset)[0] == _text(text)[0]]
         for point, text in product(_networks(cell, study.points()), texts):
-            split, count = split_for(text, p.eval_split) or _text(text)[1], p.eval_windows
+            here, count = split_for(text, p.eval_split) or _text(text)[1], p.eval_windows
             request = study.perplexity_request(point, text)
             chooses = text == p.eval_texts[0] and p.selection_windows is not None
-            if chooses and _text(cell.dataset)[1] == "validation":
-                split, count = "validation", p.selection_windows
+            if chooses and split == "validation":
+                here, count = "validation", p.selection_windows
                 request = study.selection_request(point)
             result = study.store.get(request)
             compared = {
-                "split": (_text(cell.dataset)[1], split),
+                "split": (split, here),
                 "windows": (cell.eval_windows, count or "all"),
                 "window": (cell.window, p.eval_window),
             }
             yield point, compared, result and result.value["perplexity"]
 
-    return _beside(study, PERPLEXITY, ours)
+    return _joined(study, PERPLEXITY, ours)
 
 
 def task_table(study: Study) -> pd.DataFrame:
@@ -130,16 +126,16 @@ def task_table(study: Study) -> pd.DataFrame:
             compared = {"items": (cell.eval_windows, _items(study, task))}
             yield point, compared, result and _accuracy(result.value, cell.metric)
 
-    return _beside(study, ACCURACY, ours)
+    return _joined(study, ACCURACY, ours)
 
 
-def page(beside: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXITY) -> str:
+def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXITY) -> str:
     """A table of published numbers with a sentence that says what it holds, as Markdown.
 
-    beside: what `table` made, or `task_table` with `metrics` ACCURACY.
+    found: what `table` made, or `task_table` with `metrics` ACCURACY.
     """
     what = "perplexity" if metrics == PERPLEXITY else "accuracy"
-    if beside.empty:
+    if found.empty:
         held = [cell for cell in read() if cell.metric in metrics]
         models = ", ".join(dict.fromkeys(cell.model for cell in held))
         rest = (
@@ -148,12 +144,11 @@ def page(beside: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXI
             else f"`data/published` holds none of any model; `{GUIDE}` says how to add some."
         )
         return f"No published {what} is for {study.profile.model}; {rest}"
-    joined = beside[beside["ours"].notna()]
+    joined = found[found["ours"].notna()]
     equal = int((joined["settings"] == "equal").sum())
-    text = style.rounded(beside).to_markdown(index=False, disable_numparse=True)
     return (
-        f"**{len(joined)} of {len(beside)}** rows have a number of ours beside the published "
-        f"{what}, {equal} of them with equal settings.\n\n{text}"
+        f"**{len(joined)} of {len(found)}** rows have a number of ours next to the published "
+        f"{what}, {equal} of them with equal settings.\n\n{style.markdown(found)}"
     )
 
 
@@ -213,7 +208,7 @@ def _cell(path: Path, line: int, row: dict[str | None, Any]) -> Cell:
 # Joining
 
 
-def _beside(
+def _joined(
     study: Study, metrics: tuple[str, ...], ours: Callable[[Cell], Iterator[Ours]]
 ) -> pd.DataFrame:
     rows = []
@@ -221,37 +216,29 @@ def _beside(
     for cell in read():
         if cell.metric in metrics and _is_any(model, [cell.model, *cell.relatives]):
             found = [
-                (value, "not measured here")
-                if value is None
-                else (value, _settings(cell, study, point, compared))
-                for point, compared, value in ours(cell)
+                (value, "not measured here" if value is None else _settings(cell, study, *of))
+                for *of, value in ours(cell)
             ]
             rows += [_row(cell, *pair) for pair in found or [(None, _absent(cell, study))]]
     names = ["method", "model", "SP", "SB", "dataset", "metric", "published", "stated settings"]
     return pd.DataFrame(rows, columns=[*names, "ours", "settings", "source"])
 
 
-def _row(cell: Cell, ours: float | None, settings: str) -> dict:
-    stated = {
-        "calibration": cell.calibration,
-        "calibration windows": cell.calibration_windows,
-        "calibration window": cell.calibration_window,
-        "windows" if cell.metric == "perplexity" else "items": cell.eval_windows,
-        "window": cell.window,
-    }
-    return {
-        "method": cell.method,
-        "model": cell.model,
-        "SP": cell.slice_percentage,
-        "SB": cell.slice_base,
-        "dataset": cell.dataset,
-        "metric": cell.metric,
-        "published": cell.value,
-        "stated settings": "; ".join(f"{k} {v}" for k, v in stated.items() if v is not None) or "-",
-        "ours": ours,
-        "settings": settings,
-        "source": cell.source,
-    }
+def _row(cell: Cell, ours: float | None, settings: str) -> tuple:
+    stated = [
+        f"{name} {value}"
+        for name, value in (
+            ("calibration", cell.calibration),
+            ("calibration windows", cell.calibration_windows),
+            ("calibration window", cell.calibration_window),
+            ("windows" if cell.metric == "perplexity" else "items", cell.eval_windows),
+            ("window", cell.window),
+        )
+        if value is not None
+    ]
+    network = (cell.method, cell.model, cell.slice_percentage, cell.slice_base)
+    number = (cell.dataset, cell.metric, cell.value, "; ".join(stated) or "-")
+    return *network, *number, ours, settings, cell.source
 
 
 def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]) -> str:
@@ -260,15 +247,12 @@ def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]
     if not _is_any(p.model, [cell.model]):
         compared = {"model": (cell.model, p.model), **compared}
     if point.schedule == "dynamic":
-        compared = {**compared, "SB": (cell.slice_base, point.slice_base)}
+        compared["SB"] = (cell.slice_base, point.slice_base)
     if point.network is not None:  # the dense model is calibrated on nothing
         text = cell.calibration and _text(cell.calibration)[0]
-        compared = {
-            **compared,
-            "calibration": (text, _text(p.calibration_text)[0]),
-            "calibration windows": (cell.calibration_windows, p.calibration_windows),
-            "calibration window": (cell.calibration_window, p.calibration_window),
-        }
+        compared["calibration"] = (text, _text(p.calibration_text)[0])
+        compared["calibration windows"] = (cell.calibration_windows, p.calibration_windows)
+        compared["calibration window"] = (cell.calibration_window, p.calibration_window)
     differing = [
         f"{name} {there}, here {here or 'not known'}"
         for name, (there, here) in compared.items()
@@ -281,11 +265,10 @@ def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]
 
 
 def _absent(cell: Cell, study: Study) -> str:
-    """Why no number of the study stands beside a published one."""
+    """Why the study has no number to compare with a published one."""
     points = study.points() if cell.metric == "perplexity" else study.task_points()
-    if not _networks(cell, points):
-        return "no such network here"
-    return f"{cell.dataset} is not read here"
+    named = bool(_networks(cell, points))
+    return f"{cell.dataset} is not read here" if named else "no such network here"
 
 
 def _networks(cell: Cell, points: list[Point]) -> list[Point]:
@@ -320,12 +303,11 @@ def _is_any(model: str, others: list[str]) -> bool:
 def _items(study: Study, task: str) -> int | str:
     """How many items, as lm-eval's `limit` counts them: the first of a task."""
     limit = study.profile.tasks[task]
-    drawn = limit is not None and study.profile.task_subset != "first"
-    return f"{limit} drawn" if drawn else limit or "all"
+    sampled = limit is not None and study.profile.task_subset != "first"
+    return f"{limit} drawn" if sampled else limit or "all"
 
 
 def _accuracy(value: dict, metric: str) -> float | None:
     """In percent; None where lm-eval defines no acc_norm."""
-    if metric == "acc_norm":
-        return None if value["acc_norm"] is None else 100 * value["acc_norm"]
-    return 100 * sum(value["correct"]) / len(value["correct"])
+    share = value["acc_norm"] if metric == "acc_norm" else fmean(value["correct"])
+    return None if share is None else 100 * share

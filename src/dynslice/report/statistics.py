@@ -1,6 +1,6 @@
 """Paired comparisons of networks: estimates with bootstrap intervals, and the choice of SB."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,25 @@ class Difference:
         """`+1.2 % [-0.3, +2.7]`."""
         return f"{self.estimate:+.1f} {unit} [{self.low:+.1f}, {self.high:+.1f}]"
 
+    def times(self, factor: float) -> "Difference":
+        """The same in another unit."""
+        return Difference(*(factor * x for x in (self.estimate, self.low, self.high)))
+
+    @classmethod
+    def of_row(cls, row: Mapping, name: str, suffix: str = "") -> "Difference":
+        """The difference that `columns` put into a row of a table."""
+        return cls(*(row[column] for column in _names(name, suffix)))
+
+
+def columns(change: Difference | None, name: str, suffix: str = "") -> dict[str, float | None]:
+    """A difference as cells of a row: `name`, low and high (with `suffix`); None for no change."""
+    numbers = (change.estimate, change.low, change.high) if change else (None,) * 3
+    return dict(zip(_names(name, suffix), numbers, strict=True))
+
+
+def _names(name: str, suffix: str) -> tuple[str, str, str]:
+    return name, *(f"{bound}, {suffix}" if suffix else bound for bound in ("low", "high"))
+
 
 def pairs(points: list[Point]) -> list[Pair]:
     """(dynamic, constant to compare with, basis of the comparison)."""
@@ -65,17 +84,24 @@ def pairs(points: list[Point]) -> list[Pair]:
 
 def perplexity_change(study: Study, a: Point, b: Point, text: str) -> Difference:
     """Perplexity of a relative to b in percent, paired by window."""
-    return _relative(*(nll(study, study.perplexity_request(p, text)) for p in (a, b)))
+    return relative_change(*(nll(study, study.perplexity_request(p, text)) for p in (a, b)))
 
 
 def selection_change(study: Study, a: Point, b: Point) -> Difference:
     """The same on the validation windows that choose SB."""
-    return _relative(*(nll(study, study.selection_request(p)) for p in (a, b)))
+    return relative_change(*(nll(study, study.selection_request(p)) for p in (a, b)))
 
 
 def nll(study: Study, request: Request) -> np.ndarray:
     """Mean negative log-likelihood of each window, in nats per token."""
     return np.array(study.get(request).value["nll"])
+
+
+def relative_change(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Perplexity of a relative to b in percent from NLL by window: exp(mean difference) - 1."""
+    difference = a - b
+    low, high = interval(difference)
+    return Difference(*(float(100 * np.expm1(x)) for x in (difference.mean(), low, high)))
 
 
 def curve_change(study: Study, point: Point, text: str) -> Difference | None:
@@ -85,35 +111,24 @@ def curve_change(study: Study, point: Point, text: str) -> Difference | None:
     constant networks of the study whose stored parameters lie around it. None where the size
     lies outside those of the constant networks.
     """
-    curve = {
-        study.get(study.slice_request(p)).value["parameters"]: p
-        for p in study.points()
-        if p.schedule in ("constant", "matched")
-    }
-    size = study.get(study.slice_request(point)).value["parameters"]
+    size, curve = study.size(point), {study.size(p): p for p in _constants(study)}
     sizes = sorted(curve)
     if not sizes or not sizes[0] <= size <= sizes[-1]:
         return None
     windows = [nll(study, study.perplexity_request(curve[s], text)) for s in sizes]
-    columns = np.transpose(windows)
-    constant = np.array([np.interp(size, sizes, column) for column in columns])
-    return _relative(nll(study, study.perplexity_request(point, text)), constant)
+    constant = np.array([np.interp(size, sizes, column) for column in np.transpose(windows)])
+    return relative_change(nll(study, study.perplexity_request(point, text)), constant)
 
 
 def nearest_constant(study: Study, point: Point) -> Point:
     """The constant network of the study whose stored parameters come nearest."""
-    size = study.get(study.slice_request(point)).value["parameters"]
-    constant = [p for p in study.points() if p.schedule in ("constant", "matched")]
-    return min(
-        constant, key=lambda p: abs(study.get(study.slice_request(p)).value["parameters"] - size)
-    )
+    return min(_constants(study), key=lambda p: abs(study.size(p) - study.size(point)))
 
 
 def chosen(study: Study, basis: str, slice_percentage: float | None = None) -> Pair | None:
     """The dynamic network, with its constant, that gains most on the validation windows.
 
-    Of all SB at one slice percentage, or of all networks. None where the profile has no
-    selection windows or no dynamic network.
+    At one slice percentage, or at all. None without selection windows or a dynamic network.
     """
     if study.profile.selection_windows is None:
         return None
@@ -143,8 +158,7 @@ def choice_tasks(study: Study) -> list[str]:
 
 def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
     """Accuracy of a minus b in points, the mean over tasks, resampling items within each task."""
-    change = _task_change(study, a, b, tasks, "correct")
-    return Difference(*(100 * x for x in (change.estimate, change.low, change.high)))
+    return _task_change(study, a, b, tasks, "correct").times(100)
 
 
 def accuracy(study: Study, point: Point, tasks: list[str]) -> float:
@@ -154,7 +168,7 @@ def accuracy(study: Study, point: Point, tasks: list[str]) -> float:
 
 
 def margin_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
-    """Mean log-likelihood margin of the right choice, a minus b in nats; likewise paired.
+    """Mean log-likelihood margin of the right choice, a minus b in nats, paired by item.
 
     The margin of an item is the log-likelihood of its right choice minus that of the best wrong
     one. It moves before an answer changes.
@@ -207,13 +221,6 @@ def bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, paired: bool
     ).confidence_interval
 
 
-def _relative(a: np.ndarray, b: np.ndarray) -> Difference:
-    """exp(mean difference of NLL) - 1 in percent."""
-    difference = a - b
-    low, high = interval(difference)
-    return Difference(*(float(100 * np.expm1(x)) for x in (difference.mean(), low, high)))
-
-
 def _task_change(study: Study, a: Point, b: Point, tasks: list[str], what: str) -> Difference:
     differences = [np.subtract(*_items(study, a, b, task, what)) for task in tasks]
     low, high = interval(*differences)
@@ -225,6 +232,10 @@ def _items(study: Study, a: Point, b: Point, task: str, what: str) -> list[np.nd
     if values[0].get("items") != values[1].get("items"):
         raise RunError(f"two results of task {task!r} are of different items; measure them anew")
     return [np.array(value[what]) for value in values]
+
+
+def _constants(study: Study) -> list[Point]:
+    return [point for point in study.points() if point.schedule in ("constant", "matched")]
 
 
 def _candidates(study: Study, basis: str, slice_percentage: float | None) -> list[Pair]:

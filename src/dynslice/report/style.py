@@ -1,6 +1,8 @@
 """How tables and figures look, and where they are written; nothing is measured here."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from dynslice.core import files, paths
 from dynslice.experiment.profile import percent
@@ -21,12 +24,22 @@ MARKERS = "D^vsP*<>"
 ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
 
 
-def style() -> None:
-    """One look for all figures: column width, readable in grey, fonts embedded as text."""
+NONE = "This profile asks for no such measurement."
+
+
+def panels(
+    rows: int = 1,
+    columns: int = 1,
+    height: float = 2.5,
+    width: float = 2 * COLUMN_WIDTH,
+    **grid: Any,
+) -> tuple[plt.Figure, Any]:
+    """An empty figure and its axes, in the one look of all; width and height in inches."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=0.8)
     plt.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 200, "axes.grid": True})
-    plt.rcParams.update({"grid.linewidth": 0.4, "axes.spines.top": False})
+    plt.rcParams.update({"grid.linewidth": 0.4, "axes.spines.top": False, "legend.frameon": False})
     plt.rcParams.update({"axes.spines.right": False, "figure.dpi": 120})
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
 
 
 def save_figure(figure: plt.Figure, study: Study, name: str) -> None:
@@ -69,27 +82,24 @@ def interval_note(table: pd.DataFrame) -> str:
 
 def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """The table as text: floats with so many decimals, shares as percentages, `-` for nothing."""
-    share_texts = dict.fromkeys(ASKED_SHARES, percent) | {"mean slice": lambda v: f"{100 * v:.3g}%"}
+    forms: dict[str, Callable] = dict.fromkeys(ASKED_SHARES, percent)
+    forms["mean slice"] = lambda share: f"{100 * share:.3g}%"
+    # Of a check, a ratio can be far below what decimals show.
+    forms["ratio"] = lambda r: f"{r:.1e}" if 0 < abs(r) < 0.01 else f"{r:.{digits}f}"
 
-    def text(value: object) -> object:
+    def text(value: object, form: Callable) -> object:
         if value is None or value != value:  # NaN
             return "-"
-        return f"{value:.{digits}f}" if isinstance(value, float) else value
+        return form(value) if isinstance(value, float) else value
 
-    if "ratio" in table:  # of a check, it can be far below what decimals show
-        tiny = [f"{r:.1e}" if _is_number(r) and 0 < abs(r) < 0.01 else r for r in table["ratio"]]
-        table = table.assign(ratio=tiny)
-
-    shares = {
-        name: table[name].map(_of_numbers(form))
-        for name, form in share_texts.items()
-        if name in table
-    }
-    return table.assign(**shares).map(text)
+    decimals = f"{{:.{digits}f}}".format
+    return table.apply(
+        lambda column: column.map(partial(text, form=forms.get(column.name, decimals)))
+    )
 
 
-def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
-    """What a notebook displays of a table: its text, or a sentence where it is empty."""
+def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = NONE) -> Any:
+    """What a notebook displays of a table: its text, or a sentence where it is empty, if any."""
     from IPython.display import Markdown
 
     if table.empty:
@@ -97,31 +107,51 @@ def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
     return rounded(table, digits)
 
 
+def markdown(table: pd.DataFrame, digits: int = 2) -> str:
+    """The text of a table without an index, as Markdown."""
+    return rounded(table, digits).to_markdown(index=False, disable_numparse=True)
+
+
 def points_with_intervals(
-    axis: plt.Axes, x: pd.Series, rows: pd.DataFrame, y: str, form: str, colour: str, label: str
+    axis: plt.Axes,
+    x: pd.Series,
+    rows: pd.DataFrame,
+    y: str,
+    form: str,
+    colour: str,
+    label: str,
+    bounds: tuple[str, str] = ("low", "high"),
 ) -> None:
-    """rows[y] at x, with bars from rows["low"] to rows["high"]; a line where `form` has one."""
+    """rows[y] at x, with bars between the columns `bounds`; a line where `form` has one."""
     order = np.argsort(x.to_numpy(), kind="stable")
-    rows = rows.iloc[order]
+    rows, x = rows.iloc[order], x.iloc[order]
+    reach = [(rows[y] - rows[bounds[0]]).clip(0), (rows[bounds[1]] - rows[y]).clip(0)]
+    look = {"color": colour, "markerfacecolor": "w" if "-" in form else colour, "markersize": 4}
     artist = axis.errorbar(
-        x.iloc[order],
-        rows[y],
-        yerr=[rows[y] - rows["low"], rows["high"] - rows[y]],
-        fmt=form,
-        color=colour,
-        markerfacecolor="w" if "-" in form else colour,
-        markersize=4,
-        linewidth=1,
-        capsize=2,
-        label=label,
+        x, rows[y], yerr=reach, fmt=form, linewidth=1, capsize=2, label=label, **look
     )
     for bar in artist[2]:
         bar.set_alpha(0.5)
 
 
+def lr_curves(axis: plt.Axes, table: pd.DataFrame) -> None:
+    """LR by layer, a curve per column."""
+    looks = zip(cycle(MARKERS), cycle(["-", "--", ":", "-.", "-"]), strict=False)
+    for name, (marker, line) in zip(table, looks, strict=False):
+        axis.plot(table.index, table[name], line, marker=marker, markersize=3, label=name)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="layer", ylabel="layer redundancy (cosine)")
+    axis.legend()
+
+
+def zero_line(axis: plt.Axes, vertical: bool = False) -> None:
+    """Where nothing changes."""
+    (axis.axvline if vertical else axis.axhline)(0, color="0.6", linewidth=1, zorder=1)
+
+
 def nothing() -> plt.Figure:
     """A small figure that says that the profile has nothing to show."""
-    figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 0.8))
+    figure, axis = panels(height=0.8, width=COLUMN_WIDTH)
     axis.axis("off")
     axis.text(0.5, 0.5, "nothing to compare in this profile", ha="center", va="center")
     return figure
@@ -148,7 +178,7 @@ def used_stand_ins(study: Study) -> dict[str, str]:
 
 def lm_eval_line(study: Study) -> str:
     """Which version of lm-eval scored the tasks."""
-    requests = [r for r in study.task_requests() if r.kind == "task"]
+    requests = [r for r in study.design.task_requests() if r.kind == "task"]
     versions = sorted({study.get(r).value["lm_eval_version"] for r in requests})
     return f"Scored by lm-eval {', '.join(versions)}." if versions else "No task was scored."
 
@@ -157,11 +187,3 @@ def _folder(study: Study) -> Path:
     folder = paths.figures(study.profile.name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _of_numbers(form: Callable[[float], str]) -> Callable[[object], object]:
-    return lambda value: form(value) if _is_number(value) else value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) and value == value  # NaN != NaN

@@ -4,55 +4,56 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from dynslice.evaluate.task_table import TASKS, TaskRow
+from dynslice.evaluate.task_table import TASKS
+from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
-from dynslice.report import statistics, style
-from dynslice.report.comparison import constant_and_dynamic, difference_columns
-from dynslice.report.style import COLUMN_WIDTH
-
-# Tasks
+from dynslice.report import comparison, statistics, style
+from dynslice.report.comparison import BY
 
 
 def task_table(study: Study) -> pd.DataFrame:
     """One row per network and task, then the average: accuracy with its interval, and margin.
 
-    Accuracies in percent; the margin in nats (see `compare.margin_change`). A generation task has
-    its main metric in percent in place of the accuracy, no margin, and no part in the average.
+    Accuracies in percent; the margin in nats (see `statistics.margin_change`). A generation task
+    has its main metric in percent in place of the accuracy, no margin, and no part in the average.
     """
-    study.ensure(study.task_requests())
+    study.ensure(study.design.task_requests())
     averaged = statistics.choice_tasks(study)
     groups = [[task] for task in study.profile.tasks] + ([averaged] if averaged else [])
-    rows = []
-    for point in study.task_points():
-        size = study.get(study.slice_request(point)).value["parameters"] / 1e6
-        for tasks in groups:
-            values = [study.get(study.task_request(point, task)).value for task in tasks]
-            metric = values[0].get("metric")
-            name = f"{tasks[0]} ({metric})" if metric else tasks[0]
-            scores = [value["score"] if metric else value["correct"] for value in values]
-            correct = [100 * np.array(score) for score in scores]
-            margins = [np.array(value["margin"]) for value in values if not metric]
-            low, high = statistics.interval(*correct)
-            normed = [value["acc_norm"] for value in values]
-            rows.append(
-                {
-                    "network": point.label,
-                    "schedule": point.schedule,
-                    "SP": point.slice_percentage,
-                    "SB": point.slice_base,
-                    "parameters (M)": size,
-                    "task": "average" if tasks is averaged else name,
-                    "items": sum(map(len, correct)),
-                    "accuracy": np.mean([c.mean() for c in correct]),
-                    "low": low,
-                    "high": high,
-                    "acc_norm": 100 * np.mean(normed) if None not in normed else None,
-                    "margin": np.mean([m.mean() for m in margins]) if margins else None,
-                }
-            )
-            margin_low, margin_high = statistics.interval(*margins) if margins else (None, None)
-            rows[-1] |= {"margin low": margin_low, "margin high": margin_high}
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {
+            "network": point.label,
+            "schedule": point.schedule,
+            "SP": point.slice_percentage,
+            "SB": point.slice_base,
+            "parameters (M)": study.size(point) / 1e6,
+            **_scores(study, point, tasks, "average" if tasks is averaged else tasks[0]),
+        }
+        for point in study.task_points()
+        for tasks in groups
+    )
+
+
+def _scores(study: Study, point: Point, tasks: list[str], name: str) -> dict:
+    """Accuracy and margin of a network on a task, or on average."""
+    values = [study.get(study.task_request(point, task)).value for task in tasks]
+    metric = values[0].get("metric")
+    correct = [100 * np.array(value["score" if metric else "correct"]) for value in values]
+    margins = [np.array(value["margin"]) for value in values if not metric]
+    low, high = statistics.interval(*correct)
+    margin_low, margin_high = statistics.interval(*margins) if margins else (None, None)
+    normed = [value["acc_norm"] for value in values]
+    return {
+        "task": f"{name} ({metric})" if metric else name,
+        "items": sum(map(len, correct)),
+        "accuracy": np.mean([c.mean() for c in correct]),
+        "low": low,
+        "high": high,
+        "acc_norm": 100 * np.mean(normed) if None not in normed else None,
+        "margin": np.mean([m.mean() for m in margins]) if margins else None,
+        "margin low": margin_low,
+        "margin high": margin_high,
+    }
 
 
 def task_prose(study: Study) -> str:
@@ -61,31 +62,23 @@ def task_prose(study: Study) -> str:
     if not tasks:
         return "This profile runs no tasks."
     guess: dict[int, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for row in tasks.values():
+        splits.setdefault(row.split, []).append(row.title)
         if row.choices:
             guess.setdefault(row.choices, []).append(row.title)
+    sources = [f"the {split} split for {_listed(names)}" for split, names in splits.items()]
     chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in guess.items()]
     arc = "; lm-eval's own ARC uses the test split, so ARC scores are not those of a leaderboard"
-    generated = ", or the metric that stands beside a task" * any(r.metric for r in tasks.values())
+    generated = ", or the metric that stands next to a task" * any(r.metric for r in tasks.values())
     return (
         f"In percent (`acc` of lm-eval{generated}), with the bootstrap interval over items. "
-        f"{_splits_of(tasks)}{arc * any(row.title == 'ARC' for row in tasks.values())}."
+        f"The items come from {_listed(sources)}"
+        f"{arc * any(row.title == 'ARC' for row in tasks.values())}."
     ) + (
         f" Guessing gives {_listed(chances)}: a score near that says that the network no longer "
         "knows the task."
     ) * bool(chances)
-
-
-def _splits_of(tasks: dict[str, TaskRow]) -> str:
-    """Where the items of the tasks come from; a sentence without its full stop."""
-    tested = [row.title for row in tasks.values() if row.split == "test"]
-    if not tested:
-        return "The items come from the validation splits"
-    if len(tested) == len(tasks):
-        return "The items come from the test splits"
-    return (
-        f"The items come from the validation splits, and for {_listed(tested)} from the test split"
-    )
 
 
 def _listed(names: list[str]) -> str:
@@ -107,48 +100,42 @@ def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
 
 def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
     """Average accuracy, and average margin of the right choice, against stored parameters."""
-    style.style()
     here = table if table.empty else table[table["task"] == "average"]
     if here.empty:
         return style.nothing()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(2 * COLUMN_WIDTH, 2.5))
+    figure, (left, right) = style.panels(1, 2)
     x = "parameters (M)"
-    constant_and_dynamic(left, here, x, "accuracy")
-    margins = here.drop(columns=["low", "high"])
-    margins = margins.rename(columns={"margin low": "low", "margin high": "high"})
-    constant_and_dynamic(right, margins, x, "margin")
+    comparison.constant_and_dynamic(left, here, x, "accuracy")
+    margins = here.assign(low=here["margin low"], high=here["margin high"])
+    comparison.constant_and_dynamic(right, margins, x, "margin")
     left.set(xlabel="stored parameters (millions)", ylabel="average accuracy (%)")
     right.set(xlabel="stored parameters (millions)", ylabel="average margin (nats)")
-    left.legend(frameon=False)
-    figure.tight_layout()
+    left.legend()
     return figure
 
 
 def task_comparison(study: Study) -> pd.DataFrame:
     """Accuracy of dynamic minus constant in points, per task and on average, paired by item.
 
-    Beside it McNemar's exact p, and the change of the mean margin in nats.
+    Next to it McNemar's exact p, and the change of the mean margin in nats.
     """
-    study.ensure(study.task_requests())
+    study.ensure(study.design.task_requests())
     every = statistics.choice_tasks(study)
     rows = []
     for dynamic, other, basis in statistics.pairs(study.task_points()):
         for tasks in [*([task] for task in every), every] if every else []:
+            change = statistics.accuracy_change(study, dynamic, other, tasks)
             margin = statistics.margin_change(study, dynamic, other, tasks)
+            alone = len(tasks) == 1
             rows.append(
                 {
                     "SP": dynamic.slice_percentage,
                     "SB": dynamic.slice_base,
-                    "against constant at": basis,
-                    "task": tasks[0] if len(tasks) == 1 else "average",
-                    **difference_columns(
-                        statistics.accuracy_change(study, dynamic, other, tasks),
-                        "accuracy (points)",
-                    ),
+                    BY: basis,
+                    "task": tasks[0] if alone else "average",
+                    **comparison.columns(change, "accuracy (points)"),
                     "McNemar p": (
-                        statistics.mcnemar(study, dynamic, other, tasks[0])
-                        if len(tasks) == 1
-                        else None
+                        statistics.mcnemar(study, dynamic, other, tasks[0]) if alone else None
                     ),
                     "margin (nats)": margin.estimate,
                     "margin low": margin.low,
@@ -156,12 +143,4 @@ def task_comparison(study: Study) -> pd.DataFrame:
                     "margin of dynamic is": margin.direction,
                 }
             )
-    names = [
-        "SP",
-        "SB",
-        "against constant at",
-        "task",
-        *difference_columns(None, "accuracy (points)"),
-    ]
-    names += ["McNemar p", "margin (nats)", "margin low", "margin high", "margin of dynamic is"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows)
