@@ -289,7 +289,7 @@ TABLE = {
         lambda _: test_results.test_key_depends_on_everything_asked({"text": "wikipedia"}),
     ),
     "a broken result is trusted": (
-        mutation(Store.get, "if result.request.key != measurement.key", "if False"),
+        mutation(Store.get, "if result.request.key != request.key", "if False"),
         lambda given: test_results.test_broken_file_is_reported_and_set_aside(
             "answers another request", given.store, given.capsys
         ),

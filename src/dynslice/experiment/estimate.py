@@ -28,9 +28,9 @@ from dynslice.inputs.embedded_models import OF_HUB
 from dynslice.method.architectures import dims_of
 from dynslice.method.footprint import (
     FLOAT32,
+    activation_bytes,
     flops,
     layers_workspace,
-    activation_bytes,
     slicing_workspace,
 )
 from dynslice.method.plan import SlicePlan, constant
@@ -104,6 +104,10 @@ class Estimator:
         """The yardsticks of this machine."""
         return self._machine or Machine.measured(self.device, self.dtype)
 
+    def on(self, device: torch.device) -> "Estimator":
+        """The same with the memory of another device."""
+        return Estimator(self.profile, device, self.machine)
+
     def estimate(self, requests: list[Request]) -> dict[str, Estimate]:
         """By key, of measurements that are missing; slicing counts once for each network."""
         estimates, sliced = {}, set()
@@ -151,6 +155,10 @@ class Estimator:
             tokens = config["windows"] * config["window"]
         whole = tokens and tokens // config["window"] * config["window"]
         return self.one_pass(whole, config["window"], head=True)
+
+    def slicing_and_reading(self, config: dict) -> float:
+        """Seconds of slicing one network, and of its perplexity."""
+        return self.slicing(config["calibration"]) + self.reading(config)
 
     def one_pass(self, tokens: int | None, window: int, head: bool = False) -> float | None:
         """Seconds of a pass of tokens through the layers, in windows; None for unknown tokens."""
@@ -239,7 +247,9 @@ class Estimator:
         """Bytes of the workspace, and of the activations of all calibration windows."""
         widths, calibration = self._widths(network), network["calibration"]
         compensated, window = "compensation" in network, calibration["window"]
-        activations = activation_bytes(widths, calibration["windows"] * window, self.dtype, compensated)
+        activations = activation_bytes(
+            widths, calibration["windows"] * window, self.dtype, compensated
+        )
         return self._slicing_workspace(widths, window, compensated), activations
 
     @property

@@ -148,8 +148,7 @@ class SingleLayerCuts(Kind):
         return {"dense": dense, "layers": layers}
 
     def seconds(self, estimator: Estimator, config: dict) -> float:
-        each = estimator.slicing(config["calibration"]) + estimator.reading(config)
-        return estimator.dims.layers * each
+        return estimator.dims.layers * estimator.slicing_and_reading(config)
 
     def quoted(self, value: dict) -> dict[str, float]:
         losses = {f"layer {layer['index']} cut": layer["nll"] for layer in value["layers"]}
@@ -199,14 +198,13 @@ class PlanSearch(Kind):
             network = runner.networks.slice(calibration, candidate).model
             return _perplexity(network, windows)["nll_mean"]
 
-        evidence = schedules.Evidence(largest.shape, largest.round_to)
-        amounts = (largest.parameters, loss, config["evaluations"])
-        best, tried = schedules.search(evidence, *amounts)
+        evidence = schedules.Evidence(runner.dims, largest.round_to)
+        given = (evidence, largest.parameters, loss, config["evaluations"])
+        best, tried = schedules.search(*given)
         return {"place_widths": list(best.place_widths[:-1]), "tried": tried}
 
     def seconds(self, estimator: Estimator, config: dict) -> float:
-        each = estimator.slicing(config["calibration"]) + estimator.reading(config)
-        return config["evaluations"] * each
+        return config["evaluations"] * estimator.slicing_and_reading(config)
 
     def quoted(self, value: dict) -> dict[str, float]:
         return {"perplexity, best plan tried": exp(min(step["loss"] for step in value["tried"]))}
@@ -256,8 +254,8 @@ class TaskAccuracy(Kind):
         return estimator.one_pass(tokens, _TASK_WINDOW, head=True)
 
     def quoted(self, value: dict) -> dict[str, float]:
-        names = [name for name in ("acc", "acc_norm") if value[name] is not None]
-        return {**{name: value[name] for name in names}, **value.get("metrics", {})}
+        accuracies = {name: value[name] for name in ("acc", "acc_norm") if value[name] is not None}
+        return {**accuracies, **value.get("metrics", {})}
 
 
 KINDS: dict[str, Kind] = {
@@ -295,9 +293,8 @@ def _perplexities(losses: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _facts(plan: SlicePlan) -> dict:
-    values = plan.to_dict()
+    values = {**plan.to_dict(), "shortcut_parameters": plan.shortcut_parameters}
     names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
-    facts = {name: values[name] for name in names}
-    if plan.own_attention:
-        facts["attention_widths"] = list(plan.attention_widths)
-    return {**facts, "shortcut_parameters": plan.shortcut_parameters}
+    facts = {name: values[name] for name in (*names, "shortcut_parameters")}
+    attention = list(plan.attention_widths)
+    return {**facts, "attention_widths": attention} if plan.own_attention else facts

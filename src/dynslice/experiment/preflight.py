@@ -32,7 +32,7 @@ SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetch
 class Forecast:
     """What the missing measurements of one study take.
 
-    obstacles: sentences that name what is missing and the mend. estimates: by key, none where the
+    obstacles: sentences that name what is missing and what to do. estimates: by key, none where the
     shape of the model is not known. memory_bytes: on the device here; gpu_memory_bytes: on a GPU,
     which works on larger batches. rate: FLOP/s of this machine's matrix product.
     """
@@ -88,9 +88,7 @@ def forecast(
         download_bytes=estimator.download,
         disk_bytes=estimator.disk(missing),
         memory_bytes=estimator.peak(missing),
-        gpu_memory_bytes=Estimator(study.profile, torch.device("cuda"), estimator.machine).peak(
-            missing
-        ),
+        gpu_memory_bytes=estimator.on(torch.device("cuda")).peak(missing),
     )
     if address is None:
         workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
@@ -106,11 +104,9 @@ def lines(study: Study, requests: list[Request], found: Forecast) -> list[str]:
     for request in requests:
         estimate = found.estimates.get(request.key)
         state = "missing" if request.key in missing else "stored"
-        cost = (
-            f"{_time(estimate.seconds):>9} {shown_bytes(estimate.memory_bytes):>9}"
-            if estimate
-            else ""
-        )
+        cost = ""
+        if estimate:
+            cost = f"{_time(estimate.seconds):>9} {shown_bytes(estimate.memory_bytes):>9}"
         rows.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
     return [
         f"profile {study.profile.name}: {study.profile.model} in {study.profile.dtype}, "
@@ -124,36 +120,29 @@ def lines(study: Study, requests: list[Request], found: Forecast) -> list[str]:
 
 def _sums(found: Forecast) -> str:
     total = _time(found.seconds) + (f" and {found.unknown} unknown" if found.unknown else "")
+    on_a_gpu = f"(on a GPU {shown_bytes(found.gpu_memory_bytes)}), "
+    on_a_gpu *= found.device.type == "cpu"
     return (
         f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
         f"machine's own matrix product; "
-        f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)} "
-        + (
-            f"(on a GPU {shown_bytes(found.gpu_memory_bytes)}), "
-            if found.device.type == "cpu"
-            else ""
-        )
-        + f"disk {shown_bytes(found.disk_bytes)}, "
+        f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)} {on_a_gpu}"
+        f"disk {shown_bytes(found.disk_bytes)}, "
         f"download of weights {shown_bytes(found.download_bytes)}"
     )
 
 
 def facts(study: Study, requests: list[Request], found: Forecast) -> dict:
     """The same as plain values."""
-    estimates = {key: asdict(estimate) for key, estimate in found.estimates.items()}
+    names = ("memory_bytes", "gpu_memory_bytes", "disk_bytes", "download_bytes", "obstacles")
     return {
         "profile": study.profile.name,
         "model": study.profile.model,
         "missing": [request.key for request in found.missing],
         "measurements": [request.key for request in requests],
-        "estimates": estimates,
+        "estimates": {key: asdict(estimate) for key, estimate in found.estimates.items()},
         "seconds": found.seconds,
         "seconds_unknown": found.unknown,
-        "memory_bytes": found.memory_bytes,
-        "gpu_memory_bytes": found.gpu_memory_bytes,
-        "disk_bytes": found.disk_bytes,
-        "download_bytes": found.download_bytes,
-        "obstacles": found.obstacles,
+        **{name: getattr(found, name) for name in names},
     }
 
 
@@ -179,25 +168,21 @@ def _room_obstacles(
     settings: Profile, device: torch.device, needed: int, workers: int
 ) -> list[str]:
     """Memory that this machine lacks."""
-    found = []
     if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-        if settings.placement == "spread":
-            count = torch.cuda.device_count()
-            have = sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+        spread = range(torch.cuda.device_count()) if settings.placement == "spread" else [device]
+        have = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in spread)
     else:
         have = psutil.virtual_memory().total
-    if needed * workers > have:
-        other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
-        mend = f"--set placement={other}, or " if other else ""
-        each = f" for each of {workers} workers" if workers > 1 else ""
-        found.append(
-            f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
-            f"{shown_bytes(needed)} of {_kind(device)} memory{each}, "
-            f"this machine has {shown_bytes(have)}; "
-            f"{mend}use a larger machine or fewer calibration windows"
-        )
-    return found
+    if needed * workers <= have:
+        return []
+    other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
+    instead = f"--set placement={other}, or " if other else ""
+    each = f" for each of {workers} workers" if workers > 1 else ""
+    return [
+        f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
+        f"{shown_bytes(needed)} of {_kind(device)} memory{each}, this machine has "
+        f"{shown_bytes(have)}; {instead}use a larger machine or fewer calibration windows"
+    ]
 
 
 def _disk_obstacles(download: int, disk: int) -> list[str]:
@@ -211,9 +196,8 @@ def _disk_obstacles(download: int, disk: int) -> list[str]:
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         if needed > (free := shutil.disk_usage(there).free):
             found.append(
-                f"the run takes {shown_bytes(needed)} of disk in {what}, "
-                f"{shown_bytes(free)} are free there; "
-                f"free some, or move it with {variable}"
+                f"the run takes {shown_bytes(needed)} of disk in {what}, {shown_bytes(free)} are "
+                f"free there; free some, or move it with {variable}"
             )
     return found
 

@@ -6,18 +6,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynslice.core import paths
 from dynslice.core.errors import RequestError
 from dynslice.evaluate import task_table
 from dynslice.inputs.corpora import HUB
 
+
+def _share(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"slice share {value} is outside 0 to 1")
+    return value
+
+
 _Count = Annotated[int, Field(ge=1)]
-
+_Tokens = Annotated[int, Field(ge=2)]  # one predicts the other
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
+_Share = Annotated[float, AfterValidator(_share)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Split = Literal["train", "validation", "test"]
+_End = Literal["raw", "normed"]
 
-# Schedules of equal size beside constant (see `schedules`).
+# Schedules of equal size next to constant (see `extensions.schedules`).
 _AtSize = Literal["lr", "first", "embedding", "sensitivity", "search"]
 
 
@@ -28,140 +39,90 @@ class Profile(BaseModel):
 
     name: str
     description: str
-    model: str = Field(description="embedded:NAME, a directory, or a hub id")
-    revision: str | None = Field(default=None, description="of a hub model")
-    models: list[str] = Field(
-        default=[], description="run the profile once for each, in folders of their own"
-    )
-    revisions: dict[str, str] = Field(
-        default={}, description="hub model or corpus: branch, tag or commit"
-    )
-    stand_ins: dict[str, str] = Field(
-        default={}, description="corpus: file, directory or corpus that is read in its place"
-    )
-    placement: Literal["resident", "streamed", "spread"] = Field(
-        default="resident",
-        description="dense and sliced network on the device at once; or one network at a time, "
-        "sliced layer by layer from its checkpoint; or this, spread over all GPUs",
-    )
-    device_memory_gib: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
-    )
-    host_memory_gib: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="of streamed slicing"
-    )
+    model: str  # embedded:NAME, a directory, or a hub id
+    revision: str | None = None  # of a hub model
+    models: list[str] = []  # run the profile once for each, in folders of their own
+    revisions: dict[str, str] = {}  # hub model or corpus: branch, tag or commit
+    stand_ins: dict[str, str] = {}  # corpus: file, directory or corpus that is read in its place
+    # Dense and sliced network on the device at once; or one network at a time, sliced layer by
+    # layer from its checkpoint; or this, spread over all GPUs.
+    placement: Literal["resident", "streamed", "spread"] = "resident"
+    device_memory_gib: _Positive | None = None  # of streamed slicing
+    host_memory_gib: _Positive | None = None  # of streamed slicing
     dtype: Literal["float32", "bfloat16", "float16"]
-    seed: _Seed = Field(description="draws the calibration and evaluation windows")
-    draw_seed: _Seed = Field(
-        default=0, description="draws the items of a stratified subset, and the shuffles"
-    )
+    seed: _Seed  # samples the calibration and evaluation windows
+    draw_seed: _Seed = 0  # samples the items of a stratified subset, and the shuffles
 
-    slice_percentages: list[float] = Field(min_length=1, description="SP: constant and dynamic")
-    slice_bases: list[float] = Field(description="SB of the dynamic plans, where below SP")
-    round_to: int = Field(ge=1, description="widths are multiples of this")
+    slice_percentages: list[_Share] = Field(min_length=1)  # SP: constant and dynamic
+    slice_bases: list[_Share]  # SB of the dynamic plans, where below SP
+    round_to: _Count  # widths are multiples of this
 
-    lr_text: str = Field(description="text whose LR makes the dynamic plans")
-    lr_split: Literal["train", "validation", "test"] | None
-    lr_max_tokens: int | None = Field(ge=2)
-    lr_window: int = Field(ge=2)
-    lr_stride: int = Field(ge=1)
-    lr_last_layer: Literal["raw", "normed"]
-    lr_compare_texts: list[str] = Field(description="further texts for LR by corpus")
+    lr_text: str  # whose LR makes the dynamic plans
+    lr_split: _Split | None
+    lr_max_tokens: _Tokens | None
+    lr_window: _Tokens
+    lr_stride: _Count
+    lr_last_layer: _End
+    lr_compare_texts: list[str]  # further texts for LR by corpus
 
     calibration_text: str
-    calibration_windows: int = Field(ge=1)
-    calibration_window: int = Field(ge=2)
+    calibration_windows: _Count
+    calibration_window: _Tokens
 
     eval_texts: list[str] = Field(min_length=1)
-    eval_split: Literal["train", "validation", "test"] | None
-    eval_windows: int | None = Field(ge=1, description="null takes the whole split")
-    eval_window: int = Field(ge=2)
-    selection_windows: int | None = Field(
-        ge=1, description="validation windows of the first text that choose SB; null: no choice"
-    )
+    eval_split: _Split | None
+    eval_windows: _Count | None  # null takes the whole split
+    eval_window: _Tokens
+    selection_windows: _Count | None  # of validation, first text, choose SB; null: no choice
 
-    tasks: dict[str, _Count | None] = Field(
-        description="task: limit of items (per subject for MMLU), null takes all"
-    )
-    task_subset: Literal["first", "stratified"] = Field(
-        description="which items a limit takes; stratified: a limit of mmlu is for all subjects"
-    )
-    task_slice_percentages: list[float]
-    task_slice_bases: list[float]
+    tasks: dict[str, _Count | None]  # task: limit of items (for MMLU per subject), null: all
+    # Which items a limit takes; stratified: a limit of mmlu is for all subjects.
+    task_subset: Literal["first", "stratified"]
+    task_slice_percentages: list[_Share]
+    task_slice_bases: list[_Share]
 
-    speed_slice_percentages: list[float] = Field(description="SP of notebook 05's throughput")
-    speed_slice_bases: list[float] = Field(description="SB of its dynamic networks")
-    speed_windows: int = Field(ge=1, description="windows of one prefill")
-    speed_window: int = Field(ge=32, description="tokens of each, the first 32 are the prompt")
-    speed_new_tokens: int = Field(ge=1, description="tokens decoded at batch 1")
-    speed_repeats: int = Field(ge=1, description="timed repeats, after one that is not")
+    speed_slice_percentages: list[_Share]  # SP of notebook 05's throughput
+    speed_slice_bases: list[_Share]  # SB of its dynamic networks
+    speed_windows: _Count  # of one prefill
+    speed_window: int = Field(ge=32)  # tokens of each, the first 32 are the prompt
+    speed_new_tokens: _Count  # decoded at batch 1
+    speed_repeats: _Count  # timed, after one that is not
 
-    figure_slice_percentage: float = Field(ge=0, lt=1, description="SP of the LR -> FS figure")
-    figure_slice_base: float = Field(ge=0, lt=1, description="SB of the LR -> FS figure")
+    figure_slice_percentage: float = Field(ge=0, lt=1)  # SP of the LR -> FS figure
+    figure_slice_base: float = Field(ge=0, lt=1)  # SB of the LR -> FS figure
 
-    ablation_slice_percentage: float | None = Field(description="SP of notebook 04; null: none")
-    ablation_slice_base: float = Field(description="SB of notebook 04's dynamic network")
-    ablation_last_layers: list[Literal["raw", "normed"]] = Field(description="LR of other ends")
-    ablation_scores: list[Literal["cosine", "angular", "update"]] = Field(
-        description="redundancy scores other than the cosine"
-    )
-    ablation_round_to: list[_Count] = Field(description="other roundings of the widths")
-    ablation_embedding: bool = Field(description="embedding width apart from layer 0's")
-    ablation_shuffles: int = Field(
-        ge=0, le=1000, description="draws of the same widths in random order"
-    )
-    ablation_calibration_windows: list[_Count] = Field(description="other calibration sizes")
-    ablation_calibration_texts: list[str] = Field(description="other calibration texts")
-    ablation_calibration_seeds: list[_Seed] = Field(description="seeds beside the profile's")
-    ablation_lr_tokens: list[Annotated[int, Field(ge=2)]] = Field(
-        description="other lengths of the LR text"
-    )
-    single_layer_slice: float | None = Field(description="share cut from one layer; null: none")
-    single_layer_calibration_windows: int = Field(ge=1)
-    single_layer_eval_windows: int = Field(ge=1)
+    ablation_slice_percentage: _Share | None  # SP of notebook 04; null: none
+    ablation_slice_base: _Share  # SB of notebook 04's dynamic network
+    ablation_last_layers: list[_End]  # LR of other ends
+    ablation_scores: list[Literal["cosine", "angular", "update"]]  # other than the cosine
+    ablation_round_to: list[_Count]  # other roundings of the widths
+    ablation_embedding: bool  # embedding width apart from layer 0's
+    ablation_shuffles: int = Field(ge=0, le=1000)  # random orders of the same widths
+    ablation_calibration_windows: list[_Count]  # other calibration sizes
+    ablation_calibration_texts: list[str]  # other calibration texts
+    ablation_calibration_seeds: list[_Seed]  # other than the profile's
+    ablation_lr_tokens: list[_Tokens]  # other lengths of the LR text
+    single_layer_slice: _Share | None  # cut from one layer; null: none
+    single_layer_calibration_windows: _Count
+    single_layer_eval_windows: _Count
 
-    beyond_slice_percentages: list[float] = Field(
-        default=[], description="sizes of notebook 07: what constant slicing stores at these SP"
-    )
-    beyond_schedules: list[_AtSize] = Field(
-        default=[], description="schedules of that size beside constant, by every measure"
-    )
-    beyond_candidates: list[_AtSize] = Field(
-        default=[], description="the same by validation windows only, at the last of the sizes"
-    )
-    beyond_ridge: float = Field(
-        default=0.1, gt=0, allow_inf_nan=False, description="ridge of the compensation"
-    )
-    beyond_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default=[], description="other ridges, by validation windows only"
-    )
-    beyond_calibration_windows: list[_Count] = Field(
-        default=[], description="other calibration sizes, by validation windows only"
-    )
-    sensitivity_reach: float = Field(
-        default=0.4, gt=0, lt=1, description="one place is cut by SP less and SP more this share"
-    )
-    sensitivity_calibration_windows: int = Field(default=8, ge=1, description="and of the search")
-    sensitivity_eval_windows: int = Field(
-        default=6, ge=1, description="validation windows, and of the search"
-    )
-    search_evaluations: int = Field(default=24, ge=1, description="networks that a search slices")
-    recovery_steps: int = Field(
-        default=0, ge=0, description="of LoRA on the calibration text, one window each; 0: none"
-    )
-    recovery_windows: int = Field(default=16, ge=1, description="that are drawn again and again")
-    recovery_window: int = Field(default=1024, ge=2, description="tokens of each")
+    beyond_slice_percentages: list[_Share] = []  # notebook 07: sizes of constant slicing at these
+    beyond_schedules: list[_AtSize] = []  # of that size, compared with constant by every measure
+    beyond_candidates: list[_AtSize] = []  # by validation windows only, at the last of the sizes
+    beyond_ridge: _Positive = 0.1  # of the compensation
+    beyond_ridges: list[_Positive] = []  # other ridges, by validation windows only
+    beyond_calibration_windows: list[_Count] = []  # other sizes, by validation windows only
+    # One place is cut by SP less and SP more this share.
+    sensitivity_reach: float = Field(default=0.4, gt=0, lt=1)
+    sensitivity_calibration_windows: _Count = 8  # and of the search
+    sensitivity_eval_windows: _Count = 6  # of validation, and of the search
+    search_evaluations: _Count = 24  # networks that a search slices
+    recovery_steps: int = Field(default=0, ge=0)  # of LoRA, one calibration window each; 0: none
+    recovery_windows: _Count = 16  # that are sampled again and again
+    recovery_window: _Tokens = 1024
 
     @model_validator(mode="after")
-    def _shares_fit(self) -> "Profile":
-        shares = [*self.slice_percentages, *self.task_slice_percentages]
-        shares += [*self.slice_bases, *self.task_slice_bases, self.ablation_slice_base]
-        shares += [*self.speed_slice_percentages, *self.speed_slice_bases]
-        shares += [self.ablation_slice_percentage or 0.0, self.single_layer_slice or 0.0]
-        shares += self.beyond_slice_percentages
-        for share in shares:
-            if not 0 <= share < 1:
-                raise ValueError(f"slice share {share} is outside 0 to 1")
+    def _fits_together(self) -> "Profile":
         task_table.check_names(self.tasks)
         parts = self.name.split("/")
         if not all(re.fullmatch(r"[\w.-]+", part) and part.strip(".") for part in parts):
@@ -189,7 +150,7 @@ class Profile(BaseModel):
         return self
 
     def _check_beyond(self) -> None:
-        """What only validation windows are to see is not compared anyway."""
+        """What only validation windows are to see must not be compared anyway."""
         others = {
             "beyond_candidates": set(self.beyond_schedules),
             "beyond_ridges": {self.beyond_ridge},
@@ -245,7 +206,7 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise RequestError(f"profile {name!r} is not YAML ({reason}); mend the file") from error
+        raise RequestError(f"profile {name!r} is not YAML ({reason}); fix the file") from error
     if not isinstance(values, dict):
         raise RequestError(f"profile {name!r} holds no keys; start from a copy of quick.yaml")
     values = {"name": path.stem, **values, **(overrides or {})}

@@ -1,4 +1,4 @@
-"""Taking measurements: the networks at hand, the current slice, the texts already tokenised."""
+"""Taking measurements: with the networks at hand, the current slice, and tokenised texts."""
 
 import time
 from dataclasses import replace

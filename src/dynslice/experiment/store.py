@@ -79,9 +79,9 @@ class Store:
         self.folder = folder
         self.of_record = of_record
 
-    def get(self, measurement: Request) -> Result | None:
+    def get(self, request: Request) -> Result | None:
         """The stored result, or None where there is none that can be used."""
-        path = self.folder / f"{measurement.key}.json"
+        path = self.folder / f"{request.key}.json"
         if not path.is_file():
             return None
         try:
@@ -89,7 +89,7 @@ class Store:
             if (told := row.pop("checksum", None)) is not None and told != _checksum(row):
                 raise ValueError("its checksum does not match")
             result = Result(**row)
-            if result.request.key != measurement.key:
+            if result.request.key != request.key:
                 raise ValueError("it answers another request")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if self.of_record:
