@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CPU, TINY, projector_oracle
 
-from dynslice.cli import bench
+from dynslice.cli import bench, bench_rows
 from dynslice.core import paths
 from dynslice.evaluate import speed
 from dynslice.experiment.requests import Point
@@ -99,7 +99,7 @@ def test_the_benchmarks_oracle_is_the_definition(tokens):
     plan = constant(dims_of(model.config), 0.4, 1)
     unseen = torch.randint(2, 97, (1, 24), generator=torch.Generator().manual_seed(9))
     wanted = projector_oracle(model, tokens, unseen, plan.place_widths)
-    got = bench.oracle_logits(model, tokens, unseen, plan)
+    got = bench_rows.oracle_logits(model, tokens, unseen, plan)
     torch.testing.assert_close(got, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
 
@@ -115,16 +115,16 @@ def test_the_benchmarks_oracle_is_the_definition(tokens):
     ],
 )
 def test_limits(ratio, low, high, met, limit):
-    row = bench.Row("step", 1.0, "", ratio, "", low, high)
+    row = bench_rows.Row("step", 1.0, "", ratio, "", low, high)
     assert (row.met, row.limit) == (met, limit)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-3-8b", 8.03), ("mistral-7b", 7.24)])
 def test_shapes_have_the_published_number_of_parameters(name, billions):
-    model = bench.Subject(None, name, torch.device("meta"), torch.bfloat16).load()
+    model = bench_rows.Subject(None, name, torch.device("meta"), torch.bfloat16).load()
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
     assert (
-        bench.Subject(None, name, torch.device("meta"), torch.bfloat16)
+        bench_rows.Subject(None, name, torch.device("meta"), torch.bfloat16)
         .load(2)
         .config.num_hidden_layers
         == 2
@@ -157,8 +157,8 @@ def test_random_weights_of_a_shape_are_measured_without_a_tokenizer(monkeypatch)
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
     monkeypatch.setitem(bench.SHAPES, "small", {"model_type": "mistral", **small})
-    subject = bench.Subject(None, "small", CPU, torch.float32)
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", _Here)
+    subject = bench_rows.Subject(None, "small", CPU, torch.float32)
+    monkeypatch.setattr(bench_rows, "ProcessPoolExecutor", _Here)
     result = bench.run(subject, "sotu", 4, 64, 0.25, 1)
     steps = [row["step"] for row in result["rows"]]
     assert result["text"] == "random tokens"
@@ -195,8 +195,8 @@ class _Here:
         (("--calibration", "nowhere"), "text 'nowhere' is neither a corpus"),
     ],
 )
-def test_bad_requests_are_refused(options, message, dynslice):
-    status, out, err = dynslice("bench", *options)
+def test_bad_requests_are_refused(options, message, ask):
+    status, out, err = ask("bench", *options)
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
@@ -282,10 +282,10 @@ def test_the_readme_shows_the_committed_benchmark():
 
 def test_streamed_slicing_is_a_row_with_its_prediction():
     """On a GPU only in a benchmark; here the row, whose peak means little on a CPU."""
-    subject = bench.Subject("embedded:tiny-random", None, CPU, torch.float32)
+    subject = bench_rows.Subject("embedded:tiny-random", None, CPU, torch.float32)
     windows = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
     shape = dims_of(subject.load().config)
-    peak, small = bench._streamed_rows(subject, windows, constant(shape, 0.25))
+    peak, small = bench_rows.streamed_rows(subject, windows, constant(shape, 0.25))
     assert (peak.low, peak.high, small.high) == (0.8, 1.2, 1.0)
     assert peak.seconds > 0
     assert small.met

@@ -302,7 +302,7 @@ def tasks_command(options) -> tuple[dict, list[str]]:
 
 def bench_command(options) -> tuple[dict, list[str]]:
     """Time every step with its physical yardstick, and check its result by an oracle."""
-    from dynslice.cli import bench
+    from dynslice.cli import bench, bench_rows
     from dynslice.inputs import texts
     from dynslice.inputs.embedded_models import config_of
     from dynslice.method.architectures import dims_of
@@ -325,7 +325,7 @@ def bench_command(options) -> tuple[dict, list[str]]:
     constant(dims_of(config), options.slice_percentage)
     given = (options.model, options.shape, *placed(options), options.revision, options.seed or 0)
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
-    result = bench.run(bench.Subject(*given), text, *amounts)
+    result = bench.run(bench_rows.Subject(*given), text, *amounts)
     write_json(options.out, result)
     return result, bench.lines(result)
 

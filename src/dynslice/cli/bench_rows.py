@@ -1,0 +1,385 @@
+"""The rows of `dynslice bench`: each step with its physical yardstick, each result with an oracle.
+
+The steps of a ratio are taken in turn within one run, and their medians compared: times of two
+runs, or of two machines, are not.
+"""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dynslice.core import paths
+from dynslice.core.tensors import batches, free_memory, peak_memory_bytes, reset_peak_memory
+from dynslice.evaluate import harness, speed
+from dynslice.evaluate.speed import alternate, seconds_of
+from dynslice.experiment.profile import load
+from dynslice.experiment.store import unique
+from dynslice.experiment.study import Store, Study
+from dynslice.inputs import models, texts
+from dynslice.inputs.checkpoints import save
+from dynslice.inputs.embedded_models import config_of
+from dynslice.inputs.windows import token_windows
+from dynslice.method import slicing, streaming
+from dynslice.method.activations import Activations, residual_stream
+from dynslice.method.architectures import dims_of, family_of
+from dynslice.method.footprint import (
+    activation_bytes,
+    extra_memory,
+    flops,
+    shown_bytes,
+    slicing_workspace,
+    stored_bytes,
+)
+from dynslice.method.modeling_sliced import block_output
+from dynslice.method.numerics import principal_basis
+from dynslice.method.plan import SlicePlan, constant
+from dynslice.method.redundancy import layer_redundancy
+
+SWEEP = (0.2, 0.25, 0.3)  # SP of the points of the sweep
+
+PREFILL = (2, 512)  # windows and tokens on a CPU; a GPU needs more to be busy
+
+PREFILL_GPU = (8, 2048)
+
+NEW_TOKENS = 32
+
+SMALL_GPU = 24 * 2**30  # the memory within which a model of eight billion parameters is sliced
+
+ANY_TOKENIZER = "embedded:tiny-random"  # random weights have none of their own
+
+WARM_UP_WINDOWS = 2  # of slicing and LR, which take minutes where models are large
+
+TASK_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step: its time, its rate, and how far it is from what it is measured by.
+
+    seconds: median over repeats. ratio: what `yardstick` says. low, high: what the ratio should
+    lie between, None where nothing is asked.
+    """
+
+    step: str
+    seconds: float | None
+    rate: str
+    ratio: float | None
+    yardstick: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio lies within its limits; None where there are none."""
+        if self.low is None and self.high is None:
+            return None
+        return (self.low or 0.0) <= self.ratio <= (self.high or float("inf"))
+
+    @property
+    def limit(self) -> str:
+        """The limits as a reader would say them."""
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"at least {self.low:g}"
+        return "" if self.high is None else f"at most {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model by name, or random weights of a published shape."""
+
+    model: str | None
+    shape: str | None
+    device: torch.device
+    dtype: torch.dtype
+    revision: str | None = None
+    seed: int = 0  # of random weights and of random tokens
+
+    def load(self, layers: int | None = None) -> PreTrainedModel:
+        """The model; `layers` makes one of a shape shallower."""
+        if self.model:
+            return models.load(self.model, self.device, self.dtype, self.revision)[0]
+        config = config_of(self.shape, layers)
+        with torch.device(self.device):
+            torch.manual_seed(self.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer; None for random weights."""
+        return models.load_tokenizer(self.model, self.revision) if self.model else None
+
+    def windows(self, model: PreTrainedModel, text: str, count: int, window: int) -> Tensor:
+        """Token windows [count, window] of a text, for random weights random ones."""
+        if not self.model:
+            return random_tokens(model, count, window, self.seed)
+        split = texts.default_split(text, None, "train")
+        return token_windows(text, split, self.tokenizer(), window, count)
+
+
+def random_tokens(model: PreTrainedModel, count: int, window: int, seed: int) -> Tensor:
+    """Token windows [count, window] that mean nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (count, window), generator=generator)
+
+
+def medians(steps: dict[str, Callable], device: torch.device, *how: int) -> dict[str, float]:
+    """Median seconds of steps that take turns; how: see `alternate`."""
+    return {name: median(seconds) for name, seconds in alternate(steps, device, *how).items()}
+
+
+@torch.inference_mode()
+def _pass(model: PreTrainedModel, windows: Tensor) -> None:
+    for batch in batches(windows, "layers", model.device):
+        model.base_model(batch, use_cache=False)
+
+
+def calibration_rows(
+    model: PreTrainedModel, windows: Tensor, plans: dict[str, SlicePlan], repeats: int, rate: float
+) -> list[Row]:
+    """One pass through the layers, then LR and slicing against it, on the same windows [n, T]."""
+    count, window = windows.shape
+
+    def steps(on: Tensor) -> dict[str, Callable]:
+        slices = {
+            f"slice, {label}": lambda w=widths: slicing.slice_model(model, on, w)
+            for label, widths in plans.items()
+        }
+        return {
+            "one pass through the layers": lambda: _pass(model, on),
+            "layer redundancy": lambda: layer_redundancy(model, on),
+            **slices,
+        }
+
+    for step in steps(windows[:WARM_UP_WINDOWS]).values():
+        step()
+    times = medians(steps(windows), model.device, repeats, 0)
+    base = times["one pass through the layers"]
+    share = flops(model.config, 1, window, head=False) * count / base / rate
+    rows = []
+    for name, seconds in times.items():
+        ratio = (seconds / base, "time over one pass", None, 1.5)
+        if name == "one pass through the layers":
+            ratio = (share, "of the matrix product")
+        elif name == "layer redundancy":
+            ratio = (seconds / base, "time over one pass", None, 1.1)
+        rows.append(Row(name, seconds, f"{windows.numel() / seconds:,.0f} tokens/s", *ratio))
+    return rows
+
+
+def memory_row(subject: Subject, dense: PreTrainedModel, windows: Tensor, widths: SlicePlan) -> Row:
+    """The peak while slicing, over weights, activations of one place and one layer's workspace.
+
+    On a CPU in a process of its own, where nothing else adds to the resident set.
+    """
+    size, d = dense.dtype.itemsize, widths.shape.hidden_size
+    held = stored_bytes(dense) + widths.parameters * size + windows.numel() * d * size
+    one = next(iter(batches(windows[:1], "workspace", subject.device)))
+    stream = [torch.zeros(*one.shape, d, device=one.device)]
+    for step in (lambda: _pass(dense, one), lambda: principal_basis(stream)):
+        held += extra_memory(step, subject.device)
+    if subject.device.type == "cuda":
+        extra = extra_memory(lambda: slicing.slice_model(dense, windows, widths), subject.device)
+        peak = stored_bytes(dense) + extra
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peak = pool.submit(_slicing_peak, subject, windows, widths).result()
+    yardstick = (
+        "peak over weights read and written, activations of one place, one layer's workspace"
+    )
+    rate = f"{peak / 2**20:,.0f} MiB"
+    return Row("memory while slicing", None, rate, peak / held, yardstick, high=1.3)
+
+
+def _slicing_peak(subject: Subject, windows: Tensor, widths: SlicePlan) -> int:
+    """Bytes by which loading and slicing raise the resident set of this fresh process."""
+    torch.linalg.eigh(torch.eye(8))  # the libraries' own buffers are not slicing's
+    reset_peak_memory(subject.device)
+    before = peak_memory_bytes(subject.device)
+    slicing.slice_model(subject.load(), windows, widths)
+    return peak_memory_bytes(subject.device) - before
+
+
+def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[Row]:
+    """Slicing layer by layer from a checkpoint: its peak over the prediction and a small GPU's.
+
+    On a GPU, whose allocator tells the peak; the resident set of a CPU's process tells less.
+    """
+    device, dtype, window = subject.device, subject.dtype, windows.shape[1]
+    paths.CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix="bench-") as scratch:
+        source, out = Path(scratch) / "dense", Path(scratch) / "sliced"
+        model = subject.load()
+        config = model.config
+        save(model, subject.tokenizer() or models.load_tokenizer(ANY_TOKENIZER), source)
+        del model
+        free_memory()
+        reset_peak_memory(device)
+        before = peak_memory_bytes(device)
+        given = (str(source), windows, widths, device, dtype)
+        budget = streaming.Budget(device=SMALL_GPU)
+        seconds = models.slice_saved(out, *given, budget=budget).seconds
+        peak = peak_memory_bytes(device) - before
+    workspace = slicing_workspace(config, widths, window, device, dtype)
+    activations = activation_bytes(widths, windows.numel(), dtype)
+    predicted = workspace + min(activations, max(0, SMALL_GPU - workspace))
+    label = f"{windows.numel() / seconds:,.0f} tokens/s, {shown_bytes(peak)}"
+    small = f"streamed slicing within {shown_bytes(SMALL_GPU)}"
+    return [
+        Row("streamed slicing", seconds, label, peak / predicted, "peak over prediction", 0.8, 1.2),
+        Row(small, None, shown_bytes(peak), peak / SMALL_GPU, "of that memory", high=1.0),
+    ]
+
+
+def throughput_rows(
+    dense: PreTrainedModel, sliced: PreTrainedModel, label: str, repeats: int
+) -> list[Row]:
+    """Prefill and decoding of a sliced network: the gain measured, over the gain counted."""
+    count, length = PREFILL if dense.device.type == "cpu" else PREFILL_GPU
+    length = min(length, dense.config.max_position_embeddings - NEW_TOKENS)
+    value = speed.speed(
+        dense, sliced, random_tokens(dense, count, length, seed=0), NEW_TOKENS, repeats
+    )
+    rows = []
+    for step, counted, what in (
+        ("prefill", "prefill_flops", "FLOP"),
+        ("decode", "decode_bytes", "bytes of weights"),
+    ):
+        times = {name: median(t) for name, t in value[f"{step}_seconds"].items()}
+        expected = value[counted]["dense"] / value[counted]["sliced"]
+        gain = times["dense"] / times["sliced"]
+        rate = f"{value[f'{step}_tokens'] / times['sliced']:,.0f} tokens/s, {gain:.2f} x dense"
+        yardstick = f"gain over that of {what} ({expected:.2f} x)"
+        measured = (f"{step}, {label}", times["sliced"], rate, gain / expected)
+        rows.append(Row(*measured, yardstick, low=0.9, high=1.1))
+    return rows
+
+
+def sweep_row(subject: Subject) -> Row:
+    """A small study of constant points: what it takes beyond slicing and evaluating them."""
+    settings = load(
+        "quick",
+        {
+            "model": subject.model,
+            "revision": subject.revision,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "calibration_windows": 4,
+            "calibration_window": 256,
+            "eval_windows": 4,
+            "eval_window": 256,
+            "slice_percentages": list(SWEEP),
+            "slice_bases": [],
+            "tasks": {"piqa": 8},
+            "task_slice_percentages": list(SWEEP),
+            "task_slice_bases": [],
+        },
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(settings, Store(Path(folder)), str(subject.device))
+        requests = unique([*study.design.perplexity_requests(), *study.design.task_requests()])
+        wall = seconds_of(lambda: study.ensure(requests), subject.device)
+        spent = sum(study.store.get(request).seconds for request in requests)
+    points = len(study.points())
+    return Row(
+        f"sweep of {points} points, dense one included",
+        wall,
+        f"{points / wall:.2f} points/s",
+        (wall - spent) / points,
+        "seconds per point beyond slicing and evaluating it, loading the model included",
+        high=2.0,
+    )
+
+
+def task_rows(subject: Subject, tokenizer: PreTrainedTokenizerBase, repeats: int) -> list[Row]:
+    """HellaSwag with contexts computed once, against lm-eval's own model."""
+    dense, scores = subject.load(), {}
+
+    def score(shared: bool) -> None:
+        amounts = (["hellaswag"], TASK_ITEMS)
+        value = harness.tasks(dense, tokenizer, *amounts, share_contexts=shared)
+        scores[shared] = value["hellaswag"]
+
+    steps = {"shared": lambda: score(True), "lm-eval": lambda: score(False)}
+    times = medians(steps, subject.device, repeats)
+    pairs = {
+        name: list(zip(*(scores[x][name] for x in (True, False)), strict=True))
+        for name in ("correct", "margin")
+    }
+    equal = sum(a == b for a, b in pairs["correct"])
+    rate = f"{TASK_ITEMS / times['shared']:.2f} items/s"
+    gain = times["lm-eval"] / times["shared"]
+    yardstick = "times the speed of lm-eval's HFLM"
+    return [
+        Row("HellaSwag, contexts shared", times["shared"], rate, gain, yardstick, low=1.5),
+        Row(
+            "check: HellaSwag margins against HFLM's",
+            None,
+            f"{equal} of {TASK_ITEMS} items judged equally",
+            max(abs(a - b) for a, b in pairs["margin"]),
+            "largest difference (nats)",
+            high=1e-3 if subject.dtype == torch.float32 else None,
+        ),
+    ]
+
+
+def oracle_row(subject: Subject, text: str, share: float) -> Row:
+    """A sliced network against projectors in the dense one."""
+    model = subject.load(layers=2)
+    shape = dims_of(model.config)
+    window = min(512, model.config.max_position_embeddings)
+    count = max(8, -(-8 * shape.hidden_size // window))  # 8 tokens a dimension: bases are definite
+    windows = subject.windows(model, text, count + 1, window)
+    calibration, unseen = windows[:-1], windows[-1:]
+    widths = constant(shape, share)
+    sliced = slicing.slice_model(model, calibration, widths).model
+    with torch.inference_mode():
+        got = sliced(unseen.to(model.device), use_cache=False).logits.float()
+    wanted = oracle_logits(model, calibration, unseen, widths).float()
+    deviation = ((got - wanted).pow(2).mean().sqrt() / wanted.std()).item()
+    ours, oracles = (_perplexity(logits, unseen) for logits in (got, wanted))
+    return Row(
+        f"check: perplexity against the oracle's, {shape.layers} layers",
+        None,
+        f"{ours:.4f} against {oracles:.4f}, logits differ by {deviation:.1e} sd",
+        abs(ours / oracles - 1),
+        f"relative difference on {unseen.numel()} tokens",
+        high=1e-3 if subject.dtype == torch.float32 else 3e-2,
+    )
+
+
+def _perplexity(logits: Tensor, ids: Tensor) -> float:
+    targets = ids[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets).exp().item()
+
+
+@torch.inference_mode()
+def oracle_logits(
+    model: PreTrainedModel, calibration: Tensor, tokens: Tensor, widths: SlicePlan
+) -> Tensor:
+    """What a sliced network should say on tokens [b, T], computed slowly and plainly.
+
+    The dense model with projectors in its stream: at each place the calibration activations and
+    the stream of `tokens` are projected on the leading right singular vectors of the former, and go
+    on through the dense block. No weight is folded, rotated or cut.
+    """
+    family = family_of(model.config)
+    stream = Activations(model.device)
+    arguments = residual_stream(model, torch.cat([calibration, tokens]), stream)
+    x, count, place_widths = torch.cat(list(stream)), len(calibration), iter(widths.place_widths)
+    for i, layer in enumerate(model.get_submodule(family.layers)):
+        for block in family.blocks:
+            calibrated = x[:count].flatten(0, 1).double()
+            V = torch.linalg.svd(calibrated, full_matrices=False).Vh[: next(place_widths)].T
+            x = (x.double() @ V @ V.T).to(x.dtype)
+            x = x + torch.cat([block_output(layer, block, part[None], arguments[i]) for part in x])
+    return model.get_output_embeddings()(model.get_submodule(family.final_norm)(x[count:]))
