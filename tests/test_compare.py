@@ -322,7 +322,7 @@ def test_cutting_single_layers_tells_whether_lr_predicts_the_loss(invented):
             ],
         }
 
-    alter(invented, invented.ablation.sensitivity_request(), turned)
+    alter(invented, invented.ablation.single_layer_request(), turned)
     assert "wrong way round" in single_layer.prose(single_layer.table(invented), invented)
 
 

@@ -222,8 +222,7 @@ def overfit_table(study: Study) -> pd.DataFrame:
     points = [a.point for a in study.ablation.variants() if a.question == "calibration size"]
     if not points:
         return pd.DataFrame()
-    text = study.profile.eval_texts[0]
-    rows = []
+    text, rows = study.profile.eval_texts[0], []
     for point in [study.ablation.ablated()[0], *points]:
         calibration = point.network["calibration"]
         own = study.get(study.ablation.calibration_request(point)).value
@@ -278,18 +277,11 @@ def shuffle_prose(table: pd.DataFrame) -> str:
     worse, better = int((orders["low, LR"] > 0).sum()), int((orders["high, LR"] < 0).sum())
     changes, kept = orders[BY_LR], orders["layers with the width by LR"]
     lines = [
-        f"Of {len(orders)} random orders of the same widths {worse} have a higher perplexity than "
-        f"the order by LR, {better} a lower one, by intervals that exclude zero "
-        f"({changes.min():+.1f} to {changes.max():+.1f} %). {kept.min()} to {kept.max()} layers "
-        f"keep their width in them, and the embedding does in all. "
+        f"Of {len(orders)} random order{'s' * (len(orders) > 1)} of the same widths {worse} have a "
+        f"higher perplexity than the order by LR, {better} a lower one, by intervals that exclude "
+        f"zero ({changes.min():+.1f} to {changes.max():+.1f} %). {kept.min()} to {kept.max()} "
+        f"layers keep their width in them, and the embedding does in all. "
     ]
-    if len(orders) == 1:
-        change = Difference.of_row(orders.iloc[0], BY_LR, "LR")
-        lines = [
-            f"One random order of the same widths has a perplexity that is {change.format('%')} "
-            f"against the order by LR; layers that keep their width in it: {kept.iloc[0]}, and "
-            "the embedding. "
-        ]
     if worse == len(orders):
         lines.append(
             f"If the order did not matter, LR's would come first of {len(orders) + 1} with "

@@ -76,19 +76,19 @@ def outcomes(study: Study) -> list[Outcome]:
     validation windows takes the one with the largest gain in what is shown, which favours the
     claim.
     """
-    found = []
-    for claim in _claims().itertuples():
-        for basis in BASES:
-            measure = _perplexities if claim.metric == "perplexity" else _accuracy
-            for measured_on, network, how, change, ratio in measure(study, basis):
-                what = (claim.claim, claim.source, claim.metric, claim.value, basis)
-                found.append(Outcome(*what, measured_on, network, how, change, ratio))
-    return found
+    measure = {"perplexity": _perplexities, "accuracy": _accuracy}
+    return [
+        Outcome(claim.claim, claim.source, claim.metric, claim.value, basis, *measured)
+        for claim in _claims().itertuples()
+        for basis in BASES
+        for measured in measure[claim.metric](study, basis)
+    ]
 
 
 def claims_table(study: Study) -> pd.DataFrame:
     """The outcomes as a table; on models that the study did not run, `not tested here`."""
-    tested = _tested(study)
+    models = dict.fromkeys(model for row in _claims()["models"] for model in row.split(";"))
+    ran = study.profile.model
     return pd.DataFrame(
         {
             "claim": outcome.claim,
@@ -99,7 +99,7 @@ def claims_table(study: Study) -> pd.DataFrame:
             "chosen": outcome.how,
             "measured": outcome.measured,
             "verdict on this model": outcome.verdict,
-            **{f"on {model}": outcome.verdict if ran else NOT_TESTED for model, ran in tested},
+            **{f"on {m}": outcome.verdict if m == ran else NOT_TESTED for m in models},
             "source": outcome.source,
         }
         for outcome in outcomes(study)
@@ -111,12 +111,6 @@ Measured = tuple[str, str, str, Difference | None, Difference | None]
 
 def _claims() -> pd.DataFrame:
     return pd.read_csv(paths.PUBLISHED / "claims.csv")
-
-
-def _tested(study: Study) -> list[tuple[str, bool]]:
-    """The models of the paper's claims, and whether the study ran on them."""
-    models = dict.fromkeys(m for row in _claims()["models"] for m in row.split(";"))
-    return [(model, model == study.profile.model) for model in models]
 
 
 def _perplexities(study: Study, basis: str) -> list[Measured]:
@@ -135,8 +129,8 @@ def _how(study: Study) -> str:
 
 def _accuracy(study: Study, basis: str) -> list[Measured]:
     tasks, on = statistics.choice_tasks(study), "the average of the tasks"
-    pairs = [pair for pair in statistics.pairs(study.task_points()) if pair[2] == basis and tasks]
-    if not pairs:
+    pairs = statistics.pairs(study.task_points(), basis)
+    if not pairs or not tasks:
         return [(on, "-", "-", None, None)]
 
     def gain(pair: Pair) -> float:

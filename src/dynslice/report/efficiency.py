@@ -54,10 +54,8 @@ def time_prose(study: Study, table: pd.DataFrame) -> str:
     """How long LR and slicing took."""
     p, lr = study.profile, study.get(study.lr_request())
     tokens = lr.value["windows"] * lr.value["window"]
-    slicing, calibration = (
-        table["slicing (s)"].dropna(),
-        p.calibration_windows * p.calibration_window,
-    )
+    slicing = table["slicing (s)"].dropna()
+    calibration = p.calibration_windows * p.calibration_window
     return (
         f"LR took **{lr.seconds:.1f} s** for {tokens:,} window tokens ({tokens / lr.seconds:,.0f} "
         f"tokens/s), once for all dynamic networks. Slicing took **{slicing.median():.1f} s** "
@@ -102,7 +100,9 @@ def _speed_row(point: Point, value: dict, step: str) -> dict:
 
 
 def _flops(value: dict, network: str) -> str:
-    return _flop(value["prefill_flops"][network] / value["prefill_tokens"])
+    """Operations for a token with three decimals, in the unit that shows them."""
+    count = value["prefill_flops"][network] / value["prefill_tokens"]
+    return f"{count / 1e9:.3f} GFLOP" if count >= 1e8 else f"{count / 1e6:.3f} MFLOP"
 
 
 def _read(value: dict, network: str) -> str:
@@ -111,11 +111,6 @@ def _read(value: dict, network: str) -> str:
 
 def _peak(value: dict, network: str) -> float:
     return (value["stored_bytes"][network] + value["prefill_extra_bytes"][network]) / 1e6
-
-
-def _flop(count: float) -> str:
-    """Operations with three decimals, in the unit that shows them."""
-    return f"{count / 1e9:.3f} GFLOP" if count >= 1e8 else f"{count / 1e6:.3f} MFLOP"
 
 
 def dense_prose(study: Study) -> str:
@@ -133,20 +128,6 @@ def dense_prose(study: Study) -> str:
         f"after one that is not timed. The dense model needs {_flops(value, 'dense')} a token of "
         f"prefill, reads {_read(value, 'dense')} for each decoded one, and holds "
         f"{_peak(value, 'dense'):.0f} MB at the peak of prefill."
-    )
-
-
-def speed_prose(table: pd.DataFrame) -> str:
-    """Where the measured gain is what was counted, and where it falls short."""
-    if table.empty:
-        return ""
-    ratio = table["gain / counted"]
-    close = int(ratio.between(0.9, 1.1).sum())
-    worst = table.loc[ratio.idxmin()]
-    return (
-        f"In **{close} of {len(table)}** rows the measured gain lies within 10 % of the counted "
-        f"one. It falls furthest short in {worst['step']} of {worst['network']}: "
-        f"{worst['gain (x)']:.2f} x where {worst['counted (x)']:.2f} x was counted."
     )
 
 

@@ -195,10 +195,8 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     )
     if best["network"] in compared:
         return f"{line}it is one of those compared above."
-    return (
-        f"{line}of those compared above it is {first['network']} "
-        f"({first['validation perplexity']:.1f})."
-    )
+    level = first["validation perplexity"]
+    return f"{line}of those compared above it is {first['network']} ({level:.1f})."
 
 
 def widths_figure(study: Study) -> plt.Figure:

@@ -80,7 +80,7 @@ def _ablated(study: Study, question: str) -> str:
 
 def _closeness(study: Study) -> str:
     """How far sizes of matched constants lie from those of their dynamic networks."""
-    pairs = [pair for pair in statistics.pairs(study.points()) if pair[2] == EQUAL_SIZE]
+    pairs = statistics.pairs(study.points(), EQUAL_SIZE)
     gap = max(abs(study.size(a) / study.size(b) - 1) for a, b, _ in pairs)
     return f"those of the {len(pairs)} pairs differ by at most {gap:.2%}"
 

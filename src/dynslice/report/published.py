@@ -55,22 +55,17 @@ class Cell(BaseModel):
     source: str
     nearest_for: str | None = None
 
-    @field_validator("slice_base")
+    @field_validator("slice_base", "value")
     @classmethod
-    def _base_fits(cls, base: float | None, info: ValidationInfo) -> float | None:
-        if base is not None and base > info.data.get("slice_percentage", 1):
-            raise ValueError("exceeds slice_percentage")
-        return base
-
-    @field_validator("value")
-    @classmethod
-    def _value_fits(cls, value: float, info: ValidationInfo) -> float:
-        metric = info.data.get("metric")
-        if metric == "perplexity" and value < 1:
+    def _fits(cls, number: float | None, info: ValidationInfo) -> float | None:
+        if info.field_name == "slice_base":
+            if number is not None and number > info.data.get("slice_percentage", 1):
+                raise ValueError("exceeds slice_percentage")
+        elif info.data.get("metric") == "perplexity" and number < 1:
             raise ValueError("a perplexity is at least 1")
-        if metric in ACCURACY and value > 100:
+        elif info.data.get("metric") in ACCURACY and number > 100:
             raise ValueError("an accuracy is at most 100 percent")
-        return value
+        return number
 
     @property
     def relatives(self) -> list[str]:
@@ -120,10 +115,16 @@ def task_table(study: Study) -> pd.DataFrame:
     """The same for accuracies, in percent, by the name of the task and the metric of lm-eval."""
 
     def ours(cell: Cell) -> Iterator[Ours]:
-        tasks = [task for task in study.profile.tasks if task == cell.dataset.lower()]
-        for point, task in product(_networks(cell, study.task_points()), tasks):
-            result = study.store.get(study.task_request(point, task))
-            compared = {"items": (cell.eval_windows, _items(study, task))}
+        task = cell.dataset.lower()
+        for point in _networks(cell, study.task_points()) if task in study.profile.tasks else []:
+            result, limit = (
+                study.store.get(study.task_request(point, task)),
+                study.profile.tasks[task],
+            )
+            # lm-eval's `limit` counts the first items of a task.
+            sampled = limit is not None and study.profile.task_subset != "first"
+            items = f"{limit} drawn" if sampled else limit or "all"
+            compared = {"items": (cell.eval_windows, items)}
             yield point, compared, result and _accuracy(result.value, cell.metric)
 
     return _joined(study, ACCURACY, ours)
@@ -219,7 +220,11 @@ def _joined(
                 (value, "not measured here" if value is None else _settings(cell, study, *of))
                 for *of, value in ours(cell)
             ]
-            rows += [_row(cell, *pair) for pair in found or [(None, _absent(cell, study))]]
+            # No network, or none that was measured on this text or task.
+            points = study.points() if metrics == PERPLEXITY else study.task_points()
+            unread = f"{cell.dataset} is not read here"
+            absent = unread if _networks(cell, points) else "no such network here"
+            rows += [_row(cell, *pair) for pair in found or [(None, absent)]]
     names = ["method", "model", "SP", "SB", "dataset", "metric", "published", "stated settings"]
     return pd.DataFrame(rows, columns=[*names, "ours", "settings", "source"])
 
@@ -264,13 +269,6 @@ def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]
     return "; ".join(differing + [f"{unstated} not stated"] * bool(unstated)) or "equal"
 
 
-def _absent(cell: Cell, study: Study) -> str:
-    """Why the study has no number to compare with a published one."""
-    points = study.points() if cell.metric == "perplexity" else study.task_points()
-    named = bool(_networks(cell, points))
-    return f"{cell.dataset} is not read here" if named else "no such network here"
-
-
 def _networks(cell: Cell, points: list[Point]) -> list[Point]:
     """The networks of a study that a published number speaks of.
 
@@ -298,13 +296,6 @@ def _text(name: str) -> tuple[str, str | None]:
 
 def _is_any(model: str, others: list[str]) -> bool:
     return model.lower() in [other.lower() for other in others]
-
-
-def _items(study: Study, task: str) -> int | str:
-    """How many items, as lm-eval's `limit` counts them: the first of a task."""
-    limit = study.profile.tasks[task]
-    sampled = limit is not None and study.profile.task_subset != "first"
-    return f"{limit} drawn" if sampled else limit or "all"
 
 
 def _accuracy(value: dict, metric: str) -> float | None:

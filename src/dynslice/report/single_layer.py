@@ -19,7 +19,7 @@ LOSS = "perplexity (%)"
 
 def table(study: Study) -> pd.DataFrame:
     """Per layer: LR, and by how many percent cutting that layer alone raises the perplexity."""
-    request = study.ablation.sensitivity_request()
+    request = study.ablation.single_layer_request()
     if request is None:
         return pd.DataFrame()
     value, lr = study.get(request).value, study.lr()

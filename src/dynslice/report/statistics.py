@@ -60,23 +60,26 @@ def columns(change: Difference | None, name: str, suffix: str = "") -> dict[str,
     return dict(zip(_names(name, suffix), numbers, strict=True))
 
 
-def _names(name: str, suffix: str) -> tuple[str, str, str]:
+def _names(name: str, suffix: str) -> tuple[str, ...]:
     return name, *(f"{bound}, {suffix}" if suffix else bound for bound in ("low", "high"))
 
 
-def pairs(points: list[Point]) -> list[Pair]:
-    """(dynamic, constant to compare with, basis of the comparison)."""
-    found = []
-    for a in points:
-        if a.schedule != "dynamic":
-            continue
-        for b in points:
-            same_sp = b.slice_percentage == a.slice_percentage
-            if b.schedule == "constant" and same_sp:
-                found.append((a, b, EQUAL_SLICE))
-            if b.schedule == "matched" and same_sp and b.slice_base == a.slice_base:
-                found.append((a, b, EQUAL_SIZE))
-    return found
+def pairs(
+    points: list[Point], basis: str | None = None, slice_percentage: float | None = None
+) -> list[Pair]:
+    """(dynamic, constant to compare with, basis of the comparison), all or those asked for."""
+    bases = {"constant": EQUAL_SLICE, "matched": EQUAL_SIZE}
+    return [
+        (a, b, bases[b.schedule])
+        for a in points
+        for b in points
+        if a.schedule == "dynamic"
+        and b.schedule in bases
+        and a.slice_percentage == b.slice_percentage
+        and (b.schedule == "constant" or a.slice_base == b.slice_base)
+        and basis in (None, bases[b.schedule])
+        and slice_percentage in (None, a.slice_percentage)
+    ]
 
 
 # Perplexity
@@ -133,7 +136,7 @@ def chosen(study: Study, basis: str, slice_percentage: float | None = None) -> P
     if study.profile.selection_windows is None:
         return None
     return min(
-        _candidates(study, basis, slice_percentage),
+        pairs(study.points(), basis, slice_percentage),
         key=lambda pair: selection_change(study, *pair[:2]).estimate,
         default=None,
     )
@@ -142,7 +145,7 @@ def chosen(study: Study, basis: str, slice_percentage: float | None = None) -> P
 def best(study: Study, basis: str, text: str, slice_percentage: float | None = None) -> Pair | None:
     """The same by the reported windows themselves, which makes its gain optimistic."""
     return min(
-        _candidates(study, basis, slice_percentage),
+        pairs(study.points(), basis, slice_percentage),
         key=lambda pair: perplexity_change(study, *pair[:2], text).estimate,
         default=None,
     )
@@ -236,11 +239,3 @@ def _items(study: Study, a: Point, b: Point, task: str, what: str) -> list[np.nd
 
 def _constants(study: Study) -> list[Point]:
     return [point for point in study.points() if point.schedule in ("constant", "matched")]
-
-
-def _candidates(study: Study, basis: str, slice_percentage: float | None) -> list[Pair]:
-    return [
-        pair
-        for pair in pairs(study.points())
-        if pair[2] == basis and slice_percentage in (None, pair[0].slice_percentage)
-    ]

@@ -1,6 +1,5 @@
 """How tables and figures look, and where they are written; nothing is measured here."""
 
-from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +21,6 @@ COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
 MARKERS = "D^vsP*<>"
 
 ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
-
 
 NONE = "This profile asks for no such measurement."
 
@@ -82,20 +80,20 @@ def interval_note(table: pd.DataFrame) -> str:
 
 def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """The table as text: floats with so many decimals, shares as percentages, `-` for nothing."""
-    forms: dict[str, Callable] = dict.fromkeys(ASKED_SHARES, percent)
-    forms["mean slice"] = lambda share: f"{100 * share:.3g}%"
-    # Of a check, a ratio can be far below what decimals show.
-    forms["ratio"] = lambda r: f"{r:.1e}" if 0 < abs(r) < 0.01 else f"{r:.{digits}f}"
 
-    def text(value: object, form: Callable) -> object:
+    def text(value: object, column: str) -> object:
         if value is None or value != value:  # NaN
             return "-"
-        return form(value) if isinstance(value, float) else value
+        if not isinstance(value, float):
+            return value
+        if column in ASKED_SHARES:
+            return percent(value)
+        if column == "mean slice":
+            return f"{100 * value:.3g}%"
+        tiny = column == "ratio" and 0 < abs(value) < 0.01  # of a check: decimals show nothing
+        return f"{value:.1e}" if tiny else f"{value:.{digits}f}"
 
-    decimals = f"{{:.{digits}f}}".format
-    return table.apply(
-        lambda column: column.map(partial(text, form=forms.get(column.name, decimals)))
-    )
+    return table.apply(lambda column: column.map(partial(text, column=column.name)))
 
 
 def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = NONE) -> Any:

@@ -69,12 +69,10 @@ def task_prose(study: Study) -> str:
             guess.setdefault(row.choices, []).append(row.title)
     sources = [f"the {split} split for {_listed(names)}" for split, names in splits.items()]
     chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in guess.items()]
-    arc = "; lm-eval's own ARC uses the test split, so ARC scores are not those of a leaderboard"
     generated = ", or the metric that stands next to a task" * any(r.metric for r in tasks.values())
     return (
         f"In percent (`acc` of lm-eval{generated}), with the bootstrap interval over items. "
-        f"The items come from {_listed(sources)}"
-        f"{arc * any(row.title == 'ARC' for row in tasks.values())}."
+        f"The items come from {_listed(sources)}."
     ) + (
         f" Guessing gives {_listed(chances)}: a score near that says that the network no longer "
         "knows the task."
