@@ -520,7 +520,7 @@ def test_reproduce_refuses_before_it_measures(ask, monkeypatch):
     def measured(*_, **__):
         raise AssertionError("measuring began")
 
-    monkeypatch.setattr("dynslice.experiment.study.work_off", measured)
+    monkeypatch.setattr("dynslice.experiment.study.run_all", measured)
     monkeypatch.setattr("dynslice.evaluate.speed.matrix_rate", lambda *_: 1e11)  # takes a while
     request = "reproduce --profile smoke --set eval_windows=99999999"
     check_refusal(*ask(*request.split()), "fewer than 99999999 windows of 128")

@@ -52,7 +52,7 @@ class Ablations:
         ]
         return [self.design.plan_request(plan) for plan in plans]
 
-    def sensitivity_request(self) -> Request | None:
+    def single_layer_request(self) -> Request | None:
         """What cutting each layer alone does to the perplexity; None where nobody asks."""
         p, design = self.profile, self.design
         if p.single_layer_slice is None:
@@ -82,7 +82,7 @@ class Ablations:
         requests = [design.lr_request(last_layer=end) for end in p.ablation_last_layers]
         requests += [*design.lr_requests(), *self.lr_plan_requests()]
         requests += self.lr_by_tokens() if p.ablation_lr_tokens else []
-        requests += filter(None, [self.sensitivity_request()])
+        requests += filter(None, [self.single_layer_request()])
         for point in self.ablated():
             requests += [design.slice_request(point)]
             requests += [design.perplexity_request(point, p.eval_texts[0])]

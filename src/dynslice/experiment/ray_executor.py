@@ -53,6 +53,7 @@ class Worker:
 def run_by_ray(
     queue: WorkQueue, settings: Profile, store: Store, device: str, address: str | None
 ) -> None:
+    """Measure all that a queue holds. Raises RequestError where Ray cannot start."""
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(
             f"device {device!r} names one GPU, and Ray hands them out itself; use auto, cpu or cuda"
@@ -108,12 +109,11 @@ def _hand_out(queue: WorkQueue, ray: Any, make: Callable, count: int) -> None:
             ray.kill(worker)
             load()
         else:
+            idle.append(worker)
             if job is not None:
                 queue.finished(job.requests[0], error)
             if job is not None and job.requests[1:]:
-                start(worker, Job(job.network, job.requests[1:]))
-            else:
-                idle.append(worker)
+                start(idle.pop(), Job(job.network, job.requests[1:]))
         while idle and (job := queue.take()):
             start(idle.pop(), job)
         while idle and not queue.waiting:  # room for a worker whose node was lost
@@ -151,6 +151,7 @@ def _reason(failure: Exception) -> str:
 
 
 def import_ray() -> Any:
+    """Ray. Raises RequestError where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
         import ray
