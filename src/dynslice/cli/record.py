@@ -26,13 +26,17 @@ def record(profile: str) -> tuple[dict, list[str]]:
     Raises RequestError when results are missing or were not all measured at one clean commit, of
     this project and of what the hub gave.
     """
-    recorded = [_record_one(profile, chosen) for chosen in by_model(profile, {})]
-    facts = [outcome for outcome, _ in recorded]
-    lines = [line for _, line in recorded]
+    return of_models([_record_one(profile, chosen) for chosen in by_model(profile, {})])
+
+
+def of_models(outcomes: list[tuple[dict, list[str]]]) -> tuple[dict, list[str]]:
+    """What a command answers that did the same for each model of a profile."""
+    facts = [found for found, _ in outcomes]
+    lines = [line for _, said in outcomes for line in said]
     return facts[0] if len(facts) == 1 else {"models": facts}, lines
 
 
-def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, str]:
+def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
     study = Study.open(profile, **chosen)
     requests = study.requests()
     if missing := study.missing(requests):
@@ -60,7 +64,7 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, str]:
     update_pages(Study.open(profile, from_record=True, **chosen))
     name, commit = study.profile.name, commits.pop()
     facts = {"profile": name, "results": len(results), "commit": commit}
-    return facts, f"{len(results)} results of commit {commit[:10]} are the record of {name}"
+    return facts, [f"{len(results)} results of commit {commit[:10]} are the record of {name}"]
 
 
 def update_pages(study: Study) -> None:
@@ -114,6 +118,7 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
 
 
 def agreement_line(agreement: dict | None, profile: str) -> str:
+    """What `agree` found, in a sentence."""
     if agreement is None:
         have = "holds none of these values" if paths.record(profile).is_dir() else "does not exist"
         return f"nothing to compare with: the record of profile {profile} {have}"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dynslice.cli.record import agree, agreement_line
+from dynslice.cli.record import agree, agreement_line, of_models
 from dynslice.core import files, interrupt, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.core.paths import shown_path
@@ -45,7 +45,7 @@ def run(
 ) -> tuple[dict, list[str]]:
     """Measure what is missing, execute the notebooks, and say how the values agree with the record.
 
-    executor, address: see `executor.work_off`. Returns the outcome as a dict and as lines. Raises
+    executor, address: see `executor.run_all`. Returns the outcome as a dict and as lines. Raises
     RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
     check_executor(executor, address, load_profile(profile, overrides).placement)
@@ -56,7 +56,7 @@ def run(
         requests = unique([r for number in notebooks for r in NEEDS[number](study)])
         runs.append((study, chosen, notebooks, requests))
     if dry_run:
-        return _dry_run([(study, requests) for study, _, _, requests in runs], executor, address)
+        return of_models([_dry_run(study, asked, executor, address) for study, *_, asked in runs])
     for study, _, _, requests in runs:
         _check_places(study)
         if not from_record:
@@ -69,22 +69,16 @@ def run(
             failed.append(f"{run_[0].profile.name}: {error}" if len(runs) > 1 else str(error))
     if failed:
         raise RunError("\n".join(failed))
-    facts = [outcome for outcome, _ in outcomes]
-    lines = [line for _, lines in outcomes for line in lines]
-    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+    return of_models(outcomes)
 
 
 def _dry_run(
-    planned: list[tuple[Study, list[Request]]], executor: str, address: str | None
+    study: Study, requests: list[Request], executor: str, address: str | None
 ) -> tuple[dict, list[str]]:
     from dynslice.experiment import preflight
 
-    facts, lines = [], []
-    for study, requests in planned:
-        found = preflight.forecast(study, study.missing(requests), executor, address)
-        facts.append(preflight.facts(study, requests, found))
-        lines += preflight.lines(study, requests, found)
-    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+    found = preflight.forecast(study, study.missing(requests), executor, address)
+    return preflight.facts(study, requests, found), preflight.lines(study, requests, found)
 
 
 def _check_places(study: Study) -> None:
@@ -120,44 +114,41 @@ def _run_one(
     executor: str,
     address: str | None,
 ) -> tuple[dict, list[str]]:
-    start = time.perf_counter()
-    from_record = study.from_record
+    start, name = time.perf_counter(), study.profile.name
     measured = study.ensure(requests, executor, address)
     measuring = time.perf_counter() - start
 
-    parameters = {"profile": profile, "from_record": from_record}
     # A notebook's own None keeps the profile's value, and its texts are read as YAML.
-    given = {name: "null" if value is None else value for name, value in overrides.items()}
-    parameters |= {"device": study.device, **given}
-    rendered = paths.rendered(study.profile.name)
+    given = {key: "null" if value is None else value for key, value in overrides.items()}
+    where = {"from_record": study.from_record, "device": study.device}
+    parameters = {"profile": profile, **where, **given}
+    rendered = paths.rendered(name)
     with files.claim(rendered / ".rendering", _say_waiting):
         for position, path in enumerate(notebooks.values(), start=1):
             print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
             _execute(path, rendered / path.name, parameters)
     seconds = time.perf_counter() - start
 
-    agreement = None if from_record else agree(study, requests)
+    agreement = None if study.from_record else agree(study, requests)
     outcome = {
-        "profile": study.profile.name,
+        "profile": name,
         "measured": measured,
         "measurements": len(requests),
         "seconds": round(seconds, 1),
-        "notebooks": shown_path(paths.rendered(study.profile.name)),
-        "figures": shown_path(paths.figures(study.profile.name)),
+        "notebooks": shown_path(rendered),
+        "figures": shown_path(paths.figures(name)),
         "agreement": agreement,
     }
-    lines = [
-        f"rendered {len(requests)} measurements of the record"
-        if from_record
-        else f"measured {measured} of {len(requests)} values in {_minutes(measuring)}"
-        + (", the others were in the store" if measured < len(requests) else ""),
-        f"profile {study.profile.name} took {_minutes(seconds)}",
+    places = [
+        f"profile {name} took {_minutes(seconds)}",
         f"rendered notebooks: {outcome['notebooks']}",
         f"figures and tables: {outcome['figures']}",
     ]
-    if not from_record:
-        lines.append(agreement_line(agreement, study.profile.name))
-    return outcome, lines
+    if study.from_record:
+        return outcome, [f"rendered {len(requests)} measurements of the record", *places]
+    stored = ", the others were in the store" if measured < len(requests) else ""
+    line = f"measured {measured} of {len(requests)} values in {_minutes(measuring)}{stored}"
+    return outcome, [line, *places, agreement_line(agreement, name)]
 
 
 def _say_waiting() -> None:

@@ -22,7 +22,7 @@ from dynslice.core import files, paths
 from dynslice.core.errors import RequestError, RunError, without_secrets
 from dynslice.core.paths import shown_path
 
-_MEND = "run `dynslice assets fetch`, which fetches it anew"
+_ANEW = "run `dynslice assets fetch`, which fetches it anew"
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def _download(asset: Asset, folder: Path) -> Path:
 def _problems(asset: Asset, folder: Path) -> list[str]:
     record = folder / asset.record_name
     if not record.is_file():
-        return [f"{shown_path(record)} is missing; {_MEND}"]
+        return [f"{shown_path(record)} is missing; {_ANEW}"]
     if files.sha256(record) != asset.record_sha256:
-        return [f"{shown_path(record)} was altered; {_MEND}"]
+        return [f"{shown_path(record)} was altered; {_ANEW}"]
     problems = []
     with record.open(newline="", encoding="utf-8") as file:
         for member, digest, _size in csv.reader(file):
@@ -177,7 +177,7 @@ def _problems(asset: Asset, folder: Path) -> list[str]:
             elif _record_digest(path) != digest:
                 problems.append(f"SHA-256 of {shown_path(path)} does not match the manifest")
     if problems:
-        problems[0] += f"; {_MEND}"
+        problems[0] += f"; {_ANEW}"
     return problems
 
 

@@ -17,7 +17,7 @@ class _InOneLine(Exception):
 
 
 class RequestError(_InOneLine, ValueError):
-    """A request that cannot be served: names the setting, its value and the mend (exit 2)."""
+    """A request that cannot be served: names the setting, its value and what to do (exit 2)."""
 
     def __init__(self, sentence: str):
         super().__init__(" ".join(sentence.split()))  # what it quotes may have several lines
@@ -48,7 +48,7 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # by these only writing can
 
 
 def disk_trouble(error: BaseException, place: Path, numbers=tuple(_DISK)) -> str | None:
-    """What an error says of a disk and the mend, in a sentence; None for errors of other kinds.
+    """What an error says of a disk and what to do, in a sentence; None for errors of other kinds.
 
     place: where something was written, if the error does not tell.
     """

@@ -1,7 +1,5 @@
 """Devices, dtypes, memory and finite values: what every part that holds tensors needs."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import resource
@@ -9,15 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from dynslice.core.errors import RequestError
-
-if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
-    import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -134,21 +128,17 @@ _STATUS = Path("/proc/self/status")  # Linux: what the process holds,
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # and where the peak of that is reset
 
 
-def reset_peak_memory(device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let the peak that `peak_memory_bytes` tells start here, where the system can do that."""
     if device.type == "cuda":
-        import torch
-
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         _CLEAR_REFS.write_text("5")
 
 
-def peak_memory_bytes(device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: of the GPU where the work is on one, else resident."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():  # getrusage's peak outlives a reset, and even an exec
         for line in _STATUS.read_text().splitlines():

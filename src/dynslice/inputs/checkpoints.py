@@ -10,11 +10,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dynslice.core import files
@@ -140,7 +136,10 @@ class Checkpoint:
                     # A copy: products of memory that a file is mapped to round differently.
                     weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
             except (OSError, SafetensorError) as error:
-                raise RequestError(_broken(self._files[stored], error)) from error
+                raise RequestError(
+                    f"the weights in {self._files[stored].name} cannot be read "
+                    f"({in_one_line(error)}); save the model anew"
+                ) from error
             check_weight(weight, stored, self.name)
             wanted = self.model.get_parameter(name).shape
             if weight.shape != wanted:
@@ -164,8 +163,3 @@ class Checkpoint:
             f"the checkpoint holds no weight {name!r}; load the model with transformers and save "
             "it anew, or slice it without streaming"
         )
-
-
-def _broken(path: Path, error: Exception) -> str:
-    reason = in_one_line(error)
-    return f"the weights in {path.name} cannot be read ({reason}); save the model anew"

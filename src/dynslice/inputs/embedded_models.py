@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dynslice.core import assets
+from dynslice.core.errors import RequestError
 from dynslice.inputs.checkpoints import quiet
 
 
@@ -107,7 +108,12 @@ OF_HUB = {
 
 
 def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
-    """The configuration of a published shape; `layers` makes it shallower."""
+    """The configuration of a published shape; `layers` makes it shallower.
+
+    Raises RequestError for a shape that is not known.
+    """
+    if shape not in SHAPES:
+        raise RequestError(f"shape {shape!r} is unknown; there are {', '.join(SHAPES)}")
     settings = dict(SHAPES[shape])
     if layers is not None:
         settings["num_hidden_layers"] = layers

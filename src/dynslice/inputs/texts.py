@@ -48,7 +48,7 @@ def default_split(text: str, split: str | None, default: str = "validation") -> 
 
 def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:
     """`default_split`, of a text that is there. Raises RequestError as `check`."""
-    split = default_split(text, split, default)
+    split = default_split(text, None, default) if split is None else split
     check(text, split)
     return split
 

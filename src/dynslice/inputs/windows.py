@@ -1,18 +1,15 @@
 """Texts as token streams, and windows of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from dynslice.core.errors import RequestError
 from dynslice.inputs.texts import documents
 
-if TYPE_CHECKING:  # reports ask for names of texts, and torch takes seconds to load
-    import torch
-    from transformers import PreTrainedTokenizerBase
+GROUP = 16  # documents a call: the tokenizer works on them in parallel
 
 
 def token_stream(
@@ -26,11 +23,9 @@ def token_stream(
     """The token ids [n] of a text: its documents in order, a blank line after each.
 
     limit: stop after that many tokens (fewer documents are tokenised then).
-    seed: shuffle the documents first, so that a limited stream draws from the whole split.
+    seed: shuffle the documents first, so that a limited stream samples the whole split.
     Raises RequestError as `documents`, and when nothing is left to tokenise.
     """
-    import torch
-
     texts = documents(text, split, revision)
     if seed is not None:
         texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
@@ -47,21 +42,22 @@ def token_stream(
 
 
 def consecutive_windows(
-    stream: torch.Tensor, window: int, count: int | None, name: str
+    stream: torch.Tensor, window: int, count: int | None, name: str, skip: int = 0
 ) -> torch.Tensor:
     """The first `count` (None: all) consecutive non-overlapping windows [count, window].
 
-    A last short block is dropped. Raises RequestError when there are fewer than asked for.
+    A last short block is dropped, and so are the first `skip`. Raises RequestError when there are
+    fewer than asked for.
     """
-    have = len(stream) // window
-    if have < max(count or 1, 1):
+    have, count = len(stream) // window, count and count + skip
+    if have < (count or 1):
         wanted = f"{count} windows" if count else "one window"
         raise RequestError(
             f"text {name!r} holds {len(stream)} tokens, fewer than {wanted} of {window}; use a "
             "longer text, a smaller --window or fewer --windows"
         )
     have = count or have
-    return stream[: have * window].view(have, window)
+    return stream[: have * window].view(have, window)[skip:]
 
 
 def token_windows(
@@ -73,7 +69,7 @@ def token_windows(
     seed: int | None = None,
     revision: str | None = None,
 ) -> torch.Tensor:
-    """`count` (None: all) token windows [count, window] of a text, as `drawn` takes them."""
+    """Token windows [count, window] of a text, as `sample_windows` takes them."""
     limit = None if seed is not None or count is None else count * window
     stream = token_stream(text, split, tokenizer, limit, revision=revision)
     return sample_windows(stream, window, count, seed, text)
@@ -89,16 +85,11 @@ def sample_windows(
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a stream [n].
 
-    Without a seed: the first consecutive blocks. With one: blocks drawn without replacement
-    from all blocks of the stream. skip: leaves out as many, those that a draw of `skip` windows
+    Without a seed: the first consecutive blocks. With one: blocks sampled without replacement
+    from all blocks of the stream. skip: leaves out as many, those that a sample of `skip` windows
     with the same seed takes.
     """
-    import torch
-
-    # Refuses a text that is too short.
-    chosen = consecutive_windows(stream, window, None if count is None else skip + count, name)[
-        skip:
-    ]
+    chosen = consecutive_windows(stream, window, count, name, skip)  # or refuses a short text
     if seed is None or count is None:
         return chosen
     every = consecutive_windows(stream, window, None, name)
@@ -117,10 +108,7 @@ def sliding_windows(stream: torch.Tensor, window: int, stride: int) -> torch.Ten
 
 
 def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
-    import torch
-
-    group = 16  # documents a call: the tokenizer works on them in parallel
-    for start in range(0, len(texts), group):
-        part = [text + "\n\n" for text in texts[start : start + group]]
+    for start in range(0, len(texts), GROUP):
+        part = [text + "\n\n" for text in texts[start : start + GROUP]]
         for ids in tokenizer(part, verbose=False)["input_ids"]:
             yield torch.tensor(ids, dtype=torch.long)
