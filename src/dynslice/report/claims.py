@@ -157,17 +157,10 @@ def findings(study: Study) -> str:
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
     others = [perplexity.size_prose(perplexity.perplexity_table(study))]
     others += [_levels(study, text) for text in foreign] + _ablation_findings(study)
-    return "\n".join(
-        [
-            "**The claims, by rule**, each as the change from constant to dynamic slicing:",
-            "",
-            *(f"- {line}" for line in found),
-            "",
-            "**What else a reader should know:**",
-            "",
-            *(f"- {line}" for line in others),
-        ]
-    )
+    heading = "**The claims, by rule**, each as the change from constant to dynamic slicing:"
+    more = "**What else a reader should know:**"
+    lines = [heading, "", *(f"- {line}" for line in found)]
+    return "\n".join([*lines, "", more, "", *(f"- {line}" for line in others)])
 
 
 def _finding(outcome: Outcome) -> str:

@@ -57,7 +57,7 @@ def figure(comparison: pd.DataFrame, column: str) -> plt.Figure:
     names = comparison["task"] + ", " + shares if tasks else shares + ", " + comparison["text"]
     groups = list(comparison.assign(name=names).groupby(BY, sort=False))
     height = 0.9 + 0.22 * len(groups[0][1])
-    drawn, axes = style.panels(1, len(groups), height, sharey=True, sharex=True, squeeze=False)
+    fig, axes = style.panels(1, len(groups), height, sharey=True, sharex=True, squeeze=False)
     for axis, (basis, rows) in zip(axes[0], groups, strict=True):
         averages = [name for name in rows["name"] if name.startswith("average")]
         forest(axis, rows, column, "name", filled=averages)
@@ -66,7 +66,7 @@ def figure(comparison: pd.DataFrame, column: str) -> plt.Figure:
         axis.set_xlabel(f"change of {quantity} ({unit})")
     if not comparison[[column, "low", "high"]].to_numpy(dtype=float).any():
         axes[0, 0].set_xlim(-1, 1)  # nothing but zeros gives no scale
-    return drawn
+    return fig
 
 
 # Parts of figures

@@ -17,23 +17,19 @@ def claims_block(study: Study) -> str:
         f"![Perplexity against mean slice and against stored parameters, profile {name}]"
         f"(figures/{name}/perplexity.png)"
     )
-    body = [figure, "", findings(study)]
+    parts = [f"{figure}\n\n{findings(study)}"]
     if study.profile.selection_windows is None:
         changes = perplexity.perplexity_comparison(study)
-        body = [style.markdown(changes.drop(columns="text", errors="ignore"))]
-    if sentences := equal_size.readme_prose(study):
-        body += ["", sentences]
-    return "\n".join(
-        [
-            *body,
-            "",
-            f"Model {study.profile.model}; perplexity on `{'`, `'.join(study.profile.eval_texts)}` "
-            f"({study.profile.eval_split} split, the layers cut alone apart), negative changes are "
-            f"better. Intervals: {statistics.INTERVAL}; windows, items or layers, in pairs. "
-            f"{style.device_line(study)} Its {len(study.requests())} measurements took "
-            f"{seconds / 60:.0f} minutes.",
-        ]
+        parts = [style.markdown(changes.drop(columns="text", errors="ignore"))]
+    parts += [sentences] if (sentences := equal_size.readme_prose(study)) else []
+    parts.append(
+        f"Model {study.profile.model}; perplexity on `{'`, `'.join(study.profile.eval_texts)}` "
+        f"({study.profile.eval_split} split, the layers cut alone apart), negative changes are "
+        f"better. Intervals: {statistics.INTERVAL}; windows, items or layers, in pairs. "
+        f"{style.device_line(study)} Its {len(study.requests())} measurements took "
+        f"{seconds / 60:.0f} minutes."
     )
+    return "\n\n".join(parts)
 
 
 def deviations_block(study: Study) -> str:

@@ -76,7 +76,7 @@ def figure(losses: pd.DataFrame) -> plt.Figure:
     """Left the loss against 1 - LR, a numbered point per layer; right the loss by layer."""
     if losses.empty:
         return style.nothing()
-    drawn, (left, right) = style.panels(1, 2, sharey=True)
+    fig, (left, right) = style.panels(1, 2, sharey=True)
     change = 1 - losses["LR"]
     for axis, x in ((left, change), (right, losses["layer"])):
         style.points_with_intervals(axis, x, losses, LOSS, "o", "C0", "")
@@ -90,7 +90,7 @@ def figure(losses: pd.DataFrame) -> plt.Figure:
         _plain_numbers(left.yaxis)
     right.set(xlabel="layer")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return drawn
+    return fig
 
 
 def _plain_numbers(axis: Axis) -> None:

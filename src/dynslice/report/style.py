@@ -156,22 +156,17 @@ def nothing() -> plt.Figure:
 
 
 def device_line(study: Study) -> str:
-    """On what the results of a study were measured."""
-    provenances = [
-        result.provenance for r in study.requests() if (result := study.store.get(r)) is not None
-    ]
+    """On what the results of a study were measured, and what was read in place of a corpus."""
+    results = filter(None, map(study.store.get, study.requests()))
+    provenances = [result.provenance for result in results]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
     commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
     line = f"Measured on {'; '.join(devices)}, code at commit {', '.join(commits)}."
-    stand_ins = [f"`{there}` stands in for {name}" for name, there in used_stand_ins(study).items()]
-    return f"{line} **Stand-ins**: {'; '.join(stand_ins)}." if stand_ins else line
-
-
-def used_stand_ins(study: Study) -> dict[str, str]:
-    """What was read in the place of a corpus, by its name."""
     configs = [request.config for request in study.requests()]
     configs += [(config.get("slice") or {}).get("calibration", {}) for config in configs]
-    return {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
+    used = {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
+    stand_ins = "; ".join(f"`{there}` stands in for {name}" for name, there in used.items())
+    return f"{line} **Stand-ins**: {stand_ins}." if used else line
 
 
 def lm_eval_line(study: Study) -> str:
