@@ -44,29 +44,23 @@ def tasks(
 ) -> dict[str, dict]:
     """Zero-shot scores by lm-eval's official task definitions on the data of `task_table`.
 
-    Nothing is random in scoring: zero-shot multiple choice has no random part, and generation
-    is greedy. Zero-shot holds for gsm8k_cot too, whose official definition shows eight examples.
+    Nothing is random in scoring. limit: items of each task; None takes all. batch_size: requests at
+    once where choices cannot share their context. subset: which items a limit takes. "first": the
+    first of each task, of each subject for MMLU (lm-eval's own meaning). "stratified": sampled by
+    `seed`, in proportion to the positions of the right answers; for MMLU `limit` is the total, in
+    proportion to the sizes of the subjects. share_contexts: compute a context once for its choices;
+    False is lm-eval's own HFLM.
 
-    limit: items of each task; None takes all of them.
-    batch_size: requests at once where choices cannot share their context (see `shared_context`).
-    subset: which items a limit takes. "first": the first of each task, of each subject for MMLU
-    (lm-eval's own meaning). "stratified": sampled by `seed`, in proportion to the
-    positions of the right answers; for MMLU `limit` is the total, in proportion to the sizes of
-    the subjects.
-    share_contexts: compute a context once for its choices; False is lm-eval's own HFLM.
-    Returns by task: acc, acc_norm (None where lm-eval defines none), their standard errors, n,
-    and per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of
-    the best wrong one, nats) and, for sampled items only, items (indices in the task's data, for
-    MMLU "subject:index"). MMLU's items are in the order of its subjects' names.
-    Of a generation task these are None but for n and items; it has metrics and metrics_stderr
-    (by name, with lm-eval's filter where there are several), metric (the name of the main one),
-    and score, the main one of each item.
+    Returns by task: acc, acc_norm (None where lm-eval defines none), their standard errors, n, and
+    per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of the
+    best wrong one, nats) and, where items were sampled, items (indices in the task's data, for MMLU
+    "subject:index", in the order of the subjects' names). A generation task has metrics and
+    metrics_stderr by name, metric (the main one), and its score of each item instead.
     Raises RequestError for an unknown task or subset, a limit below 1, and data that cannot be had.
     """
     task_table.check_names(names)
     check_subset(subset, limit)
     check_data(names)
-    # Imported here: lm-eval's modules take a second or two that only tasks need.
     from lm_eval.models.huggingface import HFLM
 
     from dynslice.evaluate.shared_context import SharedContextLM

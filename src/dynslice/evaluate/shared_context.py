@@ -7,7 +7,7 @@ HellaSwag four times. Here the choices of one context share a sequence (*tree at
     positions     0 ... c - 1          c, c + 1, ...                  c, c + 1, ...
     each sees     itself and before    the context, itself and before in its own choice
 
-Imported lazily by `evaluation.tasks`, because lm-eval's model module takes seconds.
+Imported where tasks run, because lm-eval's model module takes seconds.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,7 @@ from tqdm.auto import tqdm
 from dynslice.evaluate.perplexity import has_plain_head, head_chunks
 
 Tokens = tuple[int, ...]
-
-Answer = tuple[
-    float, bool
-]  # the summed log-likelihood (nats), and whether greedy decoding gives it
-
+Answer = tuple[float, bool]  # summed log-likelihood (nats), and whether greedy decoding gives it
 _PADDING = -1
 
 # What each tokenizer made of a context and a continuation: the networks of a study share both.

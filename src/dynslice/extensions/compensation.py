@@ -1,20 +1,6 @@
 """Compensation in closed form: what slicing took is given back by the maps that write the stream.
 
-With the sliced network the dense one runs over the same calibration tokens. Where a block
-writes, the stream of the sliced network is x + W a with a the inputs of its writing map, and the
-dense one is h. What is missing, e = h - (x + W a), is explained as far as it goes by what the
-sliced network knows there: ridge regression of e on z = (Q^T x, a) gives corrections of the two
-matrices that are stored anyway, the shortcut and the writing map,
-
-    min over D of  sum over tokens t of ||e_t - D z_t||^2 / ||h_t||^2
-                   + sum over inputs j of lambda_j ||D_j||^2 ,
-
-so nothing is added to what the network stores, and no gradient is taken. Tokens count by the size
-of their stream, because the next norm divides by it; otherwise the few whose activations are
-massive would decide. lambda_j is the ridge times sum over t of z_tj^2 / ||h_t||^2, averaged over
-the inputs j of the same matrix, so that the ridge has no units. lambda -> infinity is plain
-slicing. As the dense network sets the target at every write, errors of the layers before are made
-good too.
+Ridge regression of what the sliced stream lacks of the dense one; docs/method.md has the equations.
 """
 
 import math
