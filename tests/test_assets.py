@@ -1,15 +1,19 @@
 """Assets: fetched once, verified, and never half there."""
 
 import base64
+import errno
+import fcntl
 import hashlib
 import json
 import shutil
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from dynslice.core import assets, paths
+from dynslice.core import assets, files, paths
 from dynslice.core.errors import RequestError, RunError
 
 FILES = {
@@ -168,6 +172,38 @@ def test_unfetched_asset_is_refused_with_the_mend(pin):
     pin()
     with pytest.raises(RequestError, match=r"'words' is not in .*run `dynslice assets fetch`"):
         assets.locate("words")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_fetch_goes_on_where_the_file_system_has_no_locks(number, pin, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, "no locks")
+
+    pin()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert assets.fetch() == ["words"]
+    assert left_behind() == ["word-list-1.0"]
+    with files.claim(paths.CACHE / "claim"):
+        assert not files.is_claimed(paths.CACHE / "claim")
+
+
+def test_who_waits_for_a_claim_is_told_and_gets_it(tmp_path):
+    told = []
+    with files.claim(tmp_path / "claim"):
+        waiter = threading.Thread(target=hold, args=(tmp_path / "claim", told))
+        waiter.start()
+        while not told:
+            time.sleep(0.01)
+        assert told == ["waiting"]
+        assert files.is_claimed(tmp_path / "claim")
+    waiter.join(10)
+    assert told == ["waiting", "held"]
+    assert not list(tmp_path.iterdir())
+
+
+def hold(path, told):
+    with files.claim(path, lambda: told.append("waiting")):
+        told.append("held")
 
 
 def test_real_assets_verify():
