@@ -19,6 +19,7 @@ from dynslice.core.errors import RequestError, RunError
 from dynslice.evaluate import perplexity
 from dynslice.experiment import ray_executor
 from dynslice.experiment.agenda import WorkQueue, describe, needs
+from dynslice.experiment.plan_specs import Constant
 from dynslice.experiment.store import Request, Store
 from dynslice.experiment.study import Study
 from dynslice.method import redundancy, slicing
@@ -214,7 +215,7 @@ def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
         pass
 
     asked, killed, made = [], [], []
-    deadly, fine = ({"plan": {"schedule": name}} for name in ("deadly", "fine"))
+    deadly, fine = ({"plan": Constant(share, 8).to_dict()} for share in (0.5, 0.25))
 
     def remote(answer):
         return SimpleNamespace(remote=answer)
@@ -356,6 +357,6 @@ def test_an_executor_that_cannot_start_is_refused(given, message, monkeypatch, c
 
 
 def test_only_ray_loads_ray():
-    code = "import sys, dynslice.study; print('ray' in sys.modules)"
+    code = "import sys, dynslice.experiment.study; print('ray' in sys.modules)"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(finished.stdout.lower()) is False
