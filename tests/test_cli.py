@@ -122,8 +122,8 @@ def test_tasks_json(result):
         assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "n"} <= score.keys()
         assert score["n"] == 5
     assert answer["lm_eval_version"].startswith("0.4.")
-    drawn = ["--tasks", "piqa", "--limit", 5, "--subset", "stratified"]
-    items = result("tasks", *MODEL, *drawn)["tasks"]["piqa"]["items"]
+    stratified = ["--tasks", "piqa", "--limit", 5, "--subset", "stratified"]
+    items = result("tasks", *MODEL, *stratified)["tasks"]["piqa"]["items"]
     assert len(items) == 5
     assert items != [0, 1, 2, 3, 4]
 

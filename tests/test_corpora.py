@@ -81,15 +81,15 @@ def test_text_shorter_than_one_window_is_refused(text, tokenizer):
 def test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(text, tokenizer):
     every = rows(token_windows(text, None, tokenizer, 64, None))
     assert len(set(every)) == len(every)
-    drawn = rows(token_windows(text, None, tokenizer, 64, 100, seed=7))
-    assert len(set(drawn)) == 100
-    assert set(drawn) < set(every)
-    assert rows(token_windows(text, None, tokenizer, 64, 100, seed=7)) == drawn
-    assert rows(token_windows(text, None, tokenizer, 64, 100, seed=8)) != drawn
-    assert drawn != every[:100]
+    sampled = rows(token_windows(text, None, tokenizer, 64, 100, seed=7))
+    assert len(set(sampled)) == 100
+    assert set(sampled) < set(every)
+    assert rows(token_windows(text, None, tokenizer, 64, 100, seed=7)) == sampled
+    assert rows(token_windows(text, None, tokenizer, 64, 100, seed=8)) != sampled
+    assert sampled != every[:100]
 
 
-def test_skipped_windows_are_those_of_a_smaller_draw(text, tokenizer):
+def test_skipped_windows_are_those_of_a_smaller_sample(text, tokenizer):
     stream = token_stream(text, None, tokenizer)
     first, both = (rows(sample_windows(stream, 64, n, 7, text)) for n in (30, 70))
     others = rows(sample_windows(stream, 64, 40, 7, text, skip=30))
