@@ -1,19 +1,56 @@
 """Small real models of each family, the embedded model, and the plain oracles."""
 
+import gc
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each of the two workers, and what they start
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else `datasets` tells the hub of every file read
 
 import pytest
 import torch
 import transformers
 
 from dynslice.cli import commands
-from dynslice.core import assets
+from dynslice.core import assets, paths
+from dynslice.experiment.estimate import Machine
 from dynslice.inputs import models
 
 CPU = torch.device("cpu")
+
+# Files that share a fixture of the session run in one worker. Every other file is a group.
+GROUPS = {"test_run_all.py": "smoke", "test_faults.py": "smoke"}
+
+# By their time, longest first, so that no worker is left alone with a long one at the end.
+LONGEST = ["smoke", "test_executor.py", "test_rehearsal.py", "test_evaluation.py"]
+LONGEST += ["test_slicing.py", "test_streaming.py", "test_device.py", "test_notebooks.py"]
+LONGEST += ["test_preflight.py", "test_numbers.py", "test_efficiency.py", "test_networks.py"]
+LONGEST += ["test_study.py", "test_security.py", "test_leakage.py", "test_beyond.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file together in one worker, and start with the longest files."""
+    groups = {item: GROUPS.get(item.path.name, item.path.name) for item in items}
+    order = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(groups[item], len(order)))
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage():
+    """Studies collect garbage after each network; without this they pass through all libraries."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -107,6 +144,46 @@ def smollm2():
     """The embedded model and its tokenizer, float32 on CPU."""
     assets.fetch()
     return models.load("embedded:smollm2-135m", CPU, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def machine():
+    """The yardsticks of this machine, which take seconds to measure."""
+    return Machine.measured(CPU, torch.float32)
+
+
+def run_all(output, *arguments):
+    """Run the script in the environment of the tests, which it finds to be complete."""
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DYNSLICE_OUTPUT": str(output),
+        "DYNSLICE_CACHE": str(paths.CACHE),
+    }
+    script = paths.ROOT / "run_all.sh"
+    return subprocess.run(
+        [script, *arguments], capture_output=True, text=True, env=environment, cwd=output
+    )
+
+
+def measured(stdout):
+    """How many values a run says that it measured, and of how many."""
+    return tuple(map(int, re.search(r"measured (\d+) of (\d+) values", stdout).groups()))
+
+
+# Where it is compared with runs of forked processes, which cannot share a GPU.
+SMOKE = ("--profile", "smoke", "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """`./run_all.sh` on the smoke profile, from nothing: its output, what it said, its results."""
+    output = tmp_path_factory.mktemp("smoke")
+    finished = run_all(output, *SMOKE)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    results = {p.name: p.read_bytes() for p in (output / "data/results/smoke").glob("*-*.json")}
+    return SimpleNamespace(output=output, stdout=finished.stdout, results=results)
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """A server that runs the command line in forked children and disturbs them at chosen moments.
 
-Started by `python faults.py`: it loads the libraries once, so that a run costs a fork. Every file
-operation below the output folder is an event; a child is disturbed at its n-th one. Requests come
+Started by `python faults.py OUTPUT`: it runs the smoke study once itself, so that a run of a child
+costs a fork and what is measured. Every file operation below a child's output folder is an event;
+it is disturbed at its n-th one. Requests come
 as JSON lines on stdin: {"do": "start", ..} answers with a process id, {"do": "wait", "pid": ..}
 with how that ended.
 """
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -45,8 +47,9 @@ class Runs:
     def serve(cls, folder: Path) -> "Runs":
         """Start the server; one thread each, so that two children do not fight for the cores."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["DYNSLICE_OUTPUT"] = str(folder / "first")
         server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, str(folder / "first")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -165,23 +168,45 @@ def _ended(pid: int, output: str) -> dict:
     }
 
 
-def _serve() -> None:
-    # All that a command may load, once for all.
+def _prepare(output: Path) -> None:
+    """Run the smoke study here, so that children find its libraries, texts and tasks loaded.
+
+    What they inherit are tokens and items; each loads its model, slices and scores by itself.
+    """
+    import tqdm
+
     import dynslice.cli.record
     import dynslice.cli.reproduce
-    import dynslice.evaluate.harness
+    import dynslice.evaluate.shared_context
     import dynslice.experiment.preflight
-    import dynslice.experiment.runner
     import dynslice.extensions.finetuning  # noqa: F401
-    from dynslice.core import assets
-    from dynslice.inputs import corpora, models
+    from dynslice.core import assets, paths
+    from dynslice.experiment import runner
+    from dynslice.experiment.study import Study
 
-    for name in ("sotu", "wikipedia", "mmlu"):
-        corpora.embedded(name)
-    models.resolve("embedded:tiny-random")
-    assert assets.are_there()
+    tqdm.tqdm.monitor_interval = 0  # its thread could hold a lock while the server forks
+    assets.fetch()
+    tokenise, kept = runner.token_stream, {}
+
+    def token_stream(text, split, tokenizer, *amounts, **options):
+        key = (text, split, tokenizer.name_or_path, amounts, tuple(sorted(options.items())))
+        if key not in kept:
+            kept[key] = tokenise(text, split, tokenizer, *amounts, **options)
+        return kept[key].clone()
+
+    runner.token_stream = token_stream
+    paths.OUTPUT = output
+    gc.freeze()
+    study = Study.open("smoke", device="cpu")
+    study.ensure(study.requests())
+    gc.collect()
+    gc.freeze()  # or each child would copy what it only looks at for garbage
+
+
+def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    _prepare(Path(sys.argv[1]))
     outputs = {}
 
     def answer(value) -> None:

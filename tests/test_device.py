@@ -11,7 +11,7 @@ from dynslice.inputs.checkpoints import save
 from dynslice.inputs.windows import token_windows
 from dynslice.method import streaming
 from dynslice.method.architectures import dims_of
-from dynslice.method.footprint import largest_weight, signal_bytes, slicing_workspace
+from dynslice.method.footprint import activation_bytes, largest_weight, slicing_workspace
 from dynslice.method.plan import constant, dynamic
 from dynslice.method.redundancy import layer_redundancy
 from dynslice.method.slicing import slice_model
@@ -35,10 +35,10 @@ def dtype(request):
 def reference(smollm2):
     """LR, a dynamic plan and perplexities of SmolLM2 on a CPU in float32."""
     model, tokenizer = smollm2
-    lr_windows = token_windows("sotu", "validation", tokenizer, 512, 2)
-    calibration = token_windows("sotu", "train", tokenizer, 512, 4, seed=1)
-    held_out = token_windows("sotu", "test", tokenizer, 256, 4, seed=1)
-    lr = layer_redundancy(model, lr_windows, 512).lr
+    lr_windows = token_windows("sotu", "validation", tokenizer, 256, 2)
+    calibration = token_windows("sotu", "train", tokenizer, 256, 4, seed=1)
+    held_out = token_windows("sotu", "test", tokenizer, 256, 2, seed=1)
+    lr = layer_redundancy(model, lr_windows, 256).lr
     plan = dynamic(dims_of(model.config), lr, 0.25, 0.1)
     sliced = slice_model(model, calibration, plan).model
     texts = (lr_windows, calibration, held_out)
@@ -62,7 +62,7 @@ def test_smollm2_is_the_same_network_on_every_device(reference, device, dtype):
     (lr_windows, calibration, held_out), lr, plan, dense, sliced = reference
     model, _ = models.load("embedded:smollm2-135m", device, dtype)
     exact = dtype == torch.float32
-    got = layer_redundancy(model, lr_windows, 512).lr
+    got = layer_redundancy(model, lr_windows, 256).lr
     assert got == pytest.approx(lr, abs=1e-4 if exact else 2e-2)
     tolerance = 0.005 if exact else 0.03
     assert perplexity(model, held_out)["perplexity"] == pytest.approx(
@@ -134,5 +134,5 @@ def test_memory_of_streamed_slicing_is_predicted_on_a_gpu(tmp_path):
     models.slice_saved(tmp_path / "sliced", source, windows, plan, device, dtype)
     peak = torch.cuda.max_memory_allocated(device) - before
     predicted = slicing_workspace(config, plan, 2048, device, dtype)
-    predicted += signal_bytes(plan, windows.numel(), dtype)
+    predicted += activation_bytes(plan, windows.numel(), dtype)
     assert peak == pytest.approx(predicted, rel=0.2)

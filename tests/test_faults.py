@@ -19,13 +19,14 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from conftest import SMOKE
 from faults import Runs
 from test_assets import digest
 
 from dynslice.core import files, paths
 from dynslice.experiment.store import Store, _checksum
 
-SMOKE = ("reproduce", "--profile", "smoke", "--only", "06")  # needs every measurement
+REPRODUCE = ("reproduce", *SMOKE, "--only", "06")  # needs every measurement
 UNCHECKED = "from dynslice.cli import reproduce; reproduce._prepare = lambda *given: None"
 UNRENDERED = f"{UNCHECKED}; reproduce._execute = lambda *given: None"
 HOW_TO_GO_ON = "dynslice: interrupted; what was finished is kept, give the same command again"
@@ -40,16 +41,11 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs):
-    """The values of a smoke run that nothing disturbs, and how many file operations it takes.
-
-    A second one runs beside it, from scratch in a folder of its own.
-    """
-    again = runs.start("again", *SMOKE, patch=UNRENDERED)
-    ended = runs.run("undisturbed", *SMOKE)
+def undisturbed(runs, smoke):
+    """The values of `./run_all.sh`, which nothing disturbs, and how many operations they take."""
+    ended = runs.run("again", *REPRODUCE, patch=UNRENDERED)
     assert ended.status == 0, ended.stderr[-2000:]
-    assert runs.wait(again).status == 0
-    return values(runs.folder / "undisturbed"), ended.events
+    return values_of(smoke.results), ended.events
 
 
 def stored(output):
@@ -58,8 +54,12 @@ def stored(output):
 
 def values(output):
     """What was measured, without provenance and timings."""
+    return values_of(stored(output))
+
+
+def values_of(results):
     found = {}
-    for name, content in stored(output).items():
+    for name, content in results.items():
         row = json.loads(content)
         value = row["value"]
         if row["kind"] == "speed":  # its seconds are the value; the counts must agree
@@ -91,21 +91,23 @@ def check_interrupted(ended, by):
     assert ended.stdout == ""
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_values(runs, undisturbed, record_property):
+@pytest.mark.parametrize("kills", [12, pytest.param(30, marks=pytest.mark.long)])
+def test_a_run_killed_again_and_again_ends_with_the_same_values(
+    kills, runs, undisturbed, record_property
+):
     expected, events = undisturbed
-    kills = 30
-    output = runs.folder / "killed"
+    output = runs.folder / f"killed-{kills}"
     first_seen = {}
     for kill, by in zip(range(kills), itertools.cycle(SIGNALS), strict=False):
         # Where a run goes on it first passes some ten events of its own.
         at = 12 + events // kills + kill % 7
-        ended = runs.run("killed", *SMOKE, at=at, by=by, patch=UNCHECKED)
+        ended = runs.run(output.name, *REPRODUCE, at=at, by=by, patch=UNCHECKED)
         check_interrupted(ended, by)
         check_nothing_half_written(output)
         for name, content in stored(output).items():
             first_seen.setdefault(name, content)
     assert len(first_seen) > len(expected) // 3  # about half, by how soon signals are heeded
-    ended = runs.run("killed", *SMOKE, patch=UNCHECKED)
+    ended = runs.run(output.name, *REPRODUCE, patch=UNCHECKED)
     assert ended.status == 0, ended.stderr[-2000:]
     assert values(output) == expected
     kept = stored(output)
@@ -116,7 +118,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_values(runs, undisturbe
 
 @pytest.mark.parametrize(("after", "by"), [(1.5, "SIGINT"), (4.0, "SIGTERM"), (6.0, "SIGKILL")])
 def test_a_run_killed_in_a_notebook_leaves_none_half_written(
-    after, by, runs, undisturbed, tmp_path, record_property
+    after, by, runs, smoke, tmp_path, record_property
 ):
     """While the kernel starts, and while a cell runs that takes long."""
     notebook = nbformat.read(paths.NOTEBOOKS / "06_claims.ipynb", as_version=4)
@@ -124,8 +126,11 @@ def test_a_run_killed_in_a_notebook_leaves_none_half_written(
     nbformat.write(notebook, tmp_path / "06_claims.ipynb")
     slow = f"from pathlib import Path; paths.NOTEBOOKS = Path({str(tmp_path)!r})"
     output = f"notebook-{by}"
-    shutil.copytree(runs.folder / "undisturbed/data", runs.folder / output / "data")
-    ended = runs.run(output, *SMOKE, after=after, by=by, patch=f"{UNCHECKED}; {slow}")
+    for name, content in smoke.results.items():
+        target = runs.folder / output / "data/results/smoke" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    ended = runs.run(output, *REPRODUCE, after=after, by=by, patch=f"{UNCHECKED}; {slow}")
     check_interrupted(ended, by)
     check_nothing_half_written(runs.folder / output)
     assert not list((runs.folder / output / "notebooks/rendered/smoke").glob("*.ipynb"))
@@ -247,8 +252,10 @@ def test_assets_are_complete_or_fetched_again(runs, tmp_path, record_property):
     record_property("kill points survived", len(points))
 
 
-def test_twice_from_scratch_gives_identical_values(runs, undisturbed):
+def test_three_runs_from_scratch_give_identical_values(runs, undisturbed):
+    """By the script, in the server before it served, and in a child of it."""
     assert len(undisturbed[0]) > 70
+    assert values(runs.folder / "first") == undisturbed[0]
     assert values(runs.folder / "again") == undisturbed[0]
 
 
@@ -259,7 +266,7 @@ def test_the_order_of_a_sweep_does_not_matter(runs, undisturbed):
         "jobs = agenda.jobs\n"
         "agenda.jobs = lambda requests: jobs(requests)[::-1]"
     )
-    assert runs.run("backwards", *SMOKE, patch=f"{UNRENDERED}\n{backwards}").status == 0
+    assert runs.run("backwards", *REPRODUCE, patch=f"{UNRENDERED}\n{backwards}").status == 0
     assert values(runs.folder / "backwards") == undisturbed[0]
 
 
@@ -277,7 +284,7 @@ Store.put = noted
 
 
 def test_two_runs_at_once_share_the_work(runs, undisturbed, record_property):
-    pids = [runs.start("pair", *SMOKE, patch=NOTED) for _ in range(2)]
+    pids = [runs.start("pair", *REPRODUCE, patch=NOTED) for _ in range(2)]
     for ended in map(runs.wait, pids):
         assert ended.status == 0, ended.stderr[-2000:]
     assert values(runs.folder / "pair") == undisturbed[0]
@@ -330,7 +337,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_holds_is_kept
 @pytest.mark.parametrize("at", [1, 60, 150])
 def test_a_disk_that_refuses_ends_the_run_in_one_sentence(at, by, runs, record_property):
     output = f"{by}-{at}"
-    ended = runs.run(output, *SMOKE, at=at, by=by, patch=UNCHECKED)
+    ended = runs.run(output, *REPRODUCE, at=at, by=by, patch=UNCHECKED)
     assert ended.status == (2 if at == 1 else 1)
     assert "Traceback" not in ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
@@ -375,11 +382,11 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for Python where run_all.sh makes its environment: slow, and noted.
 note() {{ echo "$*" >>"$NOTES"; }}
 case "$*" in
-    "-m venv "*) note venv; sleep 0.5; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; sleep 0.5 ;;
+    "-m venv "*) note venv; sleep 0.3; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; sleep 0.3 ;;
     *"pip install"*"-r requirements.lock"*)
-        note pip; touch .venv/half; sleep 1; rm .venv/half ;;
+        note pip; touch .venv/half; sleep 0.6; rm .venv/half ;;
     *"pip install"*) [ -e .venv/half ] && exit 1; note dynslice ;;
-    "-m dynslice assets fetch"*) note fetch; sleep 1 ;;
+    "-m dynslice assets fetch"*) note fetch; sleep 0.6 ;;
     "-m dynslice"*) note reproduce ;;
     *) exec {python} "$@" ;;
 esac
@@ -414,8 +421,14 @@ def set_up(checkout, **options):
     )
 
 
-@pytest.mark.parametrize("stage", ["venv", "pip", "fetch"])
-@pytest.mark.parametrize("by", SIGNALS)
+# Each signal and each stage once; every pair of them with `-m long`.
+KILLS = [("venv", "SIGINT"), ("pip", "SIGKILL"), ("fetch", "SIGTERM")]
+OTHERS = [k for k in itertools.product(("venv", "pip", "fetch"), SIGNALS) if k not in KILLS]
+
+
+@pytest.mark.parametrize(
+    ("stage", "by"), [*KILLS, *(pytest.param(*kill, marks=pytest.mark.long) for kill in OTHERS)]
+)
 def test_a_set_up_that_is_killed_is_made_anew(stage, by, checkout, record_property):
     notes = checkout / "notes"
     run = set_up(checkout)

@@ -1,5 +1,8 @@
 """Nothing that is calibrated on, or that chooses, is reported."""
 
+from functools import cache
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from dynslice.core.errors import RequestError
 from dynslice.evaluate import harness
 from dynslice.experiment.study import Study
 from dynslice.experiment.validate import check_study
-from dynslice.inputs import corpora, texts
+from dynslice.inputs import corpora, models, texts
 from dynslice.inputs.data_files import SPLITS
 from dynslice.inputs.windows import sample_windows, token_stream
 
@@ -20,7 +23,12 @@ def fetched():
     assets.fetch()
 
 
-def windows_by_role(study, tokenizer):
+@cache
+def stream_of(text, split):
+    return token_stream(text, split, models.load_tokenizer("embedded:smollm2-135m"))
+
+
+def windows_by_role(study):
     """Every token window that the study reads, by what it is read for: {role: [windows]}."""
     roles = {"calibration": [], "selection": [], "evidence": [], "report": [], "LR": []}
     for request in study.requests():
@@ -46,7 +54,7 @@ def windows_by_role(study, tokenizer):
     }
     return {
         role: [
-            sample_windows(token_stream(text, split, tokenizer), *amounts, text, skip)
+            sample_windows(stream_of(text, split), *amounts, text, skip)
             for text, split, *amounts, skip in sorted(configs, key=str)
         ]
         for role, configs in asked.items()
@@ -54,8 +62,10 @@ def windows_by_role(study, tokenizer):
 
 
 def runs(windows):
-    """Every run of RUN tokens in token windows [n, T], as a set of tuples."""
-    return {tuple(run) for row in windows for run in row.unfold(0, RUN, 1).tolist()}
+    """Every run of RUN tokens in token windows [n, T], each as a hash of 64 bits."""
+    weights = np.random.default_rng(0).integers(1, 2**63, RUN, dtype=np.uint64)
+    every = np.lib.stride_tricks.sliding_window_view(windows.numpy().view(np.uint64), RUN, axis=1)
+    return np.unique(every @ weights)  # modulo 2**64
 
 
 def leaks(roles):
@@ -64,16 +74,26 @@ def leaks(roles):
     LR and the choice of SB may share validation text: neither is reported. What schedules rest on
     is no window that ranks them.
     """
-    known = {role: set().union(*map(runs, windows)) for role, windows in roles.items()}
+    known = {
+        role: np.unique(np.concatenate([runs(w) for w in windows])) if windows else np.array([])
+        for role, windows in roles.items()
+    }
     pairs = [("report", "calibration"), ("report", "selection"), ("report", "LR")]
     pairs += [("calibration", "selection"), ("calibration", "LR"), ("report", "evidence")]
     pairs += [("calibration", "evidence"), ("selection", "evidence")]
-    return {(a, b): known[a] & known[b] for a, b in pairs if known[a] & known[b]}
+    shared = {(a, b): np.intersect1d(known[a], known[b], assume_unique=True) for a, b in pairs}
+    return {pair: both for pair, both in shared.items() if len(both)}
+
+
+@cache
+def windows_of(profile):
+    """The windows of a profile by role."""
+    return windows_by_role(Study.open(profile))
 
 
 @pytest.mark.parametrize("profile", ["quick", "standard"])
-def test_calibration_selection_and_report_share_no_text(profile, smollm2):
-    roles = windows_by_role(Study.open(profile), smollm2[1])
+def test_calibration_selection_and_report_share_no_text(profile):
+    roles = windows_of(profile)
     assert roles["calibration"]
     assert roles["report"]
     assert roles["LR"]
@@ -81,9 +101,9 @@ def test_calibration_selection_and_report_share_no_text(profile, smollm2):
     assert not leaks(roles)
 
 
-def test_one_shared_window_is_found(smollm2):
+def test_one_shared_window_is_found():
     """The test above fails if one window is shared, or a part of one."""
-    roles = windows_by_role(Study.open("standard"), smollm2[1])
+    roles = {role: list(windows) for role, windows in windows_of("standard").items()}
     clean = roles["report"][0]
     for role in ("calibration", "selection", "LR"):
         leak = roles[role][0][:1, :512]

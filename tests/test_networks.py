@@ -65,19 +65,28 @@ def test_a_spread_network_answers_tasks_alike(crowded):
     assert margins[1] == pytest.approx(margins[0], abs=1e-3)
 
 
-@pytest.mark.parametrize("placement", ["streamed", "spread"])
-def test_a_study_measures_the_same_in_every_placement(placement, tmp_path, monkeypatch):
+def values_of(place, folder, **extra):
+    """What a small study measures where its networks are placed so."""
     assets.fetch()
-    values = {}
-    for place, extra in (("resident", {"speed_slice_percentages": []}), (placement, ONE_AT_A_TIME)):
-        monkeypatch.setattr(paths, "OUTPUT", tmp_path / place)
-        changes = {**SMALL, **extra, "placement": place, "tasks": {"piqa": 4}, "slice_bases": [0.0]}
+    changes = {**SMALL, **extra, "placement": place, "tasks": {"piqa": 4}, "slice_bases": [0.0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "OUTPUT", folder)
         study = Study.open("smoke", device="cpu", **changes)
         requests = study.requests()
         study.ensure(requests)
-        values[place] = [study.get(request).value for request in requests]
-        assert not list((paths.CACHE / "sliced").glob("sliced-*/.a*"))
-    for ours, theirs in zip(values[placement], values["resident"], strict=True):
+        return [study.get(request).value for request in requests]
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory):
+    return values_of("resident", tmp_path_factory.mktemp("resident"), speed_slice_percentages=[])
+
+
+@pytest.mark.parametrize("placement", ["streamed", "spread"])
+def test_a_study_measures_the_same_in_every_placement(placement, resident, tmp_path):
+    found = values_of(placement, tmp_path, **ONE_AT_A_TIME)
+    assert not list((paths.CACHE / "sliced").glob("sliced-*/.a*"))
+    for ours, theirs in zip(found, resident, strict=True):
         for name in ("perplexity", "parameters", "widths", "margin", "acc"):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name

@@ -2,10 +2,8 @@
 
 import getpass
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,15 +11,17 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+from kernels import one_kernel, with_parameters
 from nbclient import NotebookClient
-from papermill.parameterize import parameterize_notebook
 
+from dynslice.cli import commands
 from dynslice.core import paths
 from dynslice.core.errors import RequestError
+from dynslice.experiment.estimate import Machine
 from dynslice.experiment.profile import load, percent
 from dynslice.experiment.study import Study
 from dynslice.inputs import models
-from dynslice.report import ablations, claims, layer_redundancy, perplexity, statistics, style
+from dynslice.report import claims, layer_redundancy, perplexity, statistics, style
 
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 SMOKE = load("smoke")
@@ -112,23 +112,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def changed(folder):
+def changed(folder, machine):
     """Every notebook by `dynslice reproduce` with other parameters: cells by notebook."""
-    command = [sys.executable, "-m", "dynslice", "reproduce", "--profile", "smoke"]
+    command = ["reproduce", "--profile", "smoke"]
     for key, value in CHANGED.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
-    environment = {**os.environ, "DYNSLICE_OUTPUT": str(folder)}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    with pytest.MonkeyPatch.context() as patch, one_kernel(folder):
+        patch.setattr(Machine, "measured", lambda *_: machine)
+        assert commands.main(command) == 0
     rendered = sorted((folder / "notebooks/rendered/smoke").glob("*.ipynb"))
     assert [path.name for path in rendered] == [path.name for path in SOURCES]
     return [nbformat.read(path, 4) for path in rendered]
-
-
-def with_parameters(source, parameters):
-    """A notebook's source as papermill gives it parameters."""
-    notebook = papermill.iorw.load_notebook_node(str(source))
-    return parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +166,8 @@ def _texts_of(data):
 def of_the_run(notebooks):
     """All that is said of the run: the benchmarks of the machines speak of models of their own."""
     cells = [c for n in notebooks for c in n.cells if c.cell_type == "code"]
-    apart = {cell["id"] for cell in cells if "costs.bench" in cell.source}
-    apart |= {cell["id"] for cell in cells if "costs.unmeasured" in cell.source}
+    apart = {cell["id"] for cell in cells if "efficiency.bench" in cell.source}
+    apart |= {cell["id"] for cell in cells if "efficiency.unmeasured" in cell.source}
     assert len(apart) == 2
     return "\n".join(text for name, text in said(notebooks) if name not in apart)
 
@@ -281,7 +275,7 @@ def test_what_was_not_asked_for_is_said_in_a_sentence(bare):
         "times no network": 1,
         "this profile compares no dynamic with a constant network.": 1,
         claims.NOT_TESTED: 9,
-        ablations.NONE: 8,
+        style.NONE: 8,
     }.items():
         assert text.count(sentence) >= times, sentence
 

@@ -2,17 +2,16 @@
 
 import io
 import json
-import os
 import re
 import subprocess
-import sys
 import tomllib
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from kernels import one_kernel
 
-from dynslice.cli import record
+from dynslice.cli import commands, record
 from dynslice.core import assets, paths
 from dynslice.experiment.profile import load
 from dynslice.experiment.study import Study
@@ -34,13 +33,8 @@ def committed(path):
 def again(request, tmp_path_factory):
     """A profile rendered anew from its record, in a place of its own."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", "dynslice", "reproduce", "--from-record"]
-    subprocess.run(
-        [*command, "--profile", request.param],
-        env={**os.environ, "DYNSLICE_OUTPUT": str(folder)},
-        check=True,
-        capture_output=True,
-    )
+    with one_kernel(folder):
+        assert commands.main(["reproduce", "--from-record", "--profile", request.param]) == 0
     return SimpleNamespace(profile=request.param, folder=folder)
 
 
@@ -146,6 +140,7 @@ def numbers(text):
     """The numbers of a text, without those in code, formulas, addresses and names."""
     for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"\$[^$]*\$", r"`[^`]*`", r"\]\([^)]*\)"):
         text = re.sub(pattern, " ", text, flags=re.S)
+    text = re.sub(r"^\d+\. ", "", text, flags=re.M)  # of a numbered list
     text = re.sub(r"SmolLM2-135M(-Instruct)?|Llama-?3-8B|Mistral-7B|WikiText-2|PG-19", " ", text)
     text = re.sub(r"Llama 2 and 3|Qwen2 and 2\.5|Qwen3|Phi-[23]|Gemma 2", " ", text)
     text = re.sub(

