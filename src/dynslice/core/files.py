@@ -1,8 +1,8 @@
 """Files and folders that are complete or absent, held by one process, and unaltered.
 
-Whatever is written is made in a scratch folder next to its place and renamed when it is complete.
-Scratch folders and claims are locked by the system for as long as their process lives, so those of
-a killed process are free at once, and its leftovers are swept away by whoever writes there next.
+What is written is made in a scratch folder next to its place and renamed when it is complete. The
+system locks scratch folders and claims while their process lives; leftovers of a killed process are
+removed by whoever writes there next.
 """
 
 import errno
@@ -23,13 +23,9 @@ from filelock import FileLock, Timeout
 from dynslice.core.errors import DiskError, RequestError, disk_trouble, in_one_line
 
 CHECKSUMS = "checksums.json"
-
 _SCRATCH = ".unfinished-"
-
 _LOCK = "lock"  # next to the folder "new" that is given
-
 _YOUNG = 60  # seconds for which a scratch folder may not be locked yet
-
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none
 
 
@@ -40,8 +36,8 @@ def scratch(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
         made = tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH)
-        with made as folder, _held(Path(folder) / _LOCK):
-            inside = Path(folder) / "new"
+        with made as folder, _held(Path(folder, _LOCK)):
+            inside = Path(folder, "new")
             inside.mkdir()
             yield inside
 
@@ -72,10 +68,7 @@ def write(path: Path, text: str) -> None:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the name `folder` when the context ends well.
-
-    A folder that is there already is replaced.
-    """
+    """An empty folder to fill, which replaces `folder` when the context ends well."""
     with scratch(folder.parent) as unfinished:
         yield unfinished
         if folder.is_dir():
@@ -99,13 +92,12 @@ def claim(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
 
 def is_claimed(path: Path) -> bool:
     """Whether a living process holds `path`."""
-    with suppress(OSError):
-        try:
-            if path.exists():
-                with _lock(path).acquire(blocking=False):
-                    pass
-        except Timeout:
-            return True
+    try:
+        if path.exists():
+            with _lock(path).acquire(blocking=False):
+                pass
+    except OSError as error:
+        return isinstance(error, Timeout)
     return False
 
 
@@ -157,10 +149,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder; None for one that is sound or was never sealed.
-
-    Files are read once per process, and again when their size or time has changed.
-    """
+    """What is wrong with a sealed folder; None for one that is sound or was never sealed."""
     if not (folder / CHECKSUMS).is_file():
         return None
     seen = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir())
@@ -174,6 +163,7 @@ def is_sound(folder: Path) -> bool:
 
 @cache
 def _damage(folder: Path, _seen: tuple) -> str | None:
+    """Read again only when the size or time of a file, which `_seen` holds, has changed."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name, digest in sums.items():
@@ -213,7 +203,7 @@ def read_json(path: str | Path, what: str) -> dict:
 def validated(kind: type, values: dict, what: str, anew: str) -> Any:
     """The values of a JSON file as a dataclass, by its annotations.
 
-    what: the file in words, anew: the command that makes it. Raises RequestError naming what is
+    what: the file in words; anew: the command that makes it. Raises RequestError naming what is
     missing or does not fit.
     """
     from pydantic import TypeAdapter, ValidationError
@@ -222,9 +212,9 @@ def validated(kind: type, values: dict, what: str, anew: str) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
         if first["type"] == "value_error":  # of the class itself, which says it in its own words
             raise first["ctx"]["error"] from error
+        where = ".".join(map(str, first["loc"]))
         told = f"has {where} {first['input']!r}, which fits no {what}"
         if first["type"] == "missing":
             told = f"is incomplete (no {where})"

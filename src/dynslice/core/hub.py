@@ -7,11 +7,9 @@ import json
 from functools import cache
 from pathlib import Path
 
-from dynslice.core.errors import RequestError
+import huggingface_hub as client  # its parts are imported when they are used
 
-# The revision at which the hub keeps its own Parquet files of a data set that is a script, which
-# `datasets` no longer runs.
-CONVERTED = "refs/convert/parquet"
+from dynslice.core.errors import RequestError
 
 INSTEAD = "give a local file or directory in its place"  # what one can do without the hub
 
@@ -29,11 +27,11 @@ _NO_ACCESS = (
     "{what}: the hub gives no access to dataset {repository}; accept its terms there and run `hf "
     "auth login`, or {instead}"
 )
-
 _DATASET = {
     "no revision": "{what}: dataset {repository} has no revision {revision!r} on the hub; name a "
     "branch, tag or commit of it, or leave the revision out",
-    **dict.fromkeys(("gated", "no access"), _NO_ACCESS),
+    "gated": _NO_ACCESS,
+    "no access": _NO_ACCESS,
     "no files": "{what}: dataset {repository} has no files {files} at revision {revision!r}; name "
     "another revision, or {instead}",
     "away": "{what} is dataset {repository} of the Hugging Face hub, which could not be reached; "
@@ -45,14 +43,11 @@ _DATASET = {
 def model_refusal(name: str, revision: str | None = None) -> str | None:
     """Why the hub does not give a model now, in words for an error; None where it does.
 
-    Asked once per process, and before any download: a download without network would try again
-    for half a minute.
+    Asked before any download, which without network would try again for half a minute.
     """
-    from huggingface_hub import HfApi
-
     try:
-        HfApi().auth_check(name)
-        HfApi().model_info(name, revision=revision, expand=["sha"])
+        client.HfApi().auth_check(name)
+        client.HfApi().model_info(name, revision=revision, expand=["sha"])
     except Exception as error:
         return _MODEL[_meaning(error)].format(revision=revision)
     return None
@@ -78,10 +73,10 @@ def fetch(
     """The data files of a hub repository that match a pattern, in name order, downloaded once.
 
     what, instead: for whom, and what else one can do, in the words of an error. download: False
-    only looks into the local cache where the hub does not answer. Raises RequestError in one
-    sentence when the hub cannot be reached, refuses, or has no such revision or file.
+    only looks into the cache where the hub does not answer. Raises RequestError when the hub cannot
+    be reached, refuses, or has no such revision or file.
     """
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         away = is_away(repository, revision)
@@ -89,11 +84,11 @@ def fetch(
             return []
         where = {"repo_type": "dataset", "revision": revision, "local_files_only": away}
         if "*" not in files:  # without listing the repository: C4 has very many files
-            return [Path(hf_hub_download(repository, files, **where))]
-        folder = Path(snapshot_download(repository, allow_patterns=[files], **where))
+            return [Path(client.hf_hub_download(repository, files, **where))]
+        folder = Path(client.snapshot_download(repository, allow_patterns=[files], **where))
         if found := sorted(folder.glob(files)):
             return found
-        raise errors.EntryNotFoundError(files)
+        raise EntryNotFoundError(files)
     except Exception as error:
         asked = {"repository": repository, "files": files, "revision": revision or "main"}
         sentence = _DATASET[_meaning(error)].format(what=what, instead=instead, **asked)
@@ -102,10 +97,8 @@ def fetch(
 
 def is_away(repository: str, revision: str | None) -> bool:
     """Whether the hub does not answer; asked because a download would try for half a minute."""
-    from huggingface_hub import HfApi
-
     try:
-        HfApi().dataset_info(repository, revision=revision, expand=["sha"])
+        client.HfApi().dataset_info(repository, revision=revision, expand=["sha"])
     except Exception as error:
         if _meaning(error) != "away":
             raise
@@ -132,14 +125,10 @@ def _meaning(error: Exception) -> str:
 
 
 def commit_of(repository: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """The commit that a revision is now, by the hub or else by its local cache.
-
-    kind: model or dataset. None when neither knows it.
-    """
-    from huggingface_hub import HfApi
-
+    """The commit of a model's or dataset's revision, by the hub or its cache; None if unknown."""
+    asked = {"revision": revision, "repo_type": kind, "expand": ["sha"]}
     try:
-        return HfApi().repo_info(repository, revision=revision, repo_type=kind, expand=["sha"]).sha
+        return client.HfApi().repo_info(repository, **asked).sha
     except Exception:  # a dozen types, from no network to no such revision
         folder = snapshot(repository, revision, kind)
         return folder.name if folder else None
@@ -147,11 +136,9 @@ def commit_of(repository: str, revision: str | None = None, kind: str = "model")
 
 def snapshot(repository: str, revision: str | None = None, kind: str = "model") -> Path | None:
     """The folder of a repository in the hub's local cache, if it is there."""
-    from huggingface_hub import snapshot_download
-
     where = {"revision": revision, "repo_type": kind}
     try:
-        return Path(snapshot_download(repository, local_files_only=True, **where))
+        return Path(client.snapshot_download(repository, local_files_only=True, **where))
     except Exception:  # not there, or no name that the hub could have
         return None
 

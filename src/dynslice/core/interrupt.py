@@ -12,16 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 PATIENCE = 3.5  # seconds in which a run can end by itself
-
 SENTENCE = "dynslice: interrupted; what was finished is kept, give the same command again to go on"
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt, with the signal's number for SIGTERM.
-
-    An operation of a library that does not come back for PATIENCE seconds is not waited for.
-    """
+    """Both signals raise KeyboardInterrupt; a library is waited for no longer than PATIENCE."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return

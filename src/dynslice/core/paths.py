@@ -1,34 +1,25 @@
 """Every place on disk that dynslice reads or writes.
 
-DYNSLICE_CACHE moves the downloads, DYNSLICE_OUTPUT moves what a run writes (results, figures,
-rendered notebooks); both default to the checkout, or to the working directory when dynslice was
-installed without one.
+DYNSLICE_CACHE moves the downloads, DYNSLICE_OUTPUT the results, figures and rendered notebooks of
+a run; both default to the checkout, or to the working directory of an installed dynslice.
 """
 
 import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+PROFILES = PACKAGE / "profiles"
 
 _CHECKOUT = PACKAGE.parents[1]
-
 ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
-
-CACHE = Path(os.environ.get("DYNSLICE_CACHE", ROOT / "data" / "cache")).resolve()
-
-OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT", ROOT)).resolve()
-
-TASK_FILES = CACHE / "lm_eval_tasks"
-
 ASSET_MANIFEST = ROOT / "data" / "assets.json"
-
 PUBLISHED = ROOT / "data" / "published"
-
 BENCH = ROOT / "data" / "bench"
-
 NOTEBOOKS = ROOT / "notebooks"
 
-PROFILES = PACKAGE / "profiles"
+CACHE = Path(os.environ.get("DYNSLICE_CACHE", ROOT / "data" / "cache")).resolve()
+TASK_FILES = CACHE / "lm_eval_tasks"
+OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT", ROOT)).resolve()
 
 
 def results(profile: str) -> Path:

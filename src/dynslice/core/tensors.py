@@ -58,11 +58,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def check_finite(values: torch.Tensor, where: str, dtype: torch.dtype | None = None) -> None:
-    """Raise RequestError naming `where` when a tensor holds NaN or Inf.
+def _are_finite(values: torch.Tensor) -> bool:
+    """By the extremes, NaN among them: a mask would take as much memory as a table."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
 
-    dtype: of the network that they come from, by default that of the values.
-    """
+
+def check_finite(values: torch.Tensor, where: str, dtype: torch.dtype | None = None) -> None:
+    """Raise RequestError naming `where` and the network's dtype when a tensor holds NaN or Inf."""
     if not _are_finite(values):
         raise RequestError(
             f"{where} is not finite in {str(dtype or values.dtype).removeprefix('torch.')}; check "
@@ -89,11 +91,6 @@ def check_tokens(config, windows: torch.Tensor) -> None:
         )
 
 
-def _are_finite(values: torch.Tensor) -> bool:
-    """By the extremes, NaN among them: a mask would take as much memory as a table."""
-    return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
-
-
 def check_weight(weight: torch.Tensor, key: str, model: str) -> None:
     """Raise RequestError when a weight holds NaN or Inf; what is on disk only is let through."""
     if weight.device.type != "meta" and not _are_finite(weight):
@@ -105,10 +102,7 @@ def check_weight(weight: torch.Tensor, key: str, model: str) -> None:
 
 
 def tokens_per_batch(device: torch.device, logits: bool = False) -> int:
-    """1,024 tokens on a CPU, where larger batches only cost memory; on a GPU 16,384.
-
-    There 2,048 where `logits` over the whole vocabulary are computed, which take gigabytes.
-    """
+    """Larger batches only cost memory on a CPU, as logits over the vocabulary do on a GPU."""
     return 1024 if device.type == "cpu" else 2048 if logits else 16384
 
 
@@ -124,12 +118,11 @@ def batches(
 
 
 _STATUS = Path("/proc/self/status")  # Linux: what the process holds,
-
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # and where the peak of that is reset
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak that `peak_memory_bytes` tells start here, where the system can do that."""
+    """Let `peak_memory_bytes` start here, where the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():

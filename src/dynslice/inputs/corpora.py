@@ -1,40 +1,38 @@
-"""Texts in data files: corpora of the Hugging Face hub by name, and directories of files.
+"""Corpora by split: of the Hugging Face hub, as `corpora.yaml` lists them, and embedded ones.
 
-Files of a hub corpus are downloaded into the hub's own cache and read from there, so that a
-corpus which was read once needs no network again, and a revision means the same either way.
+Hub files are read from the hub's own cache: a corpus that was read once needs no network again.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from dynslice.core import assets, hub
 from dynslice.inputs.data_files import SPLITS, column_of, once, rows
 
+_KNOWN = {"extra": "forbid"}  # a mistyped field is refused
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=_KNOWN)
 class Part:
-    """Which documents of the hub's files make a split.
-
-    files: pattern of paths in the repository. folds, of: document i is taken where i modulo `of`
-    is one of the folds. cap: stop after that many documents; what is behind them is not read.
-    """
+    """The documents of the hub's files that make a split; `corpora.yaml` explains the fields."""
 
     files: str
     folds: tuple[int, ...] = (0,)
     of: int = 1
     cap: int | None = None
+    words: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_KNOWN)
 class HubText:
-    """One corpus of the hub.
-
-    revision: the default one; None is the main branch. joined: rows are lines, and a split is one
-    document, its rows joined by blank lines; otherwise each row is a document, taken once.
-    """
+    """A corpus of the hub; `corpora.yaml` explains the fields."""
 
     repository: str
     column: str
@@ -43,53 +41,8 @@ class HubText:
     joined: bool = False
 
 
-def _each(pattern: str) -> dict[str, Part]:
-    return {split: Part(pattern.format(split)) for split in SPLITS}
-
-
-# The lines of wikitext2 and ptb are joined as GPTQ and SliceGPT do. A document of C4 has about 480
-# tokens: 2,048 of them hold 128 windows of 2,048 tokens three times over, and 8,192 SliceGPT's
-# 1,024 windows. C4 has no test split, Alpaca nothing but training rows. A book of PG-19 has about
-# 100,000 tokens; its own repository is a script without Parquet files of its own.
-HUB = {
-    "wikitext2": HubText(
-        "Salesforce/wikitext", "text", _each("wikitext-2-raw-v1/{}-*.parquet"), joined=True
-    ),
-    "ptb": HubText(
-        "ptb-text-only/ptb_text_only",
-        "sentence",
-        _each("penn_treebank/{}/*.parquet"),
-        revision=hub.CONVERTED,
-        joined=True,
-    ),
-    "c4": HubText(
-        "allenai/c4",
-        "text",
-        {
-            "train": Part("en/c4-train.00000-of-01024.json.gz", cap=8192),
-            "validation": Part("en/c4-validation.00000-of-00008.json.gz", (0,), 2, 2048),
-            "test": Part("en/c4-validation.00000-of-00008.json.gz", (1,), 2, 2048),
-        },
-    ),
-    "alpaca": HubText(
-        "tatsu-lab/alpaca",
-        "text",
-        {
-            "train": Part("data/train-*.parquet", (0, 1, 2), 5),
-            "validation": Part("data/train-*.parquet", (3,), 5),
-            "test": Part("data/train-*.parquet", (4,), 5),
-        },
-    ),
-    "pg19": HubText(
-        "emozilla/pg19",
-        "text",
-        {
-            "train": Part("data/train-00000-of-*.parquet", cap=64),
-            "validation": Part("data/validation-*.parquet"),
-            "test": Part("data/test-*.parquet"),
-        },
-    ),
-}
+_TABLE = Path(__file__).with_name("corpora.yaml").read_text(encoding="utf-8")
+HUB = TypeAdapter(dict[str, HubText]).validate_python(yaml.safe_load(_TABLE))
 
 
 @lru_cache(maxsize=4)
