@@ -354,7 +354,7 @@ def test_empty_file_is_refused(name, tmp_path):
 def test_requests_are_keyed_by_what_a_directory_holds(tmp_path):
     write(tmp_path / "train.txt", TEXTS)
     write(tmp_path / "test.txt", TEXTS[:1])
-    text_of = Study.open("smoke")._text
+    text_of = Study.open("smoke").design.text
     train, test = (text_of(str(tmp_path), split) for split in ("train", "test"))
     assert train["split"] == "train"
     assert train["text_sha256"] != test["text_sha256"]

@@ -25,6 +25,7 @@ from dynslice.experiment.store import Request
 from dynslice.inputs import corpora, embedded_models, models, texts
 from dynslice.inputs.corpora import HUB
 from dynslice.inputs.embedded_models import OF_HUB
+from dynslice.inputs.models import is_remote
 from dynslice.method.architectures import dims_of
 from dynslice.method.footprint import (
     FLOAT32,
@@ -272,16 +273,11 @@ def config_of(name: str, revision: str | None) -> PretrainedConfig:
         return embedded_models.config_of(OF_HUB[name])
 
 
-def is_remote(name: str) -> bool:
-    """Whether a model is one of the hub."""
-    return not name.startswith("embedded:") and not models.is_directory(name)
-
-
 @lru_cache(maxsize=64)
 def text_tokens(text: str, split: str | None) -> int | None:
     """About how many tokens a text holds; None where that is not known before it is read."""
     if text in HUB:
-        words = HUB[text].parts[split].words
+        words = HUB[text].parts[texts.default_split(text, split)].words
     elif text in corpora.CORPORA and not assets.are_there():
         words = None
     else:

@@ -17,12 +17,13 @@ from dynslice.core.errors import RequestError
 from dynslice.core.tensors import pick_device
 from dynslice.evaluate.task_table import TASKS
 from dynslice.experiment.agenda import describe
-from dynslice.experiment.estimate import Estimate, Estimator, Machine, is_remote
+from dynslice.experiment.estimate import Estimate, Estimator, Machine
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.requests import texts_of
 from dynslice.experiment.store import Request
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, models, texts
+from dynslice.inputs.models import is_remote
 from dynslice.method.footprint import shown_bytes
 
 SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetched

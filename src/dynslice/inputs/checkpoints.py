@@ -19,15 +19,13 @@ from dynslice.core.tensors import check_weight
 from dynslice.method.architectures import family_of, require_dense
 
 INDEX = "model.safetensors.index.json"
-
 SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
     """The safetensors file of each weight that a folder of model `name` holds.
 
-    Raises RequestError for a folder without safetensors (pickles are never read), and for files
-    that are broken or lead out of the folder.
+    Raises RequestError for a folder without any, and for files that are broken or lead out of it.
     """
     whole, index = folder / "model.safetensors", folder / INDEX
     if not whole.is_file() and not index.is_file():
@@ -54,15 +52,9 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
 
 
 def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    shard: str = "5GB",
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str = "5GB"
 ) -> None:
-    """Write weights (safetensors), config and tokenizer to a `folder` that appears as in `saving`.
-
-    shard: the largest file of weights.
-    """
+    """`write` to a folder that appears as in `saving`; shard: the largest file of weights."""
     with saving(folder) as unfinished:
         write(model, tokenizer, unfinished, shard)
 
@@ -78,10 +70,7 @@ def write(
 
 @contextmanager
 def saving(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill with a model; `folder` appears with its checksums when that is done.
-
-    Raises DiskError where there is no room for it.
-    """
+    """An empty folder to fill, which then appears as `folder` with checksums. Raises DiskError."""
     with files.appearing(folder) as unfinished:
         yield unfinished
         files.seal(unfinished)
@@ -151,12 +140,11 @@ class Checkpoint:
 
     def _stored_name(self, name: str) -> str:
         """The name of a weight in the checkpoint: a tied head is the embedding."""
-        prefix = f"{self.model.base_model_prefix}."
-        tied = (self.model.config.tie_word_embeddings and name == "lm_head.weight") or None
-        family = family_of(self.model.config)
-        every = [name, tied and f"{family.embedding}.weight"]
-        for candidate in filter(None, every):
-            for spelling in (candidate, candidate.removeprefix(prefix)):
+        names, config = [name], self.model.config
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            names.append(f"{family_of(config).embedding}.weight")
+        for candidate in names:
+            for spelling in (candidate, candidate.removeprefix(f"{self.model.base_model_prefix}.")):
                 if spelling in self._files:
                     return spelling
         raise RequestError(

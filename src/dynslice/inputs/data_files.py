@@ -1,4 +1,8 @@
-"""Directories of text files by split, and rows of data files."""
+"""Directories of text files by split, and rows of data files.
+
+A split is `<split>.txt` (one document), `.jsonl`, `.json`, `.json.gz` or `.parquet` (a document a
+row); it may be in shards and in a folder `data`, as in a snapshot of a hub repository.
+"""
 
 import logging
 import re
@@ -12,7 +16,6 @@ from dynslice.core.errors import RequestError
 SPLITS = ("train", "validation", "test")
 
 _FORMATS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
-
 _FILE = re.compile(
     rf"(?P<split>{'|'.join(SPLITS)})(-\d+-of-\d+(-[0-9a-f]+)?)?\.(?P<format>{'|'.join(_FORMATS)})"
     r"(?P<gz>\.gz)?"
@@ -55,10 +58,9 @@ def split_files(folder: str, split: str) -> list[Path]:
 
 
 def folder_documents(folder: str, split: str) -> list[str]:
-    """The rows of a split's files as documents: their column `text`, or the only one of strings.
+    """The rows of a split that are not empty: their column `text`, or the only one of strings.
 
-    Empty rows are left out. Raises RequestError when a file cannot be read or it is not clear
-    which column is meant.
+    Raises RequestError when a file cannot be read or it is not clear which column is meant.
     """
     read = iter(rows(split_files(folder, split)))
     first = next(read, None)
@@ -71,7 +73,6 @@ def folder_documents(folder: str, split: str) -> list[str]:
             f"strings (columns: {', '.join(first)}); name the one to read 'text'"
         )
     column = "text" if "text" in first else strings[0]
-
     texts = column_of(chain([first], read), column, f"text {folder!r}")
     return [text for text in texts if text.strip()]
 

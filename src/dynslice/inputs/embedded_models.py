@@ -114,7 +114,5 @@ def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
     """
     if shape not in SHAPES:
         raise RequestError(f"shape {shape!r} is unknown; there are {', '.join(SHAPES)}")
-    settings = dict(SHAPES[shape])
-    if layers is not None:
-        settings["num_hidden_layers"] = layers
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    given = {} if layers is None else {"num_hidden_layers": layers}
+    return AutoConfig.for_model(**{**SHAPES[shape], **given})

@@ -54,7 +54,10 @@ def load(
         )
     source = resolve(name, revision)
     check_weights(name, revision)
-    options = {"device_map": "auto", "offload_folder": str(_offloaded(name))} if spread else {}
+    options = {}
+    if spread:  # what fits into no memory is kept in the cache
+        unique = hashlib.sha256(name.encode()).hexdigest()[:16]
+        options = {"device_map": "auto", "offload_folder": str(paths.CACHE / "offloaded" / unique)}
     with quiet():
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
@@ -94,27 +97,6 @@ def load(
     return model.eval(), tokenizer
 
 
-def _offloaded(name: str) -> Path:
-    """Where accelerate keeps the weights that fit into no memory."""
-    return paths.CACHE / "offloaded" / hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def open_checkpoint(
-    name: str, device: torch.device, dtype: torch.dtype, revision: str | None = None
-) -> Checkpoint:
-    """A dense model without weights, which are read from its checkpoint when they are used.
-
-    Raises RequestError as `load`, and for a checkpoint that lacks a weight.
-    """
-    stored = _stored_files(name, revision)
-    checkpoint = Checkpoint(name, load_config(name, revision), stored, device, dtype)
-    with suppress(Exception):  # it is optional
-        checkpoint.model.generation_config = GenerationConfig.from_pretrained(
-            resolve(name, revision), revision=revision
-        )
-    return checkpoint
-
-
 def slice_saved(
     folder: Path,
     name: str,
@@ -125,24 +107,30 @@ def slice_saved(
     revision: str | None = None,
     **how,
 ) -> Sliced:
-    """Slice a saved model into `folder` layer by layer; how, and what is raised: `slice_to`."""
-    checkpoint = open_checkpoint(name, device, dtype, revision)
+    """Slice a saved model into `folder` layer by layer, with the options `how` of `slice_to`.
+
+    Raises RequestError as `load` and `slice_to`, and for a checkpoint that lacks a weight.
+    """
+    stored = weight_files(_weights_folder(name, revision), name)
+    checkpoint = Checkpoint(name, load_config(name, revision), stored, device, dtype)
+    with suppress(Exception):  # it is optional
+        generation = GenerationConfig.from_pretrained(resolve(name, revision), revision=revision)
+        checkpoint.model.generation_config = generation
     return slice_to(folder, checkpoint, load_tokenizer(name, revision), windows, plan, **how)
 
 
-def _stored_files(name: str, revision: str | None) -> dict[str, Path]:
-    """The safetensors file of each stored weight."""
+def _weights_folder(name: str, revision: str | None) -> Path:
     folder = Path(resolve(name, revision))
     if not folder.is_dir():
         patterns = ["model*.safetensors", "model*.safetensors.index.json"]
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except Exception as error:  # of the network, in the middle of a download
             raise RequestError(
                 f"the weights of model {name!r} could not be had from the hub; give the same "
                 "command again, what was downloaded is kept"
             ) from error
-    return weight_files(folder, name)
+    return folder
 
 
 def check_weights(name: str, revision: str | None = None) -> None:
@@ -152,7 +140,7 @@ def check_weights(name: str, revision: str | None = None) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights. Raises RequestError when it has none."""
+    """The tokenizer of a model. Raises RequestError when it has none."""
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision, **SAFE)
@@ -164,7 +152,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 def load_config(name: str, revision: str | None = None):
     """The transformers config of a model, without its weights. Raises RequestError as `load`."""
-    if revision is not None and (name.startswith("embedded:") or is_directory(name)):
+    if revision is not None and not is_remote(name):
         raise RequestError(
             f"model {name!r} has no revisions, only models of the hub do; leave revision "
             f"{revision!r} out"
@@ -187,10 +175,10 @@ def load_config(name: str, revision: str | None = None):
 
 
 def resolve(name: str, revision: str | None = None) -> str:
-    """What `from_pretrained` can load: a directory for embedded models, else the name itself.
+    """What `from_pretrained` can load: a directory, or the name of a model of the hub.
 
-    Raises RequestError when `name` is neither an embedded model, a model directory nor something
-    that the hub (or its local cache) holds.
+    Raises RequestError when `name` is neither an embedded model, the directory of a sound one, nor
+    something that the hub (or its local cache) holds.
     """
     if name.startswith("embedded:"):
         return str(_embedded(name.removeprefix("embedded:")))
@@ -215,9 +203,9 @@ def resolve(name: str, revision: str | None = None) -> str:
     )
 
 
-def is_directory(name: str) -> bool:
-    """Whether a model is named by its directory."""
-    return Path(name).is_dir()
+def is_remote(name: str) -> bool:
+    """Whether a model is one of the hub."""
+    return not name.startswith("embedded:") and not Path(name).is_dir()
 
 
 def in_cache(name: str, revision: str | None = None) -> bool:
@@ -227,10 +215,8 @@ def in_cache(name: str, revision: str | None = None) -> bool:
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit that a model of the hub is read at; None for others, or when nothing knows."""
-    if name.startswith("embedded:") or is_directory(name):
-        return None
-    return hub.commit_of(name, revision)
+    """The commit at which a hub model is read; None for others, and when nothing can tell."""
+    return hub.commit_of(name, revision) if is_remote(name) else None
 
 
 def _embedded(name: str) -> Path:
@@ -243,6 +229,5 @@ def _embedded(name: str) -> Path:
         if reason := files.damage(folder):
             print(f"embedded model {name!r} is made anew: {reason}", file=sys.stderr)
         if not files.is_sound(folder):
-            model, tokenizer = EMBEDDED[name]()
-            save(model, tokenizer, folder, shard="5GB" if name == "smollm2-135m" else "200KB")
+            save(*EMBEDDED[name](), folder, shard="5GB" if name == "smollm2-135m" else "200KB")
     return folder

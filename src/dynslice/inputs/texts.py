@@ -1,15 +1,13 @@
 """Texts by name, file or directory.
 
-Corpora are lists of documents, and a document belongs to exactly one split. A text argument is
-the name of a corpus, embedded or of the hub (see `corpora`), the path of a UTF-8 file (one
-document, no splits), or that of a directory with a file for each split: `<split>.txt` (one
-document), or `<split>.jsonl`, `.json`, `.json.gz` or `.parquet` (a document a row), which may be
-in shards and in a folder `data`, as in a snapshot of a hub repository.
+A text is the name of a corpus (see `corpora`), the path of a UTF-8 file (one document, no splits),
+or that of a directory with files for each split (see `data_files`). A document is in one split.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+from dynslice.core import hub
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora
 from dynslice.inputs.corpora import CORPORA, HUB
@@ -24,7 +22,7 @@ def has_splits(text: str) -> bool:
 def check(text: str, split: str | None, revision: str | None = None) -> None:
     """Raise RequestError unless `text` is a corpus or directory with that split, or a file.
 
-    Of hub corpora names and splits only are checked: the network is asked when they are read.
+    The network is not asked for hub corpora before they are read.
     """
     if revision is not None and text not in HUB:
         raise RequestError(
@@ -48,7 +46,7 @@ def default_split(text: str, split: str | None, default: str = "validation") -> 
 
 def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:
     """`default_split`, of a text that is there. Raises RequestError as `check`."""
-    split = default_split(text, None, default) if split is None else split
+    split = default_split(text, split, default)
     check(text, split)
     return split
 
@@ -56,8 +54,8 @@ def checked_split(text: str, split: str | None, default: str = "validation") -> 
 def documents(text: str, split: str | None, revision: str | None = None) -> list[str]:
     """The documents of a split of a corpus or directory, or the one document that a file is.
 
-    revision: branch, tag or commit of a hub corpus; None takes its default one. Raises
-    RequestError as `check`, and when a hub corpus cannot be had.
+    revision: branch, tag or commit of a hub corpus; None takes its default one. Raises RequestError
+    as `check`, and when a hub corpus cannot be had.
     """
     check(text, split, revision)
     split = default_split(text, split)
@@ -72,10 +70,7 @@ def documents(text: str, split: str | None, revision: str | None = None) -> list
 
 
 def files_of(text: str, split: str | None) -> list[Path]:
-    """The files that a text is read from: none for a corpus, whose name says what it holds.
-
-    Raises RequestError when a directory has none for the split.
-    """
+    """The files of a text, none for a corpus. Raises RequestError for a directory without any."""
     if text in CORPORA or text in HUB:
         return []
     if has_splits(text):
@@ -89,11 +84,10 @@ def source_of(config: dict) -> tuple[str, str | None, str | None]:
 
 
 def commit_of(text: str, revision: str | None = None) -> str | None:
-    """The commit of the data set repository that a hub corpus is read at.
-
-    None for other texts, and when neither the hub nor its local cache can tell.
-    """
-    return corpora.commit_of(text, revision) if text in HUB else None
+    """The commit at which a hub corpus is read; None for others, and when nothing can tell."""
+    if text not in HUB:
+        return None
+    return hub.commit_of(HUB[text].repository, revision or HUB[text].revision, "dataset")
 
 
 def _is(name: str, kind: Callable[[Path], bool]) -> bool:

@@ -1,6 +1,7 @@
 """Texts as token streams, and windows of them."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -8,8 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dynslice.core.errors import RequestError
 from dynslice.inputs.texts import documents
-
-GROUP = 16  # documents a call: the tokenizer works on them in parallel
 
 
 def token_stream(
@@ -22,23 +21,16 @@ def token_stream(
 ) -> torch.Tensor:
     """The token ids [n] of a text: its documents in order, a blank line after each.
 
-    limit: stop after that many tokens (fewer documents are tokenised then).
-    seed: shuffle the documents first, so that a limited stream samples the whole split.
-    Raises RequestError as `documents`, and when nothing is left to tokenise.
+    limit: stop after that many tokens. seed: shuffle the documents first, so that a limited stream
+    samples the whole split. Raises RequestError as `documents`, and when there is no token.
     """
     texts = documents(text, split, revision)
     if seed is not None:
         texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
-    pieces, count = [], 0
-    for ids in _encoded(texts, tokenizer):
-        pieces.append(ids)
-        count += len(ids)
-        if limit is not None and count >= limit:
-            break
-    stream = torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.long)
+    stream = np.fromiter(islice(_tokens(texts, tokenizer), limit), np.int64)
     if not len(stream):
         raise RequestError(f"text {text!r} holds no tokens; give a text with words in it")
-    return stream
+    return torch.from_numpy(stream)
 
 
 def consecutive_windows(
@@ -107,8 +99,8 @@ def sliding_windows(stream: torch.Tensor, window: int, stride: int) -> torch.Ten
     return stream.unfold(0, min(window, len(stream)), min(stride, len(stream)))
 
 
-def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
-    for start in range(0, len(texts), GROUP):
-        part = [text + "\n\n" for text in texts[start : start + GROUP]]
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    for start in range(0, len(texts), 16):  # the tokenizer works on them in parallel
+        part = [text + "\n\n" for text in texts[start : start + 16]]
         for ids in tokenizer(part, verbose=False)["input_ids"]:
-            yield torch.tensor(ids, dtype=torch.long)
+            yield from ids
