@@ -75,9 +75,8 @@ def tasks(
 class Items:
     """What is asked of one task (of all subjects, for MMLU).
 
-    loaded: lm-eval's tasks with their groups, as its TaskManager gives them. limit: how many of
-    the first items are taken of each, None for all. sampled: by lm-eval's names of the tasks, the
-    indices of the items that are asked; None if all are.
+    loaded: lm-eval's tasks with their groups. limit: how many of the first items of each, None for
+    all. sampled: indices of the items that are asked by lm-eval's name of the task; None for all.
     """
 
     name: str
@@ -91,8 +90,11 @@ class Items:
         generated = TASKS[self.name].metric is not None
         value = self._of_generation(outcome) if generated else self._of_choices(outcome)
         if self.sampled:
-            by_task = sorted(self.sampled.items())
-            value["items"] = [self._item(task, i) for task, items in by_task for i in items]
+            value["items"] = [
+                i if task == self.name else f"{task.removeprefix(f'{self.name}_')}:{i}"
+                for task, items in sorted(self.sampled.items())
+                for i in items
+            ]
         return value
 
     def _of_choices(self, outcome: dict) -> dict:
@@ -129,9 +131,6 @@ class Items:
             "score": [float(sample[metric]) for sample in samples],
         }
 
-    def _item(self, task: str, item: int) -> int | str:
-        return item if task == self.name else f"{task.removeprefix(f'{self.name}_')}:{item}"
-
 
 @cache
 def items_of(name: str, limit: int | None, subset: str, seed: int = 0) -> Items:
@@ -164,10 +163,8 @@ def _build_once(task: Task) -> None:
 def write_task_files() -> Path:
     """Write the task YAMLs that point lm-eval's official definitions at the fetched data.
 
-    They keep the official names, so `lm_eval --include_path` with this folder runs the same
-    tasks as `dynslice tasks`. The data are the validation splits, for MMLU the test split; ARC's
-    official split is test, which the wheel does not ship. Tasks of the hub are written when they
-    are loaded. Returns the folder.
+    They keep the official names, so `lm_eval --include_path` with this folder runs the same tasks
+    as `dynslice tasks`. Tasks of the hub are written when they are loaded. Returns the folder.
     """
     TASK_FILES.mkdir(parents=True, exist_ok=True)
     for name, row in TASKS.items():
@@ -202,17 +199,11 @@ def load(name: str) -> dict:
         shutil.rmtree(copies, ignore_errors=True)
         loaded = _task_manager().load([name])
     if row.hub is None:
-        for task in loaded["tasks"].values():
-            task.dataset = _verified(task)
+        for task in loaded["tasks"].values():  # from the verified files; lm-eval reads copies
+            files = task.config.dataset_kwargs["data_files"].items()
+            verified = {split: datasets.Dataset.from_file(path) for split, [path] in files}
+            task.dataset = datasets.DatasetDict(verified)
     return loaded
-
-
-def _verified(task: Task) -> datasets.DatasetDict:
-    """The data of a task straight from the verified files; lm-eval reads a copy in a cache."""
-    by_split = task.config.dataset_kwargs["data_files"].items()
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_file(path) for split, [path] in by_split}
-    )
 
 
 @cache
@@ -270,14 +261,10 @@ def strata(tasks: dict[str, Task]) -> list[tuple[str, np.ndarray]]:
 
 def _proportional(limit: int, sizes: list[int]) -> list[int]:
     """Share `limit` out in proportion to `sizes` by largest remainder, earlier ones first."""
-    total = sum(sizes)
-    limit = min(limit, total)
-    counts = [limit * size // total for size in sizes]
-    remainders = [limit * size % total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: -remainders[i])
-    for i in by_remainder[: limit - sum(counts)]:
-        counts[i] += 1
-    return counts
+    limit = min(limit, sum(sizes))
+    counts, remainders = np.divmod(limit * np.array(sizes), sum(sizes))
+    counts[np.argsort(-remainders, kind="stable")[: limit - counts.sum()]] += 1
+    return counts.tolist()
 
 
 def right_answer(doc: dict, target: int | str) -> int:

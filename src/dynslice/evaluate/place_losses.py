@@ -1,9 +1,7 @@
 """What each place is worth: the loss when the stream is cut more or less at that place alone.
 
-All other places are cut as a plan says, since cuts add up to less than their sum: what one place
-drops, the next can not drop again. Bases are those of the stream that is cut so before it
-(eigenvectors of the calibration tokens). What comes before the place runs once for all, so that
-the places together take half as many passes as there are places, for each share.
+All other places are cut as a plan says: what one place drops, the next can not drop again. What
+comes before a place runs once for all, so the places take half as many passes as there are places.
 """
 
 import torch

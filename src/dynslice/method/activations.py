@@ -18,9 +18,8 @@ from dynslice.method.modeling_sliced import Family, subtracts_mean
 class Activations:
     """Batches of hidden states [b, T, d]: on the device, then in host memory, then on disk.
 
-    Budgets are in bytes, None is no limit; a batch that fits into neither goes to a file in
-    `folder`. Where the device is the CPU, its budget is that of the device, and there is no
-    other host memory. Iterating gives every batch on the device, one at a time.
+    Budgets are in bytes, None is no limit; on a CPU that of the device counts. A batch that fits
+    into neither goes to a file in `folder`. Iterating gives every batch on the device.
     """
 
     def __init__(
@@ -31,11 +30,9 @@ class Activations:
         folder: Path | None = None,
     ):
         self.device = device
-        self._room = {"device": device_budget, "host": host_budget}  # what is left of it
-        if device.type == "cpu":
-            self._room["host"] = 0
-        self._scratch = None
-        self._folder = folder
+        host = 0 if device.type == "cpu" else host_budget
+        self._room = {"device": device_budget, "host": host}  # what is left of it
+        self._scratch, self._folder = None, folder
         self._batches: list[Tensor | Path] = []
         self._places: list[str] = []
 
@@ -70,7 +67,8 @@ class Activations:
 
     def append(self, batch: Tensor) -> None:
         """Keep one more batch, in the nearest place that has room."""
-        where = next((place for place in self._room if self._fits(place, batch.nbytes)), "disk")
+        fits = [at for at, room in self._room.items() if room is None or batch.nbytes <= room]
+        where = (*fits, "disk")[0]
         if where != "disk" and self._room[where] is not None:
             self._room[where] -= batch.nbytes
         self._places.append(where)
@@ -79,7 +77,11 @@ class Activations:
         elif where == "host":
             self._batches.append(batch.to("cpu").pin_memory())
         else:
-            path = self._files() / f"{len(self._batches)}.safetensors"
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(
+                    dir=self._folder, prefix=".activations-"
+                )
+            path = Path(self._scratch.name) / f"{len(self._batches)}.safetensors"
             self._write(path, batch)
             self._batches.append(path)
 
@@ -94,18 +96,10 @@ class Activations:
             else:
                 self._batches[i] = batch
 
-    def _fits(self, place: str, size: int) -> bool:
-        return self._room[place] is None or size <= self._room[place]
-
     def _fetch(self, kept: Tensor | Path) -> Tensor:
         if isinstance(kept, Path):
             return load_file(kept)["x"].to(self.device, copy=True)  # the file will be replaced
         return kept.to(self.device, non_blocking=True)
-
-    def _files(self) -> Path:
-        if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(dir=self._folder, prefix=".activations-")
-        return Path(self._scratch.name)
 
     @staticmethod
     def _write(path: Path, batch: Tensor) -> None:
@@ -122,15 +116,14 @@ def centring(model: PreTrainedModel, family: Family) -> Callable[[Tensor], Tenso
 
 
 class _Caught(Exception):
-    """Stops a forward pass once the last layer has been reached."""
+    """Stops a forward pass."""
 
 
 @torch.inference_mode()
 def residual_stream(model: PreTrainedModel, windows: Tensor, x: Activations) -> list[dict]:
-    """Fill x with what enters layer 0, [b, T, d]; the other arguments that each layer is given.
+    """Fill x with what enters layer 0, [b, T, d]; the other arguments of each layer, by layer.
 
-    No layer runs. Masks and position embeddings are those of a single window, and broadcast over
-    a batch.
+    No layer runs. Masks and positions are those of a single window, and broadcast over a batch.
     """
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)

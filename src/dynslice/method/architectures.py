@@ -27,7 +27,7 @@ def is_sliced(config) -> bool:
 
 
 def check_family(config) -> None:
-    """Raise RequestError naming what stands in the way when a config can't be sliced exactly."""
+    """Raise RequestError with the reason when a config can't be sliced exactly."""
     if reason := obstacle(config):
         raise RequestError(
             f"a model of type {config.model_type!r} can't be sliced exactly: {reason}; the "
@@ -116,10 +116,9 @@ def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
 
 
 def obstacle(config: PretrainedConfig) -> str | None:
-    """Why a dense or sliced config can't be sliced exactly; None where it can.
+    """Why a config can't be sliced exactly; None where it can.
 
-    Slicing is exact where each block reads the stream through one norm and linear maps, and writes
-    it by linear maps whose outputs are added as they are.
+    Each block must read the stream through one norm and linear maps, and write it by linear maps.
     """
     if getattr(config, "num_hidden_layers", 1) < 1:
         return "it has no layers"

@@ -11,9 +11,8 @@ from dynslice.method.plan import ModelDims, SlicePlan, check_request, constant
 def matched(plan: SlicePlan) -> SlicePlan:
     """The constant plan of equal stored parameters, as near as the rounding allows.
 
-    The mean width moves in steps of one rounding unit in one layer, neighbouring widths mixed
-    evenly over the layers. The first layer also sets the width of the embedding; where its step
-    is too coarse to come within 0.05 %, that layer alone is rounded the other way.
+    The first layer also sets the width of the embedding; where its step is too coarse to come
+    within 0.05 %, that layer alone is rounded the other way.
     """
     check_request(plan.shape, 0.0, 0.0, plan.round_to)
 
@@ -27,10 +26,9 @@ def matched(plan: SlicePlan) -> SlicePlan:
 
 
 def single(shape: ModelDims, layer: int, slice_percentage: float, round_to: int = 8) -> SlicePlan:
-    """One layer cut by a share, all others whole: what that layer alone is sensitive to.
+    """One layer cut by a share, all others whole; the embedding stays whole too.
 
-    The embedding, and with it the attention input of layer 0, stays whole: layer 0 is cut before
-    its MLP only, every other layer at both of its places. Raises RequestError for no such layer.
+    So layer 0 is cut before its MLP only. Raises RequestError for no such layer.
     """
     check_request(shape, slice_percentage, slice_percentage, round_to)
     if layer not in range(shape.layers):
@@ -52,8 +50,7 @@ def single(shape: ModelDims, layer: int, slice_percentage: float, round_to: int 
 def shuffled(plan: SlicePlan, seed: int) -> SlicePlan:
     """The widths of a plan in a random order of layers; the embedding keeps its own.
 
-    The control of a schedule: equal widths, hence nearly equal stored parameters, handed out
-    without regard to the layer (by chance, or because widths are equal, some layers keep theirs).
+    The control of a schedule: nearly equal stored parameters, without regard to the layer.
     """
     order = np.random.default_rng(seed).permutation(plan.shape.layers)
     return replace(

@@ -30,8 +30,7 @@ def slicing_workspace(
 ) -> int:
     """Bytes on the device at the peak of streamed slicing, without activations and finished shards.
 
-    The largest of its steps counts: rotating the embedding, running a block on a batch of windows,
-    the covariance and its eigenvectors, the regression of a compensation, folding a map.
+    The largest of its steps counts.
     """
     with META:
         model = AutoModelForCausalLM.from_config(config)
@@ -97,11 +96,9 @@ META = torch.device("meta")
 
 
 def flops(config: PretrainedConfig, batch: int, length: int, head: bool = True) -> int:
-    """Floating-point operations of one pass over token ids [batch, length].
+    """Floating-point operations of one pass over token ids [batch, length], counted by torch.
 
-    Counted by torch on a model without storage: matrix products and attention over all pairs of
-    positions, a multiplication and an addition each one. head: with the logits of the last
-    position of each row.
+    head: with the logits of the last position of each row.
     """
     step = _imagined(config, torch.float32, batch, length, head)
     with FlopCounterMode(display=False) as counter:
@@ -110,10 +107,9 @@ def flops(config: PretrainedConfig, batch: int, length: int, head: bool = True) 
 
 
 def layers_workspace(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that one pass of that many tokens through the layers takes at its peak.
+    """Bytes that a pass of tokens through the layers takes, without weights and the first stream.
 
-    Beside the weights and the stream that goes in; counted on a model without storage, in rows of
-    16 tokens, as attention that never holds its scores takes them.
+    Counted in rows of 16 tokens, as attention that never holds its scores takes them.
     """
     rows = math.ceil(tokens / 16)
     stream = rows * 16 * config.hidden_size * dtype.itemsize
@@ -147,10 +143,7 @@ def stored_bytes(model: PreTrainedModel) -> int:
 
 
 def decode_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that generating one token at batch 1 reads.
-
-    Every stored weight but the embedding, of which one row is read; a tied head is read whole.
-    """
+    """Bytes of weights that one decoded token reads: all but an untied embedding."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return stored_bytes(model) - (0 if embedding is head else embedding.nbytes)
 
@@ -158,8 +151,7 @@ def decode_bytes(model: PreTrainedModel) -> int:
 def extra_memory(step: Callable, device: torch.device) -> int:
     """Bytes of tensors that a call makes and holds at its peak, on top of what was there before.
 
-    On a GPU by torch's allocator; elsewhere counted, since the resident set of a process hides
-    what its allocator reuses. On the meta device it is what a call would take.
+    On a GPU by torch's allocator; elsewhere counted. On the meta device: what a call would take.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)

@@ -7,7 +7,7 @@ are cut. Equations and the published protocol: docs/method.md.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,9 @@ def sliced_weights(
     centred = centring(model, family)
     last_cut = max((i for i, width in enumerate(widths) if width < widths[-1]), default=-1)
 
-    with _all(use, family.embeddings):
+    with ExitStack() as tables:
+        for name in family.embeddings:
+            tables.enter_context(use(name))
         layer_arguments = residual_stream(model, windows, x)
         step = start(x) if start else project
         Q, R = _basis(x, widths[0], model, audit)
@@ -279,11 +281,3 @@ def _scale(norm: nn.Module, family: Family) -> Tensor:
     if norm.weight is None:  # a LayerNorm without
         return torch.tensor(1.0)
     return norm.weight.float() + family.norm_offset
-
-
-@contextmanager
-def _all(use: Use, names: tuple[str, ...]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(use(name))
-        yield
