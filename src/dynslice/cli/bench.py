@@ -24,8 +24,7 @@ def run(
     text: corpus or file of the windows; models of random weights take random tokens.
     Returns what was measured on what, and `rows`, in the order in which a reader wants them.
     """
-    device, tokenizer = subject.device, subject.tokenizer()
-    dtype = str(subject.dtype).removeprefix("torch.")
+    device, dtype, tokenizer = subject.device, subject.dtype_name, subject.tokenizer()
     rate, copy = speed.matrix_rate(device, subject.dtype), speed.copy_rate(device)
     rows = [
         Row("matrix product", None, f"{rate / 1e12:.3g} TFLOP/s", None, f"{dtype}, best of 10"),
@@ -35,13 +34,11 @@ def run(
     windows = subject.windows(dense, text, count, window)
     few = windows[: max(1, count // 4)]
     shape, at = dims_of(dense.config), f"SP {percent(slice_percentage)}"
-    lr = layer_redundancy(dense, few).lr
-    plans = {
-        f"constant, {at}": constant(shape, slice_percentage),
-        f"dynamic, {at}, SB 0%": dynamic(shape, lr, slice_percentage),
-    }
+    plan = constant(shape, slice_percentage)
+    other = dynamic(shape, layer_redundancy(dense, few).lr, slice_percentage)
+    plans = {f"constant, {at}": plan, f"dynamic, {at}, SB 0%": other}
     rows += bench_rows.calibration_rows(dense, windows, plans, repeats, rate)
-    rows.append(bench_rows.memory_row(subject, dense, windows, plans[f"constant, {at}"]))
+    rows.append(bench_rows.memory_row(subject, dense, windows, plan))
     for label, widths in plans.items():
         sliced = slicing.slice_model(dense, few, widths).model
         rows += bench_rows.throughput_rows(dense, sliced, label, repeats)
@@ -49,7 +46,7 @@ def run(
     del dense
     free_memory()
     if device.type == "cuda":
-        rows += bench_rows.streamed_rows(subject, windows, plans[f"constant, {at}"])
+        rows += bench_rows.streamed_rows(subject, windows, plan)
     if tokenizer is not None:
         rows.append(bench_rows.sweep_row(subject))
         rows += bench_rows.task_rows(subject, tokenizer, repeats)
@@ -70,22 +67,17 @@ def run(
 def lines(result: dict) -> list[str]:
     """What `run` returned, as a reader wants it."""
     where = result["provenance"]
-    cells = [
-        (
-            row["step"],
-            "" if row["seconds"] is None else f"{row['seconds']:.3g}",
-            row["rate"],
-            "" if row["ratio"] is None else f"{row['ratio']:.3g}",
-            row["limit"],
-            {None: "", True: "yes", False: "NO"}[row["met"]],
-            row["yardstick"],
-        )
-        for row in result["rows"]
-    ]
-    names = ("step", "seconds", "rate", "ratio", "limit", "met", "ratio is")
+    names = ("step", "seconds", "rate", "ratio", "limit", "met", "yardstick")
+    cells = [[_shown(row[name]) for name in names] for row in result["rows"]]
     return [
         f"{result['model']} in {result['dtype']} on {where['device']} ({where['threads']} threads)",
         f"{result['windows']} windows of {result['window']} tokens; medians of "
         f"{result['repeats']} repeats, after a warm-up that is not timed",
-        tabulate(cells, names, disable_numparse=True),
+        tabulate(cells, [*names[:-1], "ratio is"], disable_numparse=True),
     ]
+
+
+def _shown(value: str | float | bool | None) -> str | None:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.3g}" if isinstance(value, float) else value

