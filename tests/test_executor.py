@@ -1,4 +1,4 @@
-"""Missing measurements are worked off here or by Ray; failures and killed workers lose no other."""
+"""Missing measurements are run here or by Ray; failures and killed workers lose no other."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from dynslice.cli import commands
 from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.evaluate import perplexity
-from dynslice.experiment import ray_executor
+from dynslice.experiment import executor
 from dynslice.experiment.agenda import WorkQueue, describe, needs
 from dynslice.experiment.plan_specs import Constant
 from dynslice.experiment.store import Request, Store
@@ -205,7 +205,7 @@ def test_no_plan_starts_before_its_lr_is_there(small):
     ],
 )
 def test_a_cluster_is_shared_by_gpu_else_by_cpu(nodes, device, wanted, expected):
-    assert ray_executor.shares(nodes, device, wanted) == expected
+    assert executor.shares(nodes, device, wanted) == expected
 
 
 def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
@@ -243,7 +243,7 @@ def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
         for text in ("one", "two")
     ]
     agenda = WorkQueue(requests, Store(tmp_path))
-    ray_executor._hand_out(agenda, ray, make, 1)
+    executor._hand_out(agenda, ray, make, 1)
     assert asked == [requests[0].key, requests[2].key, requests[3].key]
     assert set(agenda.failed) == {r.key for r in requests[:2]}
     assert len(made) == 2
@@ -314,7 +314,7 @@ def test_an_address_is_where_ray_connects(small, monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
-    monkeypatch.setattr(ray_executor, "_reach", lambda address: None)
+    monkeypatch.setattr(executor, "_reach", lambda address: None)
     with pytest.raises(ConnectionError):
         small.ensure(small.lr_requests(), "ray", "head:6379")
     assert given[0]["address"] == "head:6379"
@@ -327,7 +327,7 @@ def test_an_address_is_where_ray_connects(small, monkeypatch):
 
 def test_an_address_where_nothing_answers_is_refused(small, monkeypatch):
     pytest.importorskip("ray")
-    monkeypatch.setattr(ray_executor, "_PATIENCE", 6)
+    monkeypatch.setattr(executor, "_PATIENCE", 6)
     with pytest.raises(RequestError, match=r"address '127\.0\.0\.1:1' \(no answer in 6 s\)"):
         small.ensure(small.lr_requests(), "ray", "127.0.0.1:1")
 

@@ -1,11 +1,12 @@
 """What notebook 04 varies: one thing at a time, everything else as in the main comparison."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dynslice.experiment.plan_specs import OwnEmbedding, PlanSpec, Shuffled
 from dynslice.experiment.profile import percent
-from dynslice.experiment.requests import DENSE, Design, Point
+from dynslice.experiment.requests import Design, Point
 from dynslice.experiment.store import Request, unique
 
 
@@ -39,18 +40,14 @@ class Ablations:
     def lr_by_tokens(self) -> list[Request]:
         """LR on growing beginnings of the profile's text, the profile's own length among them."""
         counts = {*self.profile.ablation_lr_tokens, self.profile.lr_max_tokens}
-        ordered = sorted(counts, key=lambda count: count or float("inf"))
-        return [self.design.lr_request(max_tokens=count) for count in ordered]
+        counts = sorted(counts, key=lambda count: count or float("inf"))
+        return [self.design.lr_request(max_tokens=count) for count in counts]
 
     def lr_plan_requests(self) -> list[Request]:
         """The ablated dynamic plan as LR on each text makes it, in the order of lr_requests."""
         sp, sb = self.profile.ablation_slice_percentage, self.profile.ablation_slice_base
-        plans = [
-            self.design.dynamic(sp, sb, lr=lr.config)
-            for lr in self.design.lr_requests()
-            if sp is not None
-        ]
-        return [self.design.plan_request(plan) for plan in plans]
+        given = [] if sp is None else [lr.config for lr in self.design.lr_requests()]
+        return [self.design.plan_request(self.design.dynamic(sp, sb, lr=lr)) for lr in given]
 
     def single_layer_request(self) -> Request | None:
         """What cutting each layer alone does to the perplexity; None where nobody asks."""
@@ -67,14 +64,13 @@ class Ablations:
 
     def calibration_request(self, point: Point) -> Request:
         """Perplexity of a sliced network on its own calibration windows."""
-        calibration = point.network["calibration"]
-        return self.design.request("ppl", slice=point.network, **calibration)
+        return self.design.request("ppl", slice=point.network, **point.network["calibration"])
 
     def centred_request(self) -> Request:
         """Perplexity of the dense model with centred embeddings (docs/method.md)."""
-        config = dict(self.design.perplexity_request(DENSE, self.profile.eval_texts[0]).config)
-        del config["slice"]
-        return Request("centred", config)
+        p = self.profile
+        read = self.design.windows(p.eval_texts[0], p.eval_split, p.eval_windows)
+        return self.design.request("centred", **read)
 
     def requests(self) -> list[Request]:
         """All that the notebook needs."""
@@ -84,8 +80,8 @@ class Ablations:
         requests += self.lr_by_tokens() if p.ablation_lr_tokens else []
         requests += filter(None, [self.single_layer_request()])
         for point in self.ablated():
-            requests += [design.slice_request(point)]
-            requests += [design.perplexity_request(point, p.eval_texts[0])]
+            requests.append(design.slice_request(point))
+            requests.append(design.perplexity_request(point, p.eval_texts[0]))
         variants = self.variants()
         for ablation in variants:
             requests.append(design.slice_request(ablation.point))
@@ -99,8 +95,7 @@ class Ablations:
 
     def _curve_requests(self) -> list[Request]:
         """The constant networks, between which the constant curve is drawn."""
-        points = self.design.points()
-        constant = [p for p in points if p.schedule in ("constant", "matched")]
+        constant = [p for p in self.design.points() if p.schedule in ("constant", "matched")]
         requests = [self.design.slice_request(point) for point in constant]
         return requests + [r for p in constant for r in self.design.reported_requests(p)]
 
@@ -108,7 +103,7 @@ class Ablations:
         """The dynamic network with another way to its widths, on the same calibration."""
         p, design = self.profile, self.design
         sp, sb = p.ablation_slice_percentage, p.ablation_slice_base
-        constant, dynamic = design.constant(sp), design.dynamic(sp, sb)
+        dynamic = partial(design.dynamic, sp, sb)
         found = []
 
         def add(question: str, variant: str, plan: PlanSpec, schedule: str | None = None) -> None:
@@ -117,18 +112,17 @@ class Ablations:
 
         for end in p.ablation_last_layers:
             lr = design.lr_request(last_layer=end).config
-            add("last layer", f"last layer {end}", design.dynamic(sp, sb, lr=lr))
+            add("last layer", f"last layer {end}", dynamic(lr=lr))
         for score in p.ablation_scores:
-            add("score", f"score {score}", design.dynamic(sp, sb, score=score))
+            add("score", f"score {score}", dynamic(score=score))
         for unit in p.ablation_round_to:
-            add("rounding", f"widths rounded to {unit}", design.dynamic(sp, sb, round_to=unit))
+            add("rounding", f"widths rounded to {unit}", dynamic(round_to=unit))
         if p.ablation_embedding:
-            variant = f"dynamic, embedding cut by {percent(sp)}"
-            add("embedding", variant, OwnEmbedding(dynamic, sp), "dynamic")
-            whole = OwnEmbedding(constant, 0.0)
+            cut, whole = OwnEmbedding(dynamic(), sp), OwnEmbedding(design.constant(sp), 0.0)
+            add("embedding", f"dynamic, embedding cut by {percent(sp)}", cut, "dynamic")
             add("embedding", "constant, embedding whole", whole, "constant")
         for seed in range(p.draw_seed, p.draw_seed + p.ablation_shuffles):
-            add("shuffled", f"shuffled, draw {seed}", Shuffled(dynamic, seed))
+            add("shuffled", f"shuffled, draw {seed}", Shuffled(dynamic(), seed))
         return found
 
     def _of_calibration(self) -> list[Ablation]:

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from dynslice.core.errors import WRITING, DiskError, RunError, disk_trouble, in_one_line
+from dynslice.core.errors import RunError
 from dynslice.experiment.plan_specs import PlanSpec, plan_spec
 from dynslice.experiment.store import Request, Store, unique
 
@@ -80,7 +79,10 @@ class WorkQueue:
         by_error: dict[str, list[str]] = {}
         for request, error in self.failed.values():
             by_error.setdefault(error, []).append(describe(request))
-        lines = [f"  {_some(names)}: {error}" for error, names in by_error.items()]
+        lines = []
+        for error, names in by_error.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  {', '.join(names[:3])}{more}: {error}")
         if len(lines) > _SHOWN:
             lines[_SHOWN:] = [f"  and {len(lines) - _SHOWN} further errors, each shown above"]
         raise RunError(
@@ -96,10 +98,7 @@ def needs(request: Request) -> list[Request]:
 
 
 def jobs(requests: list[Request]) -> list[Job]:
-    """Each of the dense model's by itself, then one per sliced network, so that each is made once.
-
-    A plan is made from the dense model too.
-    """
+    """Each of the dense model's by itself, because plans are made from it, then one per network."""
     dense = [Job(None, [request]) for request in requests if request.config.get("slice") is None]
     sliced: dict[str, Job] = {}
     for request in requests:
@@ -108,8 +107,8 @@ def jobs(requests: list[Request]) -> list[Job]:
     return [*dense, *sliced.values()]
 
 
-def name_of(network: dict) -> str:
-    """A short name for a sliced network."""
+def name_of(network: dict | None) -> str:
+    """A short name for a network; None is the dense model."""
     return Request("network", {"slice": network}).key
 
 
@@ -128,29 +127,3 @@ def _plan_of(request: Request) -> PlanSpec | None:
     config = request.config.get("slice") or request.config
     given = config.get("plan") or config.get("budget")  # which a search keeps
     return plan_spec(given) if given else None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def attempt(runner: Any, request: Request, network: dict | None) -> str | None:
-    """Measure and store one request unless it is stored; why that failed, None when it did not.
-
-    Raises DiskError where nothing can be written any more.
-    """
-    try:
-        if runner.store.get(request) is None:
-            runner.store.put(runner.measure(request, network))
-    except DiskError:
-        raise
-    except Exception as error:  # whatever a library raises, the other measurements go on
-        if sentence := disk_trouble(error, runner.store.folder, WRITING):
-            raise DiskError(sentence) from error
-        reason = in_one_line(error)
-    else:
-        return None
-    from dynslice.core.tensors import free_memory
-
-    free_memory()  # only here are the frames gone that held what failed
-    return reason

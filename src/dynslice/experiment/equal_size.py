@@ -36,19 +36,14 @@ class EqualSize:
         p, sp = self.profile, slice_percentage
         if p.selection_windows is None:
             return []
-        found = [
-            self._at_size("constant", sp, {"ridge": ridge}, f"ridge {ridge:g}")
-            for ridge in p.beyond_ridges
-        ]
-        if p.beyond_ridges:
-            alone = {"ridge": p.beyond_ridge, "shortcut": False}
-            found.append(self._at_size("constant", sp, alone, "writing maps alone"))
+        ridges = [({"ridge": ridge}, f"ridge {ridge:g}") for ridge in p.beyond_ridges]
+        if ridges:
+            ridges.append(({"ridge": p.beyond_ridge, "shortcut": False}, "writing maps alone"))
+        found = [self._at_size("constant", sp, extra, note) for extra, note in ridges]
         for name in p.beyond_candidates:
             found += [self._at_size(name, sp, extra) for extra in self._compensations]
         for count in p.beyond_calibration_windows:
-            note = f"{count} calibration windows"
-            for extra in self._compensations:
-                found.append(self._at_size("constant", sp, extra, note, windows=count))
+            found += self._constant(sp, f"{count} calibration windows", windows=count)
         return found
 
     def recovered(self, slice_percentage: float) -> list[Point]:
@@ -58,11 +53,7 @@ class EqualSize:
             return []
         names = ("steps", "windows", "window")
         recovery = {name: getattr(p, f"recovery_{name}") for name in names}
-        note = f"{p.recovery_steps} steps of LoRA"
-        plain = [
-            self._at_size("constant", slice_percentage, extra, note)
-            for extra in self._compensations
-        ]
+        plain = self._constant(slice_percentage, f"{p.recovery_steps} steps of LoRA")
         return [replace(p, network={**p.network, "recovery": recovery}) for p in plain]
 
     def places_request(self, slice_percentage: float) -> Request:
@@ -90,17 +81,20 @@ class EqualSize:
         """All that the notebook needs."""
         design, sizes = self.design, self.profile.beyond_slice_percentages
         requests = self.evidence_requests()
-        for sp in sizes:
-            for point in self.contest(sp):
-                requests += [design.slice_request(point), *design.selection_requests(point)]
-                requests += design.outcome_requests(point)
+        for point in (point for sp in sizes for point in self.contest(sp)):
+            requests += [*design.candidate_requests(point), *design.reported_requests(point)]
+            requests += design.accuracy_requests(point)
         for sp in sizes[-1:]:
             for point in self.variants(sp):
-                requests += [design.slice_request(point), *design.selection_requests(point)]
+                requests += design.candidate_requests(point)
             for point in self.recovered(sp):
                 requests += [design.slice_request(point), *design.reported_requests(point)]
-            requests += design.outcome_requests(DENSE)
+            requests += [*design.reported_requests(DENSE), *design.accuracy_requests(DENSE)]
         return unique(requests)
+
+    def _constant(self, slice_percentage: float, note: str, **calibration: Any) -> list[Point]:
+        given = ("constant", slice_percentage)
+        return [self._at_size(*given, extra, note, **calibration) for extra in self._compensations]
 
     def _at_size(
         self,
@@ -110,11 +104,10 @@ class EqualSize:
         note: str = "",
         **calibration: Any,
     ) -> Point:
-        words = [schedule, f"size of SP {percent(slice_percentage)}"]
-        words += ["compensated"] if compensation else []
-        words += [note] if note else []
+        compensated = "compensated" if compensation else ""
+        words = [schedule, f"size of SP {percent(slice_percentage)}", compensated, note]
         plan = self._plan(schedule, slice_percentage)
-        point = self.design.point(plan, ", ".join(words), **calibration)
+        point = self.design.point(plan, ", ".join(filter(None, words)), **calibration)
         extra = {"compensation": compensation} if compensation else {}
         return replace(point, network={**point.network, **extra})
 
@@ -124,13 +117,12 @@ class EqualSize:
         if schedule == "constant":
             return budget
         evidence = {
-            "lr": lambda: self.design.lr_request(),
+            "lr": self.design.lr_request,
             "sensitivity": lambda: self.places_request(slice_percentage),
             "search": lambda: self.search_request(slice_percentage),
         }
-        found = evidence[schedule]() if schedule in evidence else None
-        given = found and {"kind": found.kind, "config": found.config}
-        return WithinBudget(schedule, budget, given)
+        found = vars(evidence[schedule]()) if schedule in evidence else None
+        return WithinBudget(schedule, budget, found)
 
     def _validation(self) -> dict:
         """Calibration, and validation windows other than those that choose."""

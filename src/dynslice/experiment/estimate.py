@@ -7,8 +7,9 @@ count the same, and loading, tokenising and rendering are left out.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from transformers import PretrainedConfig
@@ -18,6 +19,7 @@ from dynslice.core.errors import RequestError
 from dynslice.core.tensors import DTYPES, tokens_per_batch
 from dynslice.evaluate import speed
 from dynslice.evaluate.perplexity import LOGIT_CHUNK
+from dynslice.experiment.agenda import name_of
 from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.plan_specs import Constant, plan_spec
 from dynslice.experiment.profile import Profile
@@ -64,37 +66,34 @@ class Machine:
     def measured(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
         """Time the yardsticks; float32 on a CPU, which has no fast products of half precision."""
         dtype = torch.float32 if device.type == "cpu" else dtype
-        square = torch.eye(EIGENVECTORS_AT, dtype=torch.float64, device=device)
-        square += 1 / EIGENVECTORS_AT
-        steps = {"eigh": lambda: torch.linalg.eigh(square)}
-        return cls(
-            device,
-            speed.matrix_rate(device, dtype),
-            speed.matrix_rate(device, torch.float64),
-            min(speed.alternate(steps, device, 3)["eigh"]),
-            _share_of_rate(),
-        )
+        size = EIGENVECTORS_AT
+        square = torch.eye(size, dtype=torch.float64, device=device) + 1 / size
+        timed = speed.alternate({"eigh": lambda: torch.linalg.eigh(square)}, device, 3)
+        rates = [speed.matrix_rate(device, kind) for kind in (dtype, torch.float64)]
+        # The share comes from the committed benchmark, of the only device it was run on so far.
+        bench = json.loads((paths.BENCH / "smollm2-135m-cpu.json").read_text(encoding="utf-8"))
+        ratios = {row["step"]: row.get("ratio") for row in bench["rows"]}
+        return cls(device, *rates, min(timed["eigh"]), ratios["one pass through the layers"])
 
 
 class Estimator:
     """Estimates for the measurements of one study on one machine."""
 
     def __init__(self, profile: Profile, device: torch.device, machine: Machine | None = None):
-        self.profile = profile
-        self.device = device
+        self.profile, self.device, self._machine = profile, device, machine
         self.dtype = DTYPES[profile.dtype]
         self.config = config_of(profile.model, profile.model_revision)
         self.dims = dims_of(self.config)
-        self._machine = machine
+        self.dense_bytes = self.dims.dense_parameters * self.dtype.itemsize
+        # Each takes a while, and is asked again for every measurement.
+        self._flops = self._remembered(flops)
+        self._workspace = self._remembered(layers_workspace)
+        self._slicing_workspace = self._remembered(slicing_workspace)
 
     @cached_property
     def machine(self) -> Machine:
         """The yardsticks of this machine."""
         return self._machine or Machine.measured(self.device, self.dtype)
-
-    def on(self, device: torch.device) -> "Estimator":
-        """The same with the memory of another device."""
-        return Estimator(self.profile, device, self.machine)
 
     def estimate(self, requests: list[Request]) -> dict[str, Estimate]:
         """By key, of measurements that are missing; slicing counts once for each network."""
@@ -103,9 +102,8 @@ class Estimator:
             network = request.config.get("slice")
             seconds = KINDS[request.kind].seconds(self, request.config)
             size = self._memory(request)
-            key = Request("network", {"slice": network}).key
-            if network and key not in sliced:
-                sliced.add(key)
+            if network and name_of(network) not in sliced:
+                sliced.add(name_of(network))
                 slicing = self.slicing(network["calibration"]) + self._extras(network)
                 seconds = None if seconds is None else seconds + slicing
                 size = max(size, self._slicing_memory(network))
@@ -114,25 +112,21 @@ class Estimator:
 
     def peak(self, requests: list[Request]) -> int:
         """Bytes of memory that the largest of the measurements takes on this device."""
-        networks = [r.config["slice"] for r in requests if r.config.get("slice")]
-        return max([*map(self._memory, requests), *map(self._slicing_memory, networks)])
+        slicing = map(self._slicing_memory, _networks(requests))
+        return max([*map(self._memory, requests), *slicing])
 
     def disk(self, requests: list[Request]) -> int:
         """Bytes that a run needs next to downloads, at most: where slicing is streamed, one sliced
         network and the activations that no memory has room for."""
-        networks = [r.config["slice"] for r in requests if r.config.get("slice")]
-        if self.profile.placement == "resident" or not networks:
-            return 0
-        return max(self._sliced_bytes(n) + self._spilled_bytes(n) for n in networks)
+        streamed = [] if self.profile.placement == "resident" else _networks(requests)
+        return max((self._sliced_bytes(n) + self._spilled_bytes(n) for n in streamed), default=0)
 
     @property
     def download(self) -> int:
         """Bytes of weights that the hub will send: two a parameter, where the model is not here."""
-        if not is_remote(self.profile.model) or models.in_cache(
-            self.profile.model, self.profile.model_revision
-        ):
-            return 0
-        return 2 * self.dims.dense_parameters
+        model, revision = self.profile.model, self.profile.model_revision
+        is_here = not is_remote(model) or models.in_cache(model, revision)
+        return 0 if is_here else 2 * self.dims.dense_parameters
 
     # Time, as the kinds of measurements add it up
 
@@ -152,7 +146,8 @@ class Estimator:
         """Seconds of a pass of tokens through the layers, in windows; None for unknown tokens."""
         if tokens is None:
             return None
-        work = tokens * self._flops_per_token(window) + head * self.head_flops(tokens)
+        per_token = self._flops(1, window, head=False) / window
+        work = tokens * per_token + head * self.head_flops(tokens)
         return work / (self.machine.rate * self.machine.share)
 
     def head_flops(self, tokens: int) -> float:
@@ -172,33 +167,25 @@ class Estimator:
         at_places = places * (covariance / self.machine.rate_float64 + decomposition)
         return self.one_pass(tokens, calibration["window"]) + at_places
 
-    @lru_cache  # noqa: B019  an estimator lives as long as its plan
-    def _flops_per_token(self, window: int) -> float:
-        return flops(self.config, 1, window, head=False) / window
+    def _remembered(self, count: Callable) -> Callable:
+        return lru_cache(partial(count, self.config))
 
     def _extras(self, network: dict) -> float:
         """Compensation: a second pass, and per block products and a factorisation; and LoRA."""
-        calibration, dims, seconds = network["calibration"], self.dims, 0.0
+        calibration, d, seconds = network["calibration"], self.dims.hidden_size, 0.0
         tokens = calibration["windows"] * calibration["window"]
         if "compensation" in network:
             seconds += self.one_pass(tokens, calibration["window"])
-            for inputs in dims.writes:
-                known = inputs + dims.hidden_size
-                products = 2 * tokens * known * (known + dims.hidden_size)
-                solve = known**3 / 3 + 2 * known**2 * dims.hidden_size
-                seconds += dims.layers * products / self.machine.rate
-                seconds += dims.layers * solve / self.machine.rate_float64
+            for known in (inputs + d for inputs in self.dims.writes):
+                products = 2 * tokens * known * (known + d) / self.machine.rate
+                solve = (known**3 / 3 + 2 * known**2 * d) / self.machine.rate_float64
+                seconds += self.dims.layers * (products + solve)
         if recovery := network.get("recovery"):
             trained = recovery["steps"] * recovery["window"]
             seconds += 3 * self.one_pass(trained, recovery["window"], head=True)
         return seconds
 
     # Memory
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the weights of the dense model."""
-        return self.dims.dense_parameters * self.dtype.itemsize
 
     def _memory(self, request: Request) -> int:
         kind, network = KINDS[request.kind], request.config.get("slice")
@@ -212,19 +199,19 @@ class Estimator:
             weights += self.dense_bytes
         logits = 3 * LOGIT_CHUNK * self.dims.vocab_size * FLOAT32
         batch = max(tokens_per_batch(self.device), request.config.get("window", 0))
-        running = weights + logits + self._workspace(batch)
+        running = weights + logits + self._workspace(self.dtype, batch)
         return max(running, self._slicing_memory(network)) if kind.slices_itself else running
 
     def _slicing_memory(self, network: dict) -> int:
         workspace, activations = self._while_slicing(network)
         if self.profile.placement == "resident":
             return self.dense_bytes + self._sliced_bytes(network) + workspace + activations
-        limit = self._budgets[1 if self.device.type == "cpu" else 0]
+        limit = self.profile.memory_budgets[self.device.type == "cpu"]
         room = math.inf if limit is None else limit - workspace
         return workspace + max(0, int(min(activations, room)))
 
     def _spilled_bytes(self, network: dict) -> int:
-        on_cpu, (device, host) = self.device.type == "cpu", self._budgets
+        on_cpu, (device, host) = self.device.type == "cpu", self.profile.memory_budgets
         if host is None or (device is None and not on_cpu):
             return 0
         workspace, activations = self._while_slicing(network)
@@ -235,24 +222,11 @@ class Estimator:
         """Bytes of the workspace, and of the activations of all calibration windows."""
         widths, calibration = self._widths(network), network["calibration"]
         compensated, window = "compensation" in network, calibration["window"]
-        activations = activation_bytes(
-            widths, calibration["windows"] * window, self.dtype, compensated
+        tokens = calibration["windows"] * window
+        return (
+            self._slicing_workspace(widths, window, self.device, self.dtype, compensated),
+            activation_bytes(widths, tokens, self.dtype, compensated),
         )
-        return self._slicing_workspace(widths, window, compensated), activations
-
-    @property
-    def _budgets(self) -> tuple[float | None, float | None]:
-        given = self.profile.device_memory_gib, self.profile.host_memory_gib
-        return tuple(None if gib is None else gib * 2**30 for gib in given)
-
-    @lru_cache  # noqa: B019
-    def _workspace(self, tokens: int) -> int:
-        return layers_workspace(self.config, self.dtype, tokens)
-
-    @lru_cache  # noqa: B019
-    def _slicing_workspace(self, widths: SlicePlan, window: int, compensated: bool) -> int:
-        given = (self.config, widths, window, self.device, self.dtype, compensated)
-        return slicing_workspace(*given)
 
     def _sliced_bytes(self, network: dict) -> int:
         return self._widths(network).parameters * self.dtype.itemsize
@@ -285,7 +259,5 @@ def text_tokens(text: str, split: str | None) -> int | None:
     return None if words is None else round(words * TOKENS_PER_WORD)
 
 
-def _share_of_rate() -> float:
-    """What the committed benchmark reached on a CPU, the only device it was run on so far."""
-    rows = json.loads((paths.BENCH / "smollm2-135m-cpu.json").read_text(encoding="utf-8"))["rows"]
-    return next(r["ratio"] for r in rows if r["step"] == "one pass through the layers")
+def _networks(requests: list[Request]) -> list[dict]:
+    return [r.config["slice"] for r in requests if r.config.get("slice")]

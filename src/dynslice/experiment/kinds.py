@@ -1,7 +1,6 @@
 """The kinds of measurements: how each is taken, how long it takes, what a reader would quote.
 
-Names of kinds and of configuration keys are part of the keys of requests. What measures is
-imported where it runs, because reports read the kinds too and need no torch.
+What measures is imported where it runs: reports read the kinds too and need no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dynslice.core.errors import RunError
 from dynslice.evaluate.task_table import TASKS
+from dynslice.extensions import schedules
 from dynslice.method.controls import single
 from dynslice.method.plan import SlicePlan
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
     from dynslice.experiment.estimate import Estimator
     from dynslice.experiment.runner import Runner
-
-_MMLU_SUBJECTS = 57
-
-_TASK_WINDOW = 128  # tokens of an item, about
 
 
 class Kind:
@@ -57,10 +53,10 @@ class LayerRedundancy(Kind):
         from dynslice.method import redundancy
 
         stream = runner.stream(config)[: config["max_tokens"]]
-        windows = sliding_windows(stream, config["window"], config["stride"])
-        amounts = (windows, config["stride"], config["last_layer"])
+        stride, last = config["stride"], config["last_layer"]
+        windows = sliding_windows(stream, config["window"], stride)
         start = time.perf_counter()
-        lr = redundancy.layer_redundancy(runner.networks.dense, *amounts)
+        lr = redundancy.layer_redundancy(runner.networks.dense, windows, stride, last)
         return {**lr.to_dict(), "seconds": time.perf_counter() - start}
 
     def seconds(self, estimator: Estimator, config: dict) -> float | None:
@@ -87,8 +83,7 @@ class StoredSize(Kind):
     """What a sliced network, or the dense one, stores, and how exact its rotations are."""
 
     def run(self, runner: Runner, config: dict) -> dict:
-        network = runner.network(config)
-        stored = sum(p.numel() for p in network.parameters())
+        stored = sum(p.numel() for p in runner.network(config).parameters())
         if config["slice"] is None:
             return {"parameters": stored, "parameters_dense": stored, "mean_slice": 0.0}
         facts = _facts(runner.plan(config["slice"]["plan"]))
@@ -98,8 +93,12 @@ class StoredSize(Kind):
                 f"{facts['parameters']}; this is a bug, please report it"
             )
         outcome = runner.sliced_for(config["slice"])
-        errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
-        return {**facts, **errors, "seconds": outcome.seconds + outcome.recovery_seconds}
+        return {
+            **facts,
+            "rotation_error": outcome.rotation_error,
+            "basis_error": outcome.basis_error,
+            "seconds": outcome.seconds + outcome.recovery_seconds,
+        }
 
 
 class Perplexity(Kind):
@@ -138,12 +137,10 @@ class SingleLayerCuts(Kind):
     def run(self, runner: Runner, config: dict) -> dict:
         windows, calibration = runner.windows(config), runner.windows(config["calibration"])
         dense, layers = _perplexity(runner.networks.dense, windows)["nll"], []
-        dims = runner.dims
-        for layer in tqdm(range(dims.layers), desc="single layers", unit="layer", leave=False):
-            cut = single(dims, layer, config["slice_percentage"], config["round_to"])
-            network = runner.networks.slice(calibration, cut).model
-            nll = _perplexity(network, windows)["nll"]
-            del network  # before the next one is made
+        every = range(runner.dims.layers)
+        for layer in tqdm(every, desc="single layers", unit="layer", leave=False):
+            cut = single(runner.dims, layer, config["slice_percentage"], config["round_to"])
+            nll = _perplexity(runner.networks.slice(calibration, cut).model, windows)["nll"]
             layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
         return {"dense": dense, "layers": layers}
 
@@ -164,8 +161,8 @@ class PlaceLosses(Kind):
         from dynslice.evaluate.place_losses import place_losses
 
         windows, calibration = runner.windows(config), runner.windows(config["calibration"])
-        given = (calibration, windows, runner.plan(config["plan"]), config["shares"])
-        return place_losses(runner.networks.dense, *given)
+        plan, dense = runner.plan(config["plan"]), runner.networks.dense
+        return place_losses(dense, calibration, windows, plan, config["shares"])
 
     def seconds(self, estimator: Estimator, config: dict) -> float:
         tokens, dims = config["windows"] * config["window"], estimator.dims
@@ -189,18 +186,16 @@ class PlanSearch(Kind):
     slices_itself = True
 
     def run(self, runner: Runner, config: dict) -> dict:
-        from dynslice.extensions import schedules
-
         windows, calibration = runner.windows(config), runner.windows(config["calibration"])
         largest = runner.plan(config["budget"])
 
         def loss(candidate: SlicePlan) -> float:
-            network = runner.networks.slice(calibration, candidate).model
-            return _perplexity(network, windows)["nll_mean"]
+            return _perplexity(runner.networks.slice(calibration, candidate).model, windows)[
+                "nll_mean"
+            ]
 
         evidence = schedules.Evidence(runner.dims, largest.round_to)
-        given = (evidence, largest.parameters, loss, config["evaluations"])
-        best, tried = schedules.search(*given)
+        best, tried = schedules.search(evidence, largest.parameters, loss, config["evaluations"])
         return {"place_widths": list(best.place_widths[:-1]), "tried": tried}
 
     def seconds(self, estimator: Estimator, config: dict) -> float:
@@ -221,8 +216,8 @@ class Speed(Kind):
         dense, size = runner.networks.dense, (config["windows"], config["window"])
         generator = torch.Generator().manual_seed(config["seed"])  # any tokens will do
         ids = torch.randint(dense.config.vocab_size, size, generator=generator)
-        amounts = (config["new_tokens"], config["repeats"])
-        return speed.speed(dense, runner.network(config), ids, *amounts)
+        network = runner.network(config)
+        return speed.speed(dense, network, ids, config["new_tokens"], config["repeats"])
 
     def seconds(self, estimator: Estimator, config: dict) -> float:
         from dynslice.evaluate import speed
@@ -243,15 +238,14 @@ class TaskAccuracy(Kind):
     def run(self, runner: Runner, config: dict) -> dict:
         from dynslice.evaluate import harness
 
-        name, network = config["task"], runner.network(config)
+        name, given = config["task"], (runner.network(config), runner.networks.tokenizer)
         sample = {"subset": config.get("subset", "first"), "seed": config.get("draw_seed", 0)}
-        given = (network, runner.networks.tokenizer, [name], config["limit"])
-        value = harness.tasks(*given, **sample)[name]
+        value = harness.tasks(*given, [name], config["limit"], **sample)[name]
         return {**value, "lm_eval_version": metadata.version("lm-eval")}
 
     def seconds(self, estimator: Estimator, config: dict) -> float | None:
         tokens = task_tokens(config["task"], config["limit"], config.get("subset"))
-        return estimator.one_pass(tokens, _TASK_WINDOW, head=True)
+        return estimator.one_pass(tokens, 128, head=True)  # about as long as an item is
 
     def quoted(self, value: dict) -> dict[str, float]:
         accuracies = {name: value[name] for name in ("acc", "acc_norm") if value[name] is not None}
@@ -278,7 +272,7 @@ def task_tokens(name: str, limit: int | None, subset: str | None) -> int | None:
     if row.tokens is None:
         return None
     if limit is not None and name == "mmlu" and subset != "stratified":
-        limit *= _MMLU_SUBJECTS
+        limit *= 57  # subjects, each of which is limited
     return round(min(limit or row.items, row.items) * row.tokens)
 
 
@@ -293,8 +287,7 @@ def _perplexities(losses: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _facts(plan: SlicePlan) -> dict:
-    values = {**plan.to_dict(), "shortcut_parameters": plan.shortcut_parameters}
-    names = ("widths", "final_slice", "mean_slice", "parameters", "parameters_dense")
-    facts = {name: values[name] for name in (*names, "shortcut_parameters")}
-    attention = list(plan.attention_widths)
-    return {**facts, "attention_widths": attention} if plan.own_attention else facts
+    names = ["widths", "final_slice", "mean_slice", "parameters", "shortcut_parameters"]
+    names += ["attention_widths"] if plan.own_attention else []
+    facts = {name: getattr(plan, name) for name in names}
+    return {**facts, "parameters_dense": plan.shape.dense_parameters}

@@ -35,7 +35,7 @@ class PlanSpec:
 
     def needs(self) -> list[Request]:
         """The measurements of the dense model that decide the widths."""
-        return self.target.needs()
+        return [] if self.target is self else self.target.needs()
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
         """The plan of a model. Raises RequestError where the model has none like it."""
@@ -43,9 +43,8 @@ class PlanSpec:
 
     def describe(self) -> str:
         """Schedule, SP and SB in a few words."""
-        target = self.target
-        base = f" SB {target.slice_base}" if isinstance(target, Dynamic) else ""
-        return f"{self.schedule} SP {target.slice_percentage}{base}"
+        base = f" SB {self.target.slice_base}" if isinstance(self.target, Dynamic) else ""
+        return f"{self.schedule} SP {self.target.slice_percentage}{base}"
 
     def to_dict(self) -> dict:
         """The JSON form, without what is left at None."""
@@ -61,9 +60,6 @@ class Constant(PlanSpec):
     slice_percentage: float
     round_to: int
     schedule = "constant"
-
-    def needs(self) -> list[Request]:
-        return []
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
         return plan.constant(dims, self.slice_percentage, self.round_to)
@@ -84,8 +80,7 @@ class Dynamic(PlanSpec):
         return [Request("lr", self.lr)]
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
-        [evidence] = self.needs()
-        scores = scores_of(value_of(evidence)["layers"], self.score or "cosine")
+        scores = scores_of(value_of(Request("lr", self.lr))["layers"], self.score or "cosine")
         return plan.dynamic(dims, scores, self.slice_percentage, self.slice_base, self.round_to)
 
 
@@ -138,15 +133,12 @@ class WithinBudget(PlanSpec):
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
         budget = self.budget.make(dims, value_of)
         known = {}
-        for request in self.needs():
+        for request in self.needs():  # one, or none
             value = value_of(request)
-            match request.kind:
-                case "search":
-                    return plan.of_places("search", dims, value["place_widths"], budget.round_to)
-                case "lr":
-                    known["lr"] = scores_of(value["layers"])
-                case "places":
-                    known["rises"] = rises(value)
+            if request.kind == "search":
+                return plan.of_places("search", dims, value["place_widths"], budget.round_to)
+            is_lr = request.kind == "lr"
+            known = {"lr": scores_of(value["layers"])} if is_lr else {"rises": rises(value)}
         evidence = schedules.Evidence(dims, budget.round_to, **known)
         return schedules.within(self.schedule, evidence, budget.parameters)
 

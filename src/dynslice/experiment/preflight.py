@@ -1,7 +1,4 @@
-"""Before a run starts: the plan of what it will measure, what it takes, and what stands in the way.
-
-`--dry-run` shows all of it; a run stops at the first obstacle.
-"""
+"""Before a run starts: what it will measure, what that takes, and what stands in the way."""
 
 import os
 import shutil
@@ -33,9 +30,9 @@ SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetch
 class Forecast:
     """What the missing measurements of one study take.
 
-    obstacles: sentences that name what is missing and what to do. estimates: by key, none where the
-    shape of the model is not known. memory_bytes: on the device here; gpu_memory_bytes: on a GPU,
-    which works on larger batches. rate: FLOP/s of this machine's matrix product.
+    obstacles: what is missing and what to do. estimates: by key, none where the shape of the model
+    is not known. rate: FLOP/s of this machine's matrix product. memory_bytes: on the device here;
+    gpu_memory_bytes: on a GPU, which works on larger batches.
     """
 
     missing: list[Request]
@@ -71,15 +68,15 @@ def forecast(
     Of a cluster at an address nothing is known here: times are this machine's, and its room is
     not asked about. Raises RequestError for a device that is not there.
     """
-    device = pick_device("auto" if address else study.device)
-    obstacles = _hub_obstacles(study.profile, missing)
-    unfetched = study.profile.model == SMOLLM2 and not assets.are_there()
-    if not missing or unfetched:
+    profile, device = study.profile, pick_device("auto" if address else study.device)
+    obstacles = _hub_obstacles(profile, missing)
+    if not missing or (profile.model == SMOLLM2 and not assets.are_there()):
         return Forecast(missing, device, obstacles)
     try:
-        estimator = Estimator(study.profile, device, machine)
+        estimator = Estimator(profile, device, machine)
     except RequestError as error:
         return Forecast(missing, device, obstacles or [str(error)])
+    on_gpu = Estimator(profile, torch.device("cuda"), estimator.machine)
     found = Forecast(
         missing,
         device,
@@ -89,47 +86,38 @@ def forecast(
         download_bytes=estimator.download,
         disk_bytes=estimator.disk(missing),
         memory_bytes=estimator.peak(missing),
-        gpu_memory_bytes=estimator.on(torch.device("cuda")).peak(missing),
+        gpu_memory_bytes=on_gpu.peak(missing),
     )
     if address is None:
         workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
-        obstacles += _room_obstacles(study.profile, device, found.memory_bytes, workers)
+        obstacles += _room_obstacles(profile, device, found.memory_bytes, workers)
         obstacles += _disk_obstacles(found.download_bytes, found.disk_bytes * workers)
     return found
 
 
 def lines(study: Study, requests: list[Request], found: Forecast) -> list[str]:
     """The plan of a study as a reader wants it: each measurement, the sums, the obstacles."""
-    missing = {request.key for request in found.missing}
-    rows = []
-    for request in requests:
-        estimate = found.estimates.get(request.key)
-        state = "missing" if request.key in missing else "stored"
-        cost = ""
-        if estimate:
-            cost = f"{_time(estimate.seconds):>9} {shown_bytes(estimate.memory_bytes):>9}"
-        rows.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
-    return [
-        f"profile {study.profile.name}: {study.profile.model} in {study.profile.dtype}, "
-        f"placement {study.profile.placement}, on {found.device.type}",
-        *rows,
-        f"{len(missing)} of {len(requests)} measurements are missing",
-        *([_sums(found)] if found.estimates else []),
-        *(f"in the way: {obstacle}" for obstacle in found.obstacles),
+    p, missing = study.profile, {request.key for request in found.missing}
+    told = [
+        f"profile {p.name}: {p.model} in {p.dtype}, placement {p.placement}, on {found.device.type}"
     ]
-
-
-def _sums(found: Forecast) -> str:
-    total = _time(found.seconds) + (f" and {found.unknown} unknown" if found.unknown else "")
-    on_a_gpu = f"(on a GPU {shown_bytes(found.gpu_memory_bytes)}), "
-    on_a_gpu *= found.device.type == "cpu"
-    return (
-        f"time {total}, by operations counted at the {found.rate / 1e12:.3g} TFLOP/s of this "
-        f"machine's own matrix product; "
-        f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)} {on_a_gpu}"
-        f"disk {shown_bytes(found.disk_bytes)}, "
-        f"download of weights {shown_bytes(found.download_bytes)}"
-    )
+    for request in requests:
+        state, cost = "missing" if request.key in missing else "stored", ""
+        if estimate := found.estimates.get(request.key):
+            cost = f"{_time(estimate.seconds):>9} {shown_bytes(estimate.memory_bytes):>9}"
+        told.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
+    told.append(f"{len(missing)} of {len(requests)} measurements are missing")
+    if found.estimates:
+        unknown = f" and {found.unknown} unknown" if found.unknown else ""
+        on_gpu = f"(on a GPU {shown_bytes(found.gpu_memory_bytes)}), "
+        told.append(
+            f"time {_time(found.seconds)}{unknown}, by operations counted at the "
+            f"{found.rate / 1e12:.3g} TFLOP/s of this machine's own matrix product; "
+            f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)} "
+            f"{on_gpu if found.device.type == 'cpu' else ''}disk {shown_bytes(found.disk_bytes)}, "
+            f"download of weights {shown_bytes(found.download_bytes)}"
+        )
+    return [*told, *(f"in the way: {obstacle}" for obstacle in found.obstacles)]
 
 
 def facts(study: Study, requests: list[Request], found: Forecast) -> dict:
@@ -155,14 +143,11 @@ def _hub_obstacles(settings: Profile, missing: list[Request]) -> list[str]:
     if missing and not here and (reason := hub.model_refusal(model, revision)):
         found.append(f"model {model!r} {reason}")
     read = {texts.source_of(part) for request in missing for part in texts_of(request.config)}
-    for text, split, text_revision in sorted(read, key=str):
-        if reason := corpora.obstacle(text, split, text_revision):
-            found.append(reason)
+    found += [corpora.obstacle(*source) for source in sorted(read, key=str)]
     for task in sorted({r.config["task"] for r in missing if r.kind == "task"}):
-        at_hub = TASKS[task].hub
-        if at_hub and (reason := hub.dataset_refusal(f"task {task!r}", *at_hub, "leave it out")):
-            found.append(reason)
-    return list(dict.fromkeys(found))
+        if at_hub := TASKS[task].hub:
+            found.append(hub.dataset_refusal(f"task {task!r}", *at_hub, "leave it out"))
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def _room_obstacles(
@@ -188,12 +173,11 @@ def _room_obstacles(
 
 def _disk_obstacles(download: int, disk: int) -> list[str]:
     """Disk that downloads and sliced networks lack, each where it goes."""
-    places = (
+    found = []
+    for needed, folder, variable, what in (
         (download, Path(constants.HF_HUB_CACHE), "HF_HOME", "the hub's cache"),
         (disk, paths.CACHE, "DYNSLICE_CACHE", "the cache of dynslice"),
-    )
-    found = []
-    for needed, folder, variable, what in places:
+    ):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         if needed > (free := shutil.disk_usage(there).free):
             found.append(

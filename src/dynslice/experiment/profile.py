@@ -187,6 +187,12 @@ class Profile(BaseModel):
         """The revision that is asked of the model."""
         return self.revision or self.revisions.get(self.model)
 
+    @property
+    def memory_budgets(self) -> tuple[int | None, int | None]:
+        """Bytes that streamed slicing may take of the device and of the host; None: no limit."""
+        given = self.device_memory_gib, self.host_memory_gib
+        return tuple(None if gib is None else int(gib * 2**30) for gib in given)
+
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
     """A profile by name or YAML file, with some keys replaced.

@@ -1,4 +1,4 @@
-"""A profile -> the networks that it compares and the measurements that notebooks need of them."""
+"""The networks that a profile compares, and the measurements that notebooks need of them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from dynslice.core.files import sha256
 from dynslice.experiment.plan_specs import Constant, Dynamic, Matched, PlanSpec
 from dynslice.experiment.profile import Profile, percent
 from dynslice.experiment.store import Request, unique
+from dynslice.inputs.texts import files_of, has_splits
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,13 @@ class Point:
         """Short name for tables and figures."""
         at = f"SP {percent(self.slice_percentage)}"
         under = f"{at}, SB {percent(self.slice_base)}"
-        return (
-            self.variant
-            or {
-                "dense": "dense",
-                "constant": f"constant, {at}",
-                "dynamic": f"dynamic, {under}",
-                "matched": f"constant, size of dynamic {under}",
-            }[self.schedule]
-        )
+        names = {
+            "dense": "dense",
+            "constant": f"constant, {at}",
+            "dynamic": f"dynamic, {under}",
+            "matched": f"constant, size of dynamic {under}",
+        }
+        return self.variant or names[self.schedule]
 
 
 DENSE = Point("dense", 0.0, 0.0, None)
@@ -51,14 +50,12 @@ class Design:
     def __init__(self, settings: Profile):
         self.profile = settings
 
-    # Networks
-
     def points(self) -> list[Point]:
-        """Dense; per SP constant, and per SB below it dynamic with its constant of equal size."""
+        """The networks of the comparison."""
         return self.points_at(self.profile.slice_percentages, self.profile.slice_bases)
 
     def task_points(self) -> list[Point]:
-        """The points on which tasks are run."""
+        """The networks on which tasks are run."""
         return self.points_at(self.profile.task_slice_percentages, self.profile.task_slice_bases)
 
     def speed_points(self) -> list[Point]:
@@ -68,7 +65,7 @@ class Design:
         return [point for point in points if point.schedule in ("constant", "dynamic")]
 
     def points_at(self, percentages: list[float], bases: list[float]) -> list[Point]:
-        """Dense, and the sliced networks of a grid of SP and SB."""
+        """Dense; per SP constant, and per SB below it dynamic with its constant of equal size."""
         plans: list[PlanSpec] = []
         for sp in percentages:
             plans.append(self.constant(sp))
@@ -80,11 +77,10 @@ class Design:
         self, plan: PlanSpec, variant: str = "", schedule: str | None = None, **calibration: Any
     ) -> Point:
         """The network of a plan; calibration: what differs from the profile's."""
-        target = plan.target
-        base = target.slice_base if isinstance(target, Dynamic) else target.slice_percentage
+        sp = plan.target.slice_percentage
+        base = getattr(plan.target, "slice_base", sp)
         network = {"plan": plan.to_dict(), "calibration": self.calibration(**calibration)}
-        name = schedule or plan.schedule
-        return Point(name, target.slice_percentage, base, network, variant)
+        return Point(schedule or plan.schedule, sp, base, network, variant)
 
     # Parts of requests
 
@@ -100,25 +96,17 @@ class Design:
     def calibration(self, **changes: Any) -> dict:
         """The calibration windows of the profile, some of it changed."""
         p = self.profile
-        given = {
-            "text": p.calibration_text,
-            "windows": p.calibration_windows,
-            "window": p.calibration_window,
-            "seed": p.seed,
-            **changes,
-        }
+        given = {name: getattr(p, f"calibration_{name}") for name in ("text", "windows", "window")}
+        given = {**given, "seed": p.seed, **changes}
         return {**given, **self.text(given["text"], "train")}
 
     def windows(self, text: str, split: str | None, count: int | None) -> dict:
         """Windows of a text on which a network is evaluated."""
-        p = self.profile
-        amounts = {"windows": count, "window": p.eval_window, "seed": p.seed}
+        amounts = {"windows": count, "window": self.profile.eval_window, "seed": self.profile.seed}
         return {**self.text(text, split), **amounts}
 
     def text(self, text: str, split: str | None) -> dict:
         """A text as part of a request: a corpus split by name, files by what they hold."""
-        from dynslice.inputs.texts import files_of
-
         source = self.profile.stand_ins.get(text, text)
         config = {"text": text, "split": split_for(source, split)}
         if files := files_of(source, config["split"]):
@@ -144,10 +132,7 @@ class Design:
     # Requests
 
     def lr_request(
-        self,
-        text: str | None = None,
-        last_layer: str | None = None,
-        max_tokens: int | None = None,
+        self, text: str | None = None, last_layer: str | None = None, max_tokens: int | None = None
     ) -> Request:
         """LR on one text; the profile's own text, last layer and length by default."""
         p = self.profile
@@ -162,8 +147,8 @@ class Design:
 
     def lr_requests(self) -> list[Request]:
         """LR on the profile's text, then on those it is compared with."""
-        texts = dict.fromkeys([self.profile.lr_text, *self.profile.lr_compare_texts])
-        return [self.lr_request(text) for text in texts]
+        texts = (self.profile.lr_text, *self.profile.lr_compare_texts)
+        return [self.lr_request(text) for text in dict.fromkeys(texts)]
 
     def plan_request(self, plan: PlanSpec) -> Request:
         """The widths of a plan, without a network."""
@@ -192,26 +177,17 @@ class Design:
 
     def task_request(self, point: Point, task: str) -> Request:
         """Accuracy of a point on a task."""
-        p = self.profile
-        asked = {"task": task, "limit": p.tasks[task]}
+        p, sample = self.profile, {}
         if p.task_subset != "first":
-            asked["subset"] = p.task_subset
-            if p.draw_seed:
-                asked["draw_seed"] = p.draw_seed
-        return self.request("task", slice=point.network, **asked)
+            seed = {"draw_seed": p.draw_seed} if p.draw_seed else {}
+            sample = {"subset": p.task_subset, **seed}
+        return self.request("task", slice=point.network, task=task, limit=p.tasks[task], **sample)
 
     def speed_request(self, point: Point) -> Request:
         """Prefill and decoding of a sliced network."""
-        p = self.profile
-        return self.request(
-            "speed",
-            slice=point.network,
-            windows=p.speed_windows,
-            window=p.speed_window,
-            new_tokens=p.speed_new_tokens,
-            repeats=p.speed_repeats,
-            seed=p.seed,
-        )
+        names = ("windows", "window", "new_tokens", "repeats")
+        amounts = {name: getattr(self.profile, f"speed_{name}") for name in names}
+        return self.request("speed", slice=point.network, seed=self.profile.seed, **amounts)
 
     # What notebooks need
 
@@ -223,15 +199,14 @@ class Design:
         """All that the perplexity notebook needs."""
         requests = []
         for point in self.points():
-            requests += [self.slice_request(point), *self.selection_requests(point)]
-            requests += self.reported_requests(point)
+            requests += [*self.candidate_requests(point), *self.reported_requests(point)]
         return requests
 
     def task_requests(self) -> list[Request]:
         """All that the tasks notebook needs."""
         requests = []
         for point in self.task_points():
-            requests += [self.slice_request(point), *self._accuracy_requests(point)]
+            requests += [self.slice_request(point), *self.accuracy_requests(point)]
         return requests
 
     def efficiency_requests(self) -> list[Request]:
@@ -245,41 +220,36 @@ class Design:
         """Perplexity of a point on every text that is reported."""
         return [self.perplexity_request(point, text) for text in self.profile.eval_texts]
 
-    def outcome_requests(self, point: Point) -> list[Request]:
-        """Perplexity of a point on every text, and its accuracy on every task."""
-        return [*self.reported_requests(point), *self._accuracy_requests(point)]
-
-    def _accuracy_requests(self, point: Point) -> list[Request]:
+    def accuracy_requests(self, point: Point) -> list[Request]:
+        """Accuracy of a point on every task."""
         return [self.task_request(point, task) for task in self.profile.tasks]
 
-    def selection_requests(self, point: Point) -> list[Request]:
-        """Perplexity of a point on the windows that choose, where the profile has such."""
-        return [] if self.profile.selection_windows is None else [self.selection_request(point)]
+    def candidate_requests(self, point: Point) -> list[Request]:
+        """Size of a point, and its perplexity on the windows that choose if there are such."""
+        chosen = self.profile.selection_windows is not None
+        return [self.slice_request(point), *([self.selection_request(point)] if chosen else [])]
 
 
 def texts_of(config: dict) -> list[dict]:
     """Whatever a request reads, as configurations that name a text and its windows."""
     network = config.get("slice") or {}
     calibration = network.get("calibration", {})
-    recovery = {**calibration, **network["recovery"]} if "recovery" in network else {}
-    read = [config, config.get("calibration", {}), calibration, recovery]
+    read = [config, config.get("calibration", {}), calibration]
+    read += [{**calibration, **network["recovery"]}] if "recovery" in network else []
     return [part for part in read if "text" in part]
 
 
 def _sha256_of(files: list[Path]) -> str:
-    stats = [(path, path.stat()) for path in files if path.is_file()]
-    digests = [_digest(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats]
+    stats = {path: path.stat() for path in files if path.is_file()}
+    digests = [_digest(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # every request names its texts, whose files may be large
 def _digest(path: Path, _mtime_ns: int, _size: int) -> str:
-    """Every request names its texts, whose files may be large: each is read once."""
     return sha256(path)
 
 
 def split_for(text: str, split: str | None) -> str | None:
     """The split of a corpus or directory; files have none."""
-    from dynslice.inputs.texts import has_splits
-
     return split if has_splits(text) else None

@@ -1,25 +1,82 @@
 """Taking measurements: with the networks at hand, the current slice, and tokenised texts."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dynslice.core import files, paths
 from dynslice.core.errors import RunError, in_one_line
-from dynslice.core.tensors import free_memory, peak_memory_bytes, pick_device, reset_peak_memory
+from dynslice.core.tensors import (
+    free_memory,
+    peak_memory_bytes,
+    pick_device,
+    pick_dtype,
+    reset_peak_memory,
+)
+from dynslice.experiment.agenda import name_of
 from dynslice.experiment.kinds import KINDS
-from dynslice.experiment.networks import Networks
 from dynslice.experiment.plan_specs import plan_spec
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.requests import texts_of
 from dynslice.experiment.store import Request, Result, Store, provenance
 from dynslice.extensions.compensation import Compensation
-from dynslice.inputs import texts
+from dynslice.inputs import models, texts
 from dynslice.inputs.windows import sample_windows, token_stream
+from dynslice.method import slicing, streaming
 from dynslice.method.architectures import dims_of
-from dynslice.method.plan import ModelDims, SlicePlan
+from dynslice.method.plan import SlicePlan
 from dynslice.method.slicing import Sliced
+
+
+class Networks:
+    """Dense and sliced network by the placement of a profile.
+
+    resident: both are on the device. streamed and spread: one at a time is in memory, and slicing
+    reads the dense one from its checkpoint layer by layer; spread lets accelerate place the one
+    over all GPUs. Raises RequestError where there is no such model.
+    """
+
+    def __init__(self, settings: Profile, device: torch.device):
+        self.settings, self.device = settings, device
+        self.dtype = pick_dtype(settings.dtype, device)
+        self.resident = settings.placement == "resident"
+        self.commit = models.commit_of(settings.model, settings.model_revision)
+        self.revision = self.commit or settings.model_revision  # the same one to the end of a run
+        self.tokenizer = models.load_tokenizer(settings.model, self.revision)
+        self.config = models.load_config(settings.model, self.revision)
+        self._dense: PreTrainedModel | None = None
+        self._files = ExitStack()
+
+    @property
+    def dense(self) -> PreTrainedModel:
+        """The dense model, loaded when it is not there."""
+        if self._dense is None:
+            self._dense = self._load(self.settings.model, self.revision)
+        return self._dense
+
+    def slice(
+        self, windows: Tensor, plan: SlicePlan, compensation: Compensation | None = None
+    ) -> Sliced:
+        """A slice of the dense model, calibrated on token windows [n, T]."""
+        if self.resident:
+            return slicing.slice_model(self.dense, windows, plan, compensation)
+        self._dense = None
+        free_memory()
+        # Its files stay until the next slice: accelerate may read weights from them.
+        self._files.close()
+        folder = self._files.enter_context(files.scratch(paths.CACHE / "sliced"))
+        budget = streaming.Budget(*self.settings.memory_budgets)
+        source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
+        outcome = models.slice_saved(folder, *source, budget=budget, start=compensation)
+        return replace(outcome, model=self._load(str(folder)))
+
+    def _load(self, name: str, revision: str | None = None) -> PreTrainedModel:
+        spread = self.settings.placement == "spread"
+        return models.load(name, self.device, self.dtype, revision, spread)[0]
 
 
 class Runner:
@@ -29,22 +86,18 @@ class Runner:
         self.store = store
         self.device = pick_device(device)
         self.networks = Networks(settings, self.device)
+        self.dims = dims_of(self.networks.config)
         self._sliced: tuple[str, Sliced] | None = None
         self._broken: dict[str, str] = {}  # networks that could not be sliced, and why
         self._streams: dict[tuple, Tensor] = {}
         self._commits: dict[tuple, str | None] = {}
-
-    def prepare(self) -> None:
-        """Load what every measurement needs. Raises RequestError where there is no such model."""
-        self.networks.tokenizer  # noqa: B018
-        self.networks.dense if self.networks.resident else self.networks.config  # noqa: B018
+        self._load_dense()
 
     def measure(self, request: Request, network: dict | None) -> Result:
         """Take one measurement; `network` is its sliced network, None for the dense model."""
-        if self._sliced is not None and self._sliced[0] != _key(network):
+        if self._sliced is not None and self._sliced[0] != name_of(network):
             self._drop_sliced()  # or its memory would count as this measurement's
-        if network is None or self.networks.resident:
-            self.networks.dense  # noqa: B018  loading is not part of a measurement's time
+        self._load_dense(network is None)  # loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
             self.sliced_for(network)
         reset_peak_memory(self.device)
@@ -62,11 +115,6 @@ class Runner:
 
     # What the kinds of measurements use
 
-    @property
-    def dims(self) -> ModelDims:
-        """The dimensions of the dense model."""
-        return dims_of(self.networks.config)
-
     def network(self, config: dict) -> PreTrainedModel:
         """The network of a request: the dense model, or a slice of it."""
         network = config["slice"]
@@ -74,7 +122,7 @@ class Runner:
 
     def sliced_for(self, network: dict) -> Sliced:
         """The slice that a request names, made unless it is the current one."""
-        key = _key(network)
+        key = name_of(network)
         if key in self._broken:
             raise RunError(self._broken[key])
         if self._sliced is None or self._sliced[0] != key:
@@ -104,13 +152,10 @@ class Runner:
         return sample_windows(self.stream(config), *asked, skip=config.get("skip", 0))
 
     def _slice(self, network: dict) -> Sliced:
-        calibration = network["calibration"]
-        compensation = network.get("compensation")
-        outcome = self.networks.slice(
-            self.windows(calibration),
-            self.plan(network["plan"]),
-            compensation and Compensation(**compensation),
-        )
+        calibration, compensation = network["calibration"], network.get("compensation")
+        windows, plan = self.windows(calibration), self.plan(network["plan"])
+        start = compensation and Compensation(**compensation)
+        outcome = self.networks.slice(windows, plan, start)
         if recovery := network.get("recovery"):
             from dynslice.extensions.finetuning import FineTuning, finetune  # loads peft
 
@@ -119,6 +164,10 @@ class Runner:
             model, seconds = finetune(outcome.model, windows, *amounts)
             outcome = replace(outcome, model=model, recovery_seconds=seconds)
         return outcome
+
+    def _load_dense(self, needed: bool = False) -> None:
+        if needed or self.networks.resident:
+            self.networks.dense  # noqa: B018
 
     def _drop_sliced(self) -> None:
         self._sliced = None
@@ -139,7 +188,3 @@ class Runner:
             commits[text] = self._commits[text, revision]
         known = {name: commit for name, commit in commits.items() if commit}
         return {"hub_commits": known} if known else {}
-
-
-def _key(network: dict | None) -> str:
-    return Request("slice", network).key

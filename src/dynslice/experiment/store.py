@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,14 +21,8 @@ from dynslice.core import files, paths
 METHOD_VERSION = 1
 
 # What a run rewrites in a checkout; it does not make the code that measured dirty.
-_GENERATED = (
-    "data/record",
-    "data/results",
-    "figures",
-    "notebooks/rendered",
-    "README.md",
-    "docs/deviations.md",
-)
+_GENERATED = ("data/record", "data/results", "figures", "notebooks/rendered")
+_GENERATED += ("README.md", "docs/deviations.md")
 
 _PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "tokenizers", "numpy")
 
@@ -92,15 +87,14 @@ class Store:
             if result.request.key != request.key:
                 raise ValueError("it answers another request")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            if self.of_record:
-                print(f"{path.name} of the record is broken ({error}); restore it", file=sys.stderr)
-                return None
-            aside = path.with_suffix(".broken")
-            os.replace(path, aside)
-            print(
-                f"{path.name} is broken ({error}); set aside as {aside.name}, measuring again",
-                file=sys.stderr,
-            )
+            said = f"{path.name} of the record is broken ({error}); restore it"
+            if not self.of_record:
+                aside = path.with_suffix(".broken")
+                os.replace(path, aside)
+                said = (
+                    f"{path.name} is broken ({error}); set aside as {aside.name}, measuring again"
+                )
+            print(said, file=sys.stderr)
             return None
         return result
 
@@ -112,18 +106,14 @@ class Store:
 
     def claim(self, name: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
         """Be the only process to work on `name`; `waiting` is told first when another one does."""
-        return files.claim(self._claim(name), waiting)
+        return files.claim(self.folder / ".claims" / name, waiting)
 
     def is_claimed(self, name: str) -> bool:
         """Whether a living process works on `name`."""
-        return files.is_claimed(self._claim(name))
-
-    def _claim(self, name: str) -> Path:
-        return self.folder / ".claims" / name
+        return files.is_claimed(self.folder / ".claims" / name)
 
 
 def _checksum(row: dict) -> str:
-    """SHA-256 of a result as JSON gives it back."""
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
@@ -144,17 +134,17 @@ def provenance(device) -> dict:
 @cache
 def _checkout() -> dict:
     """Commit of the code that runs, read once: a run measures with the code it started with."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(paths.ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", ".", *(f":!{p}" for p in _GENERATED))
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ".", *(f":!{p}" for p in _GENERATED))
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(paths.ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @cache
@@ -164,8 +154,5 @@ def _device_name(device) -> str:
 
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = cpuinfo.is_file() and re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.M)
+    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -21,20 +21,16 @@ class Study:
     """
 
     def __init__(self, settings: Profile, store: Store, device: str, from_record: bool = False):
-        self.profile = settings
-        self.store = store
-        self.device = device
-        self.from_record = from_record
+        self.profile, self.store = settings, store
+        self.device, self.from_record = device, from_record
         self.design = design = Design(settings)
-        self.ablation = Ablations(design)
-        self.beyond = EqualSize(design)
+        self.ablation, self.beyond = Ablations(design), EqualSize(design)
         # A report asks for these so often that a study offers them itself.
         self.points, self.task_points = design.points, design.task_points
         self.lr_request, self.lr_requests = design.lr_request, design.lr_requests
-        self.slice_request = design.slice_request
+        self.slice_request, self.task_request = design.slice_request, design.task_request
         self.perplexity_request = design.perplexity_request
         self.selection_request = design.selection_request
-        self.task_request = design.task_request
 
     @classmethod
     def open(
@@ -51,18 +47,16 @@ class Study:
 
     @classmethod
     def from_notebook(cls, variables: dict[str, Any]) -> "Study":
-        """The study that a notebook's parameters ask for.
+        """The study of a notebook's `globals()` after its parameters cell.
 
-        variables: the notebook's `globals()` after its parameters cell. Profile keys that are
-        None keep the profile's value; text (from `papermill -p`) is read as YAML where the key
-        is no string. Raises RequestError for a name that is no parameter.
+        Profile keys that are None keep the profile's value; text (from `papermill -p`) is read as
+        YAML where the key is no string. Raises RequestError for a name that is no parameter.
         """
         plain = (str, int, float, list, dict, type(None))
-        given = {
-            name: value
-            for name, value in variables.items()
-            if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
-        }
+        ours = [
+            name for name in variables if not name.startswith("_") and name not in ("In", "Out")
+        ]
+        given = {name: variables[name] for name in ours if isinstance(variables[name], plain)}
         fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
         chosen = given.pop("profile", "quick")
         overrides = {name: _from_text(name, v) for name, v in given.items() if v is not None}

@@ -6,6 +6,8 @@ from dynslice.core.errors import RequestError
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.requests import split_for, texts_of
 from dynslice.experiment.study import Study
+from dynslice.inputs import texts
+from dynslice.method.plan import constant
 
 
 def check_study(study: Study) -> None:
@@ -19,30 +21,27 @@ def check_settings(settings: Profile) -> None:
     from dynslice.core.tensors import check_window
     from dynslice.inputs import models
     from dynslice.method.architectures import dims_of, require_dense
-    from dynslice.method.plan import constant
 
-    _check_texts(settings)
-    config = models.load_config(settings.model, settings.model_revision)
+    p = settings
+    _check_texts(p)
+    config = models.load_config(p.model, p.model_revision)
     require_dense(config, "a study")
-    shape = dims_of(config)
-    shares = [*settings.slice_percentages, *settings.task_slice_percentages]
-    shares += [*settings.speed_slice_percentages, settings.figure_slice_percentage]
-    shares += [settings.ablation_slice_percentage or 0.0, settings.single_layer_slice or 0.0]
-    for share in shares:
-        constant(shape, share, settings.round_to)
-    models.check_weights(settings.model, settings.model_revision)
-    for window in ("lr_window", "calibration_window", "eval_window", "speed_window"):
-        check_window(config, getattr(settings, window))
-    if settings.recovery_steps:
-        check_window(config, settings.recovery_window)
-    for round_to in settings.ablation_round_to:
-        constant(shape, settings.ablation_slice_percentage or 0.0, round_to)
+    ablated = p.ablation_slice_percentage or 0.0
+    shares = [*p.slice_percentages, *p.task_slice_percentages, *p.speed_slice_percentages]
+    shares += [p.figure_slice_percentage, ablated, p.single_layer_slice or 0.0]
+    asked = [(share, p.round_to) for share in shares]
+    for share, round_to in (*asked, *((ablated, unit) for unit in p.ablation_round_to)):
+        constant(dims_of(config), share, round_to)
+    models.check_weights(p.model, p.model_revision)
+    windows = [p.lr_window, p.calibration_window, p.eval_window, p.speed_window]
+    for window in [*windows, *([p.recovery_window] if p.recovery_steps else [])]:
+        check_window(config, window)
 
 
 def check_inputs(study: Study) -> None:
     """The rest: tasks must be there, and texts hold the windows asked of them."""
     from dynslice.evaluate import task_table
-    from dynslice.inputs import models, texts
+    from dynslice.inputs import models
     from dynslice.inputs.windows import consecutive_windows, token_stream
 
     settings = study.profile
@@ -63,41 +62,35 @@ def check_inputs(study: Study) -> None:
 
 def _check_texts(settings: Profile) -> None:
     """What is calibrated on, what chooses and what is reported must not share a document."""
-    from dynslice.inputs import texts
+    p = settings
 
     def source(text: str, split: str | None) -> tuple[str, str | None]:
-        text = settings.stand_ins.get(text, text)
+        text = p.stand_ins.get(text, text)
         split = split_for(text, split)
         texts.check(text, split)
-        of_files = bool(texts.files_of(text, split))
-        name = str(Path(text).resolve()) if of_files else text
+        name = str(Path(text).resolve()) if texts.files_of(text, split) else text
         return name, texts.default_split(text, split)
 
-    read = {
-        source(text, "train"): "calibrated on"
-        for text in (settings.calibration_text, *settings.ablation_calibration_texts)
-    }
-    for text in (settings.lr_text, *settings.lr_compare_texts):
-        read.setdefault(source(text, settings.lr_split), "what LR is measured on")
-    if settings.selection_windows is not None:
-        chooser = source(settings.eval_texts[0], "validation")
-        read.setdefault(
-            chooser, f"what selection_windows {settings.selection_windows} choose SB on"
-        )
-    measured = {"sensitivity", "search"} & set(settings.beyond_schedules)
-    if settings.beyond_slice_percentages and measured:
-        chooser = source(settings.eval_texts[0], "validation")
-        read.setdefault(chooser, "what schedules of notebook 07 are measured on")
+    calibrated = (p.calibration_text, *p.ablation_calibration_texts)
+    uses = [(text, "train", "calibrated on") for text in calibrated]
+    for text in (p.lr_text, *p.lr_compare_texts):
+        uses.append((text, p.lr_split, "what LR is measured on"))
+    chooser = (p.eval_texts[0], "validation")
+    if p.selection_windows is not None:
+        uses.append((*chooser, f"what selection_windows {p.selection_windows} choose SB on"))
+    if p.beyond_slice_percentages and {"sensitivity", "search"} & set(p.beyond_schedules):
+        uses.append((*chooser, "what schedules of notebook 07 are measured on"))
+    read = {source(text, split): use for text, split, use in reversed(uses)}  # the first use wins
     for setting in ("calibration_text", "lr_text"):
-        text = getattr(settings, setting)
-        if settings.stand_ins.get(text, text) == "wikipedia" and "boolq" in settings.tasks:
+        text = getattr(p, setting)
+        if p.stand_ins.get(text, text) == "wikipedia" and "boolq" in p.tasks:
             raise RequestError(
                 f"{setting} 'wikipedia' holds the passages of task boolq; give {setting} another "
                 "text, or leave boolq out of tasks"
             )
-    for text in settings.eval_texts:
-        if use := read.get(source(text, settings.eval_split)):
+    for text in p.eval_texts:
+        if use := read.get(source(text, p.eval_split)):
             raise RequestError(
-                f"text {text!r} with eval_split {settings.eval_split} would be reported, but is "
+                f"text {text!r} with eval_split {p.eval_split} would be reported, but is "
                 f"{use}; give eval_texts a text of its own, or a corpus the eval_split test"
             )
