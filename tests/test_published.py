@@ -250,10 +250,15 @@ GOOD = f"dense,{MODEL},perplexity,sotu test,0,,,,,8,128,5,A"
         (HEADER, GOOD.replace("0,,", "0.2,0.3,", 1), "line 3, column slice_base = '0.3'"),
         (HEADER, GOOD + ", Table 2", "line 3 has more fields"),
         (HEADER, "dense," + MODEL, "line 3 has fewer fields"),
-        (HEADER.replace("value", "perplexity"), GOOD, "line 1 lacks column 'value'"),
-        (HEADER.replace("window,", "windows,", 1), GOOD, "line 1 has an unknown or repeated"),
-        (HEADER.replace(",", ";"), GOOD, "line 1 lacks column 'method'"),
-        ("", GOOD, "line 1 lacks column 'method'"),
+        (
+            HEADER.replace("value", "perplexity"),
+            GOOD,
+            "line 1: column 'value' is missing, unknown or repeated",
+        ),
+        (HEADER.replace("window,", "windows,", 1), GOOD, "line 1: column 'calibration_windows'"),
+        (HEADER + ",page", GOOD + ",3", "line 1: column 'page' is missing, unknown or"),
+        (HEADER.replace(",", ";"), GOOD, "line 1: column 'method' is missing"),
+        ("", GOOD, "line 1: column 'method' is missing"),
     ],
 )
 def test_a_malformed_file_is_refused_in_a_sentence(invented, header, line, said):
@@ -268,7 +273,7 @@ def test_a_malformed_file_is_refused_in_a_sentence(invented, header, line, said)
 
 def test_a_file_that_is_no_utf8_is_refused(invented):
     (paths.PUBLISHED / "reader.csv").write_bytes(f"{HEADER}\n{GOOD} caf\xe9\n".encode("latin-1"))
-    with pytest.raises(RequestError, match=r"reader.csv is not UTF-8 \(byte \d+\); save it"):
+    with pytest.raises(RequestError, match=r"reader.csv, line \d+ or later, is no CSV in UTF-8 \("):
         published.read()
 
 

@@ -7,34 +7,37 @@ from scipy import stats
 
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
-from dynslice.method.scores import scores_of
 from dynslice.report import comparison, statistics, style
-from dynslice.report.statistics import Difference
+from dynslice.report.sentences import say
 
 OF_SCORES = {"angular": "angular distance", "update": "update norm"}  # what a score is made of
 
 BY_LR, BY_SIZE = "against LR order (%)", "against constant of equal size (%)"
 
+CURVE, NEAREST = ("against the curve (%)", "{}, curve"), ("against the nearest (%)", "{}, nearest")
+
 # LR itself
+
+
+def _by_layer(study: Study) -> list[tuple[str, str, str, list[float]]]:
+    """(what is varied, how, its name, values by layer), LR as the profile has it first."""
+    p, layers = study.profile, study.get(study.lr_request()).value["layers"]
+    texts = {request.config["text"]: study.lr(request) for request in study.lr_requests()}
+    ends = {end: study.lr(study.lr_request(last_layer=end)) for end in p.ablation_last_layers}
+    scores = {score: OF_SCORES[score] for score in p.ablation_scores if score in OF_SCORES}
+    return [
+        *(("text", text, text, lr) for text, lr in texts.items()),
+        *(("last layer", end, f"{p.lr_text}, last layer {end}", lr) for end, lr in ends.items()),
+        *(
+            ("score", score, name, [layer[name.replace(" ", "_")] for layer in layers])
+            for score, name in scores.items()
+        ),
+    ]
 
 
 def lr_table(study: Study) -> pd.DataFrame:
     """LR per layer: on each text, with other definitions of the last layer, and other scores."""
-    columns = {r.config["text"]: study.lr(r) for r in study.lr_requests()}
-    for end in study.profile.ablation_last_layers:
-        request = study.lr_request(last_layer=end)
-        columns[f"{request.config['text']}, last layer {end}"] = study.lr(request)
-    layers = study.get(study.lr_request()).value["layers"]
-    for name in _other_scores(study):
-        columns[OF_SCORES[name]] = [layer[OF_SCORES[name].replace(" ", "_")] for layer in layers]
-    table = pd.DataFrame(columns)
-    table.index.name = "layer"
-    return table
-
-
-def _other_scores(study: Study) -> list[str]:
-    """The scores that the profile asks for, without the cosine, which is LR itself."""
-    return [score for score in study.profile.ablation_scores if score in OF_SCORES]
+    return pd.DataFrame({name: x for *_, name, x in _by_layer(study)}).rename_axis("layer")
 
 
 def lr_figure(table: pd.DataFrame) -> plt.Figure:
@@ -49,31 +52,19 @@ def lr_agreement(study: Study) -> pd.DataFrame:
 
     Spearman's rank correlation over layers, and the largest difference of LR in any layer.
     """
-    p, reference = study.profile, study.lr()
-    layers = study.get(study.lr_request()).value["layers"]
-    found = [("text", r.config["text"], study.lr(r)) for r in study.lr_requests()[1:]]
-    for end in p.ablation_last_layers:
-        found.append(("last layer", end, study.lr(study.lr_request(last_layer=end))))
-    found += [("score", score, scores_of(layers, score)) for score in _other_scores(study)]
-    return pd.DataFrame(
-        {
-            "varied": varied,
-            "variant": variant,
-            "rank correlation": _rank_correlation(scores, reference),
-            "largest |difference| of LR": (
-                None if varied == "score" else _largest_gap(scores, reference)  # another scale
-            ),
-        }
-        for varied, variant, scores in found
-    )
+    (*_, own), *others = _by_layer(study)
+    rows = []
+    for varied, variant, _, values in others:
+        is_score = varied == "score"  # on another scale, and high where a layer changes much
+        correlation, gap = _agreement(np.negative(values) if is_score else values, own)
+        row = {"varied": varied, "variant": variant, "rank correlation": correlation}
+        rows.append({**row, "largest |difference| of LR": None if is_score else gap})
+    return pd.DataFrame(rows)
 
 
-def _rank_correlation(a: list[float], b: list[float]) -> float:
-    return float(stats.spearmanr(a, b).statistic)
-
-
-def _largest_gap(a: list[float], b: list[float]) -> float:
-    return np.abs(np.subtract(a, b)).max()
+def _agreement(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Rank correlation and largest difference over layers."""
+    return float(stats.spearmanr(a, b).statistic), float(np.abs(np.subtract(a, b)).max())
 
 
 def width_table(study: Study) -> pd.DataFrame:
@@ -82,43 +73,45 @@ def width_table(study: Study) -> pd.DataFrame:
         f"LR on {lr.config['text']}": study.get(plan).value
         for lr, plan in zip(study.lr_requests(), study.ablation.lr_plan_requests(), strict=False)
     }
-    for ablation in study.ablation.variants():
-        if ablation.question in ("last layer", "score"):
-            plans[ablation.point.label] = study.get(study.slice_request(ablation.point)).value
-    rows = []
-    for name, plan in plans.items():
-        own = next(iter(plans.values()))
-        gaps = np.abs(np.subtract(plan["widths"], own["widths"]))
-        rows.append(
-            {
-                "plan": name,
-                "narrowest": min(plan["widths"]),
-                "widest": max(plan["widths"]),
-                "layers with another width": int((gaps > 0).sum()),
-                "largest change of a width": int(gaps.max()),
-                "parameters (M)": plan["parameters"] / 1e6,
-            }
-        )
-    return pd.DataFrame(rows)
+    for point in variants(study, "last layer") + variants(study, "score"):
+        plans[point.label] = study.get(study.slice_request(point)).value
+    own = next(iter(plans.values()), None)
+    gaps = [np.abs(np.subtract(plan["widths"], own["widths"])) for plan in plans.values()]
+    return pd.DataFrame(
+        {
+            "plan": name,
+            "narrowest": min(plan["widths"]),
+            "widest": max(plan["widths"]),
+            "layers with another width": int((gap > 0).sum()),
+            "largest change of a width": int(gap.max()),
+            "parameters (M)": plan["parameters"] / 1e6,
+        }
+        for (name, plan), gap in zip(plans.items(), gaps, strict=True)
+    )
 
 
 def lr_tokens_table(study: Study) -> pd.DataFrame:
     """LR on growing beginnings of the text, compared with LR on the longest."""
     requests = study.ablation.lr_by_tokens() if study.profile.ablation_lr_tokens else []
+    values = [study.get(request).value for request in requests]
+    agreement = [_agreement(study.lr(request), study.lr(requests[-1])) for request in requests]
     return pd.DataFrame(
         {
-            "tokens": study.get(request).value["tokens"],
-            "windows": study.get(request).value["windows"],
-            "rank correlation with the longest": _rank_correlation(
-                study.lr(request), study.lr(requests[-1])
-            ),
-            "largest |difference| of LR": _largest_gap(study.lr(request), study.lr(requests[-1])),
+            "tokens": value["tokens"],
+            "windows": value["windows"],
+            "rank correlation with the longest": correlation,
+            "largest |difference| of LR": gap,
         }
-        for request in requests
+        for value, (correlation, gap) in zip(values, agreement, strict=True)
     )
 
 
 # What a change of the slice does
+
+
+def variants(study: Study, question: str) -> list[Point]:
+    """The networks in which one thing was varied."""
+    return [a.point for a in study.ablation.variants() if a.question == question]
 
 
 def ablation_table(study: Study) -> pd.DataFrame:
@@ -130,48 +123,39 @@ def ablation_table(study: Study) -> pd.DataFrame:
     outside them, `against the nearest` compares with the constant network of the nearest size. In
     percent.
     """
-    text = study.profile.eval_texts[0]
-    reference = {point.schedule: point for point in study.ablation.ablated()}
-    reference["shuffled"] = reference.get("dynamic")
-    asked = [
-        ("as in the main comparison", point, point, text) for point in study.ablation.ablated()
-    ]
-    asked += [
-        (ablation.question, ablation.point, reference[ablation.point.schedule], text)
-        for ablation in study.ablation.variants()
-        for text in ablation.texts
-    ]
-    return pd.DataFrame(_ablation_row(study, *what) for what in asked)
-
-
-def _ablation_row(study: Study, question: str, point: Point, reference: Point, text: str) -> dict:
-    change = statistics.perplexity_change(study, point, reference, text)
-    curve = statistics.curve_change(study, point, text)
-    nearest = statistics.nearest_constant(study, point)
-    to_nearest = None if curve else statistics.perplexity_change(study, point, nearest, text)
-    return {
-        "varied": question,
-        "network": point.label,
-        "text": text,
-        "parameters (M)": study.size(point) / 1e6,
-        "perplexity": study.perplexity(point, text),
-        **statistics.columns(change, "change (%)"),
-        **statistics.columns(curve, "against the curve (%)", "curve"),
-        "nearest (M)": study.size(nearest) / 1e6,
-        **statistics.columns(to_nearest, "against the nearest (%)", "nearest"),
-    }
+    ablated, texts = study.ablation.ablated(), study.profile.eval_texts[:1]
+    reference = {point.schedule: point for point in ablated}
+    asked = [("as in the main comparison", point, texts) for point in ablated]
+    asked += [(a.question, a.point, a.texts) for a in study.ablation.variants()]
+    rows = []
+    for question, point, text in ((*of, text) for *of, texts in asked for text in texts):
+        plain = reference["dynamic" if point.schedule == "shuffled" else point.schedule]
+        curve = statistics.curve_change(study, point, text)
+        nearest = statistics.nearest_constant(study, point)
+        to_nearest = None if curve else statistics.perplexity_change(study, point, nearest, text)
+        change = statistics.perplexity_change(study, point, plain, text)
+        rows.append(
+            {
+                "varied": question,
+                "network": point.label,
+                "text": text,
+                "parameters (M)": study.size(point) / 1e6,
+                "perplexity": study.perplexity(point, text),
+                **statistics.columns(change, "change (%)"),
+                **statistics.columns(curve, *CURVE),
+                "nearest (M)": study.size(nearest) / 1e6,
+                **statistics.columns(to_nearest, *NEAREST),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def curve_phrase(row: dict | pd.Series) -> str:
     """How a row of `ablation_table` compares with constant slicing of its size; ends a sentence."""
-    if not pd.isna(row["against the curve (%)"]):
-        change = Difference.of_row(row, "against the curve (%)", "curve")
-        return f"; against constant slicing of its own size {change.format('%')}"
-    change = Difference.of_row(row, "against the nearest (%)", "nearest")
-    return (
-        f"; its size lies outside the constant curve, against the nearest constant network, of "
-        f"{row['nearest (M)']:.1f} M, {change.format('%')}"
-    )
+    if not pd.isna(row[CURVE[0]]):
+        return say("curve", change=statistics.of_row(row, *CURVE).format("%"))
+    change = statistics.of_row(row, *NEAREST).format("%")
+    return say("beyond_the_curve", size=row["nearest (M)"], change=change)
 
 
 def seed_table(study: Study) -> pd.DataFrame:
@@ -180,8 +164,7 @@ def seed_table(study: Study) -> pd.DataFrame:
     The spread over calibrations is a variance of its own, which no interval over evaluation
     windows holds.
     """
-    others = [a.point for a in study.ablation.variants() if a.question == "calibration seed"]
-    if not others:
+    if not (others := variants(study, "calibration seed")):
         return pd.DataFrame()
     text, points = study.profile.eval_texts[0], [*study.ablation.ablated()[1:], *others]
     table = pd.DataFrame(
@@ -207,23 +190,22 @@ def seed_prose(table: pd.DataFrame) -> str:
         return style.NONE
     *changes, mean, deviation = table["change (%)"]
     same = len({np.sign(change) for change in changes}) == 1
-    return (
-        f"Over {len(changes)} calibrations the change is {mean:+.1f} % on average with a standard "
-        f"deviation of {deviation:.1f} points, from {min(changes):+.1f} to {max(changes):+.1f} %: "
-    ) + (
-        "its sign is the same in all of them."
-        if same
-        else "**its sign depends on the sample of calibration windows.**"
+    return say(
+        "seeds",
+        count=len(changes),
+        mean=mean,
+        deviation=deviation,
+        least=min(changes),
+        most=max(changes),
+        sign=say("seeds_same" if same else "seeds_differ"),
     )
 
 
 def overfit_table(study: Study) -> pd.DataFrame:
     """Constant slicing by calibration size: perplexity on its calibration windows and on test."""
-    points = [a.point for a in study.ablation.variants() if a.question == "calibration size"]
-    if not points:
-        return pd.DataFrame()
-    text, rows = study.profile.eval_texts[0], []
-    for point in [study.ablation.ablated()[0], *points]:
+    points, text = variants(study, "calibration size"), study.profile.eval_texts[0]
+    rows = []
+    for point in [study.ablation.ablated()[0], *points] if points else []:
         calibration = point.network["calibration"]
         own = study.get(study.ablation.calibration_request(point)).value
         rows.append(
@@ -233,7 +215,8 @@ def overfit_table(study: Study) -> pd.DataFrame:
                 f"perplexity, {text}": study.perplexity(point, text),
             }
         )
-    return pd.DataFrame(rows).sort_values("calibration tokens", ignore_index=True)
+    rows.sort(key=lambda row: row["calibration tokens"])
+    return pd.DataFrame(rows)
 
 
 # Is it the order that helps?
@@ -244,16 +227,14 @@ def shuffle_table(study: Study) -> pd.DataFrame:
 
     Each against constant slicing of equal size, and against the order by LR.
     """
-    controls = [a.point for a in study.ablation.variants() if a.question == "shuffled"]
-    if not controls:
+    if not (controls := variants(study, "shuffled")):
         return pd.DataFrame()
     constant = [a.point for a in study.ablation.variants() if a.point.schedule == "constant"]
     controls += [point for point in constant if "embedding" in point.variant]
     text, dynamic = study.profile.eval_texts[0], study.ablation.ablated()[1]
-    widths = study.get(study.slice_request(dynamic)).value["widths"]
     rows = []
     for point in [dynamic, *controls]:
-        own = study.get(study.slice_request(point)).value["widths"]
+        own, widths = (study.get(study.slice_request(p)).value["widths"] for p in (point, dynamic))
         change = statistics.perplexity_change(study, point, dynamic, text)
         curve = statistics.curve_change(study, point, text)
         rows.append(
@@ -262,8 +243,8 @@ def shuffle_table(study: Study) -> pd.DataFrame:
                 "layers with the width by LR": int(np.equal(own, widths).sum()),
                 "parameters (M)": study.size(point) / 1e6,
                 "perplexity": study.perplexity(point, text),
-                **statistics.columns(curve, BY_SIZE, "constant"),
-                **statistics.columns(change, BY_LR, "LR"),
+                **statistics.columns(curve, BY_SIZE, "{}, constant"),
+                **statistics.columns(change, BY_LR, "{}, LR"),
             }
         )
     return pd.DataFrame(rows)
@@ -275,30 +256,25 @@ def shuffle_prose(table: pd.DataFrame) -> str:
         return style.NONE
     orders = table[table["order of the widths"].str.startswith("shuffled")]
     worse, better = int((orders["low, LR"] > 0).sum()), int((orders["high, LR"] < 0).sum())
+    verdicts = {worse: "shuffled_worse", better: "shuffled_better"}
     changes, kept = orders[BY_LR], orders["layers with the width by LR"]
-    lines = [
-        f"Of {len(orders)} random order{'s' * (len(orders) > 1)} of the same widths {worse} have a "
-        f"higher perplexity than the order by LR, {better} a lower one, by intervals that exclude "
-        f"zero ({changes.min():+.1f} to {changes.max():+.1f} %). {kept.min()} to {kept.max()} "
-        f"layers keep their width in them, and the embedding does in all. "
-    ]
-    if worse == len(orders):
-        lines.append(
-            f"If the order did not matter, LR's would come first of {len(orders) + 1} with "
-            f"probability 1 in {len(orders) + 1}."
-        )
-    elif better == len(orders):
-        lines.append("**The order by LR is worse than all of them.**")
-    else:
-        lines.append("**The order by LR is not shown to matter.**")
+    found = say(
+        "shuffled",
+        orders=f"{len(orders)} random order{'s' * (len(orders) > 1)}",
+        worse=worse,
+        better=better,
+        least=changes.min(),
+        most=changes.max(),
+        fewest=kept.min(),
+        keep=kept.max(),
+        verdict=say(verdicts.get(len(orders), "shuffled_neither"), networks=len(orders) + 1),
+    )
     for row in table[table["order of the widths"].str.contains("embedding")].to_dict("records"):
-        change = Difference.of_row(row, BY_LR, "LR")
-        lines.append(
-            f" One width for all layers, with the embedding whole ({row['parameters (M)']:.1f} M "
-            f"parameters, by LR {table.iloc[0]['parameters (M)']:.1f} M), has a perplexity that is "
-            f"{change.format('%')} against the order by LR: **{change.direction}**."
-        )
-    return "".join(lines)
+        change = statistics.of_row(row, BY_LR, "{}, LR")
+        sizes = {"size": row["parameters (M)"], "by_lr": table["parameters (M)"][0]}
+        of = {"change": change.format("%"), "direction": change.direction}
+        found += f" {say('shuffled_embedding', **sizes, **of)}"
+    return found
 
 
 def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
@@ -306,8 +282,9 @@ def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
     if table.empty:
         return style.nothing()
     figure, axes = style.panels(1, 2, 0.9 + 0.25 * len(table), sharey=True)
-    for axis, (column, suffix) in zip(axes, ((BY_SIZE, "constant"), (BY_LR, "LR")), strict=True):
+    sides = ((BY_SIZE, "{}, constant"), (BY_LR, "{}, LR"))
+    for axis, (column, bounds) in zip(axes, sides, strict=True):
         rows = "order of the widths"
-        comparison.forest(axis, table, column, rows, suffix=suffix, filled=["by LR"])
+        comparison.forest(axis, table, column, rows, bounds=bounds, filled=["by LR"])
         axis.set_xlabel(f"perplexity {column}")
     return figure

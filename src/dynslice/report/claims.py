@@ -7,7 +7,8 @@ import pandas as pd
 from dynslice.core import paths
 from dynslice.experiment.study import Study
 from dynslice.report import ablations, perplexity, single_layer, statistics
-from dynslice.report.statistics import BASES, Difference, Pair
+from dynslice.report.sentences import say
+from dynslice.report.statistics import BASES, Estimate, Pair
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
 
@@ -33,29 +34,26 @@ class Outcome:
     measured_on: str
     network: str
     how: str
-    change: Difference | None
-    ratio: Difference | None
+    change: Estimate | None
+    ratio: Estimate | None
 
     @property
     def verdict(self) -> str:
         """See `verdict`; where points and ratio disagree, both are said."""
         plain = verdict(self.change, self.published)
-        if self.ratio is None or verdict(self.ratio, self.published) == plain:
-            return plain
-        return f"{plain} (read as a ratio: {verdict(self.ratio, self.published)})"
+        as_ratio = verdict(self.ratio or self.change, self.published)
+        return plain if as_ratio == plain else f"{plain} (read as a ratio: {as_ratio})"
 
     @property
     def measured(self) -> str:
         """The change with its interval, as text."""
         if self.change is None:
             return "-"
-        if self.metric == "perplexity":
-            return self.change.format("%")
-        points = self.change.format("points")
-        return points + (f", as a ratio {self.ratio.estimate:+.1f} %" if self.ratio else "")
+        change = self.change.format("%" if self.metric == "perplexity" else "points")
+        return f"{change}, as a ratio {self.ratio.estimate:+.1f} %" if self.ratio else change
 
 
-def verdict(change: Difference | None, published: float) -> str:
+def verdict(change: Estimate | None, published: float) -> str:
     """The rule: `not supported` unless the interval lies beyond zero on the claimed side.
 
     Then `supported` when the change is at least the published one, else `supported in direction,
@@ -106,32 +104,36 @@ def claims_table(study: Study) -> pd.DataFrame:
     )
 
 
-Measured = tuple[str, str, str, Difference | None, Difference | None]
+# A text or tasks, the network that speaks and how it was chosen, then the changes of an Outcome.
+Measured = tuple[str, str, str, Estimate | None, Estimate | None]
+
+NOTHING = ("-", "-", None, None)
 
 
 def _claims() -> pd.DataFrame:
     return pd.read_csv(paths.PUBLISHED / "claims.csv")
 
 
+def _how(study: Study) -> str:
+    return IN_HINDSIGHT if study.profile.selection_windows is None else ON_VALIDATION
+
+
 def _perplexities(study: Study, basis: str) -> list[Measured]:
     found = []
     for text in study.profile.eval_texts:
-        pair = statistics.chosen(study, basis) or statistics.best(study, basis, text)
-        change = statistics.perplexity_change(study, *pair[:2], text) if pair else None
-        named = (pair[0].label, _how(study)) if pair else ("-", "-")
-        found.append((text, *named, change, None))
+        if pair := statistics.chosen(study, basis) or statistics.best(study, basis, text):
+            change = statistics.perplexity_change(study, *pair[:2], text)
+            found.append((text, pair[0].label, _how(study), change, None))
+        else:
+            found.append((text, *NOTHING))
     return found
-
-
-def _how(study: Study) -> str:
-    return IN_HINDSIGHT if study.profile.selection_windows is None else ON_VALIDATION
 
 
 def _accuracy(study: Study, basis: str) -> list[Measured]:
     tasks, on = statistics.choice_tasks(study), "the average of the tasks"
     pairs = statistics.pairs(study.task_points(), basis)
     if not pairs or not tasks:
-        return [(on, "-", "-", None, None)]
+        return [(on, *NOTHING)]
 
     def gain(pair: Pair) -> float:
         if study.profile.selection_windows is None:
@@ -142,7 +144,8 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
     how = _how(study) if len(pairs) > 1 else "the only one with tasks"
     change = statistics.accuracy_change(study, *pair[:2], tasks)
     whole = statistics.accuracy(study, pair[1], tasks)
-    return [(on, pair[0].label, how, change, change.times(100 / whole) if whole else None)]
+    ratio = change.map(lambda points: 100 / whole * points) if whole else None
+    return [(on, pair[0].label, how, change, ratio)]
 
 
 # What we found
@@ -150,30 +153,23 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
 
 def findings(study: Study) -> str:
     """What a record says of the paper's idea: the claims, then what the ablations say of it."""
-    found = [_finding(outcome) for outcome in outcomes(study) if outcome.change] or [
-        f"**{NOT_TESTED.capitalize()}**: this profile compares no dynamic with a constant network."
-    ]
+    lines = [_finding(outcome) for outcome in outcomes(study) if outcome.change]
+    lines = lines or [say("finding_none", verdict=NOT_TESTED.capitalize())]
     # On a text that nothing was calibrated on, how far a network is from dense says more.
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
     others = [perplexity.size_prose(perplexity.perplexity_table(study))]
     others += [_levels(study, text) for text in foreign] + _ablation_findings(study)
-    heading = "**The claims, by rule**, each as the change from constant to dynamic slicing:"
-    more = "**What else a reader should know:**"
-    lines = [heading, "", *(f"- {line}" for line in found)]
-    return "\n".join([*lines, "", more, "", *(f"- {line}" for line in others)])
+    claims, more = ("\n".join(f"- {line}" for line in part) for part in (lines, others))
+    return f"{say('findings')}\n\n{claims}\n\n{say('findings_more')}\n\n{more}"
 
 
-def _finding(outcome: Outcome) -> str:
-    claimed = "lower" if outcome.published < 0 else "higher"
-    if verdict(outcome.change, outcome.published) != NOT_SUPPORTED:
-        word = "Holds" if outcome.verdict == SUPPORTED else outcome.verdict.capitalize()
+def _finding(o: Outcome) -> str:
+    claimed = "lower" if o.published < 0 else "higher"
+    if verdict(o.change, o.published) != NOT_SUPPORTED:
+        word = "Holds" if o.verdict == SUPPORTED else o.verdict.capitalize()
     else:
-        word = "Not shown" if outcome.change.low <= 0 <= outcome.change.high else "Does not hold"
-    return (
-        f"**{word}**: {claimed} {outcome.metric} at {outcome.basis}, on {outcome.measured_on}: "
-        f"{outcome.measured} ({outcome.network}, {outcome.how}; published "
-        f"{outcome.published:+.0f} %)."
-    )
+        word = "Not shown" if o.change.low <= 0 <= o.change.high else "Does not hold"
+    return say("finding", word=word, claimed=claimed, o=o)
 
 
 def _levels(study: Study, text: str) -> str:
@@ -185,19 +181,18 @@ def _levels(study: Study, text: str) -> str:
         if point.network is None
         or (point.slice_percentage == largest and point.schedule in ("constant", "dynamic"))
     ]
-    shown += [a.point for a in study.ablation.variants() if a.question == "calibration text"]
-    levels = [f"{point.label}: {study.perplexity(point, text):.1f}" for point in shown]
-    return f"Perplexity on {text} (not calibrated on): {'; '.join(levels)}."
+    shown += ablations.variants(study, "calibration text")
+    levels = "; ".join(f"{point.label}: {study.perplexity(point, text):.1f}" for point in shown)
+    return say("levels", text=text, levels=levels)
 
 
 def _ablation_findings(study: Study) -> list[str]:
     if not study.ablation.variants():
         return []
     network = f"{study.ablation.ablated()[1].label}, {study.profile.eval_texts[0]}"
-    return [
-        "Does LR predict what hurts? " + single_layer.prose(single_layer.table(study), study),
-        f"Does the order of the widths matter ({network})? "
-        + ablations.shuffle_prose(ablations.shuffle_table(study)),
-        f"Does the sample of calibration windows matter ({network}, against constant slicing at "
-        f"equal stored parameters)? {ablations.seed_prose(ablations.seed_table(study))}",
-    ]
+    found = {
+        "predicts": single_layer.prose(single_layer.table(study), study),
+        "shuffles": ablations.shuffle_prose(ablations.shuffle_table(study)),
+        "calibrations": ablations.seed_prose(ablations.seed_table(study)),
+    }
+    return [say(question, network=network, answer=answer) for question, answer in found.items()]

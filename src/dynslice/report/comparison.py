@@ -12,10 +12,7 @@ from dynslice.report.style import MARKERS
 
 BY = "against constant at"  # the column of the basis of a comparison
 
-
-def columns(change: statistics.Difference, name: str) -> dict:
-    """A change from constant to dynamic slicing as cells of a row, and its direction in words."""
-    return {**statistics.columns(change, name), "dynamic is": change.direction}
+SAYS = "dynamic is"  # that of the direction of a change
 
 
 def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
@@ -34,7 +31,7 @@ def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
             f"no difference is shown in {count}"
             if word == "no difference shown"
             else f"{quantity} of dynamic slicing is {word} in {count}"
-            for word, count in rows["dynamic is"].value_counts().items()
+            for word, count in rows[SAYS].value_counts().items()
         ]
         low, high = (f"{x:+.1f}" for x in (rows[column].min(), rows[column].max()))
         changes = f"the change is {low}" if low == high else f"the changes are {low} to {high}"
@@ -78,12 +75,12 @@ def forest(
     column: str,
     label: str,
     by: str | None = None,
-    suffix: str = "",
+    bounds: str = "{}",
     filled: list[str] | None = None,
 ) -> None:
     """Differences with their intervals, a line for each name in the column `label`.
 
-    by: the column whose values stand side by side in a line. suffix: that of low and high.
+    by: the column whose values stand side by side in a line. bounds: see `statistics.columns`.
     filled: the names whose marks are full, all by default.
     """
     names = list(rows[label].unique())
@@ -94,8 +91,8 @@ def forest(
         zip(groups, cycle("os^D"), colours, strict=False)
     ):
         y = group[label].map(lines) + 0.22 * ((len(groups) - 1) / 2 - i)
-        names_of = list(statistics.columns(None, column, suffix))
-        values, low, high = (group[name].astype(float) for name in names_of)
+        columns = statistics.columns(None, column, bounds)
+        values, low, high = (group[name].astype(float) for name in columns)
         bars = {"color": "0.4" if by is None else colour, "linewidth": 1, "capsize": 2}
         axis.errorbar(values, y, xerr=[values - low, high - values], fmt="none", zorder=1, **bars)
         full = group[label].isin(names if filled is None else filled)

@@ -11,6 +11,7 @@ from dynslice.core import paths
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import style
+from dynslice.report.sentences import say
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -32,35 +33,41 @@ BENCHES = {
 def size_table(study: Study) -> pd.DataFrame:
     """One row per network: what it stores, and how long slicing took."""
     study.ensure(study.design.efficiency_requests())
-    rows = []
     points = [*study.points(), *study.design.speed_points()]
-    for point in {point.label: point for point in points}.values():
-        result, size = study.get(study.slice_request(point)), study.size(point)
-        rows.append(
-            {
-                "network": point.label,
-                "SP": point.slice_percentage,
-                "SB": point.slice_base,
-                "parameters (M)": size / 1e6,
-                "stored (MB)": size * _BYTES[study.profile.dtype] / 1e6,
-                "against dense (%)": 100 * (size / result.value["parameters_dense"] - 1),
-                "slicing (s)": None if point.network is None else result.seconds,
-            }
-        )
-    return pd.DataFrame(rows)
+    named = {point.label: point for point in points}.values()
+    return pd.DataFrame(
+        {
+            "network": point.label,
+            "SP": point.slice_percentage,
+            "SB": point.slice_base,
+            "parameters (M)": size / 1e6,
+            "stored (MB)": size * _BYTES[study.profile.dtype] / 1e6,
+            "against dense (%)": 100 * (size / result.value["parameters_dense"] - 1),
+            "slicing (s)": None if point.network is None else result.seconds,
+        }
+        for point in named
+        for result, size in [(study.get(study.slice_request(point)), study.size(point))]
+    )
 
 
 def time_prose(study: Study, table: pd.DataFrame) -> str:
     """How long LR and slicing took."""
     p, lr = study.profile, study.get(study.lr_request())
     tokens = lr.value["windows"] * lr.value["window"]
-    slicing = table["slicing (s)"].dropna()
-    calibration = p.calibration_windows * p.calibration_window
-    return (
-        f"LR took **{lr.seconds:.1f} s** for {tokens:,} window tokens ({tokens / lr.seconds:,.0f} "
-        f"tokens/s), once for all dynamic networks. Slicing took **{slicing.median():.1f} s** "
-        f"({slicing.min():.1f} to {slicing.max():.1f} s) a network for "
-        f"{calibration:,} calibration tokens ({calibration / slicing.median():,.0f} tokens/s)."
+    slicing, calibration = (
+        table["slicing (s)"].dropna(),
+        p.calibration_windows * p.calibration_window,
+    )
+    return say(
+        "slicing_time",
+        lr=lr.seconds,
+        tokens=tokens,
+        rate=tokens / lr.seconds,
+        median=slicing.median(),
+        least=slicing.min(),
+        most=slicing.max(),
+        calibration=calibration,
+        slicing_rate=calibration / slicing.median(),
     )
 
 
@@ -115,20 +122,12 @@ def _peak(value: dict, network: str) -> float:
 
 def dense_prose(study: Study) -> str:
     """The dense model's own figures, and what was run."""
-    if not study.design.speed_points():
-        return (
-            f"The profile `{study.profile.name}` times no network (`speed_slice_percentages` is "
-            "empty); the rendered notebook of `quick` shows the measured speeds."
-        )
-    p, point = study.profile, study.design.speed_points()[0]
-    value = study.get(study.design.speed_request(point)).value
-    return (
-        f"Prefill is one pass over {p.speed_windows} windows of {p.speed_window} tokens, decoding "
-        f"generates {p.speed_new_tokens} tokens at batch 1; medians of {p.speed_repeats} repeats "
-        f"after one that is not timed. The dense model needs {_flops(value, 'dense')} a token of "
-        f"prefill, reads {_read(value, 'dense')} for each decoded one, and holds "
-        f"{_peak(value, 'dense'):.0f} MB at the peak of prefill."
-    )
+    p, points = study.profile, study.design.speed_points()
+    if not points:
+        return say("no_speed", p=p)
+    value = study.get(study.design.speed_request(points[0])).value
+    flops, read, peak = (of(value, "dense") for of in (_flops, _read, _peak))
+    return say("dense_speed", p=p, flops=flops, read=read, peak=peak)
 
 
 def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
@@ -140,14 +139,12 @@ def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
     pairs = of["dynamic"].merge(of["constant"], on=["SP", "step"], suffixes=("", ", constant"))
     if pairs.empty:
         return ""
-    work = pairs["counted (x), constant"] / pairs["counted (x)"] - 1
-    size = pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1
-    return (
-        f"At equal mean slice a dynamic network differs from the constant one by "
-        f"{100 * min(work):+.1f} to {100 * max(work):+.1f} % in what it needs for a token "
-        f"(operations, bytes read), and by {100 * min(size):+.1f} to {100 * max(size):+.1f} % in "
-        "what it stores: the embedding, of which a token reads one row, is as wide as layer 0."
-    )
+    gaps = {
+        "work": pairs["counted (x), constant"] / pairs["counted (x)"] - 1,
+        "size": pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1,
+    }
+    reach = {name: f"{100 * x.min():+.1f} to {100 * x.max():+.1f} %" for name, x in gaps.items()}
+    return say("work", **reach)
 
 
 def speed_figure(table: pd.DataFrame) -> plt.Figure:
@@ -189,27 +186,23 @@ def bench_table(bench: dict) -> pd.DataFrame:
 
 def bench_prose(name: str, bench: dict) -> str:
     """What a benchmark ran on, and which of its limits it met."""
-    where, rows = bench["provenance"], [row for row in bench["rows"] if row["met"] is not None]
-    met = sum(row["met"] for row in rows)
-    return (
-        f"**{name[0].upper()}{name[1:]}**: {bench['model']} in {bench['dtype']} on "
-        f"{where['device']} ({where['threads']} threads), {bench['windows']} windows of "
-        f"{bench['window']} tokens, medians of {bench['repeats']} repeats after a warm-up, code at "
-        f"commit {where['commit'][:10]}. **{met} of {len(rows)}** limits are met."
-    )
+    met = [row["met"] for row in bench["rows"] if row["met"] is not None]
+    counts, where = {"met": sum(met), "count": len(met)}, bench["provenance"]
+    return say("bench", name=name[0].upper() + name[1:], bench=bench, where=where, **counts)
 
 
 def unmeasured_prose() -> str:
     """The benchmarks that nobody has run yet, with the command for each."""
-    missing = [name for name in BENCHES if name not in benches()]
-    if not missing:
+    lines = [
+        f"- {name}: `{command} --out data/bench/{stem}.json`"
+        for name, (stem, command) in BENCHES.items()
+        if name not in benches()
+    ]
+    if not lines:
         return "Every benchmark has been measured."
-    lines = [f"**Not measured yet** ({len(missing)} of {len(BENCHES)}):", ""]
-    for name in missing:
-        stem, command = BENCHES[name]
-        lines.append(f"- {name}: `{command} --out data/bench/{stem}.json`")
-    lines += ["", "All of them, the tests on CUDA and the profile `full`: `tools/measure_gpu.sh`"]
-    return "\n".join(lines)
+    heading = f"**Not measured yet** ({len(lines)} of {len(BENCHES)}):"
+    tool = "All of them, the tests on CUDA and the profile `full`: `tools/measure_gpu.sh`"
+    return "\n".join([heading, "", *lines, "", tool])
 
 
 def bench_block(name: str = "SmolLM2-135M on a CPU") -> str:

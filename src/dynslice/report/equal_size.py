@@ -4,7 +4,6 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import Point
@@ -13,16 +12,15 @@ from dynslice.experiment.study import Study
 from dynslice.method.scores import rises
 from dynslice.report import statistics, style
 from dynslice.report.comparison import forest
-from dynslice.report.style import MARKERS
-
-PERPLEXITY, ACCURACY = "perplexity (%)", "accuracy (points)"  # the columns of changes
+from dynslice.report.sentences import say
+from dynslice.report.statistics import ACCURACY, PERPLEXITY
 
 COLOURS = ("C0", "C1", "C2", "C3")
 
 
-def sizes(study: Study) -> list[float]:
-    """The slice percentages of constant slicing that give the sizes."""
-    return study.profile.beyond_slice_percentages
+def contests(study: Study) -> dict[float, list[Point]]:
+    """The networks that are compared at each size, which constant slicing gives, the first."""
+    return {sp: study.beyond.contest(sp) for sp in study.profile.beyond_slice_percentages}
 
 
 def name(point: Point) -> str:
@@ -39,15 +37,15 @@ def contest_table(study: Study) -> pd.DataFrame:
             "SP": sp,
             "network": name(point),
             "parameters (M)": study.size(point) / 1e6,
-            **_compared(study, point, study.beyond.contest(sp)[0], text),
+            **_perplexity(study, point, contest[0], text),
         }
-        for sp in sizes(study)
+        for sp, contest in contests(study).items()
         for text in study.profile.eval_texts
-        for point in study.beyond.contest(sp)
+        for point in contest
     )
 
 
-def _compared(study: Study, point: Point, reference: Point, text: str) -> dict:
+def _perplexity(study: Study, point: Point, reference: Point, text: str) -> dict:
     change = statistics.perplexity_change(study, point, reference, text)
     found = {"text": text, "perplexity": study.perplexity(point, text)}
     return found | statistics.columns(change, PERPLEXITY)
@@ -55,21 +53,21 @@ def _compared(study: Study, point: Point, reference: Point, text: str) -> dict:
 
 def accuracy_table(study: Study) -> pd.DataFrame:
     """Average accuracy by size and network, and its change from plain constant slicing."""
-    tasks, rows = statistics.choice_tasks(study), []
-    for sp in sizes(study) if tasks else []:
-        contest = study.beyond.contest(sp)
-        for point in contest:
-            change = statistics.accuracy_change(study, point, contest[0], tasks)
-            rows.append(
-                {
-                    "SP": sp,
-                    "network": name(point),
-                    "tasks": len(tasks),
-                    "accuracy (%)": statistics.accuracy(study, point, tasks),
-                    **statistics.columns(change, ACCURACY),
-                }
-            )
-    return pd.DataFrame(rows)
+    tasks = statistics.choice_tasks(study)
+    return pd.DataFrame(
+        {
+            "SP": sp,
+            "network": name(point),
+            "tasks": len(tasks),
+            "accuracy (%)": statistics.accuracy(study, point, tasks),
+            **statistics.columns(
+                statistics.accuracy_change(study, point, contest[0], tasks), ACCURACY
+            ),
+        }
+        for sp, contest in contests(study).items()
+        for point in contest
+        if tasks
+    )
 
 
 def cost_table(study: Study) -> pd.DataFrame:
@@ -77,22 +75,20 @@ def cost_table(study: Study) -> pd.DataFrame:
 
     Evidence is what its schedule rests on (LR, losses by place, a search), once for all of them.
     """
-    rows = []
-    for sp in sizes(study):
-        for point in study.beyond.contest(sp):
-            sliced = study.get(study.slice_request(point))
-            evidence = point.network["plan"].get("evidence")
-            rows.append(
-                {
-                    "SP": sp,
-                    "network": name(point),
-                    "calibration passes": 2 if point.network.get("compensation") else 1,
-                    "slicing (s)": sliced.seconds,
-                    "evidence (s)": evidence and study.get(Request(**evidence)).seconds,
-                    "peak memory (GB)": sliced.peak_memory_bytes / 1e9,
-                }
-            )
-    return pd.DataFrame(rows)
+    every = [(sp, point) for sp, contest in contests(study).items() for point in contest]
+    slices = [study.get(study.slice_request(point)) for _, point in every]
+    evidence = [point.network["plan"].get("evidence") for _, point in every]
+    return pd.DataFrame(
+        {
+            "SP": sp,
+            "network": name(point),
+            "calibration passes": 2 if point.network.get("compensation") else 1,
+            "slicing (s)": sliced.seconds,
+            "evidence (s)": asked and study.get(Request(**asked)).seconds,
+            "peak memory (GB)": sliced.peak_memory_bytes / 1e9,
+        }
+        for (sp, point), sliced, asked in zip(every, slices, evidence, strict=True)
+    )
 
 
 def contest_figure(changes: pd.DataFrame, accuracies: pd.DataFrame) -> plt.Figure:
@@ -101,72 +97,68 @@ def contest_figure(changes: pd.DataFrame, accuracies: pd.DataFrame) -> plt.Figur
         return style.nothing()
     percentages = changes["SP"].unique()
     height = (0.55 + 0.24 * changes["network"].nunique()) * len(percentages) + 0.3
-    shown = [(changes, PERPLEXITY, "text"), (accuracies, ACCURACY, None)][
-        : 1 + bool(len(accuracies))
-    ]
+    shown = [(changes, PERPLEXITY, "text")]
+    shown += [] if accuracies.empty else [(accuracies, ACCURACY, None)]
     figure, axes = style.panels(
         len(percentages), len(shown), height, squeeze=False, sharey="row", sharex="col"
     )
     for row, sp in zip(axes, percentages, strict=True):
         for axis, (table, column, by) in zip(row, shown, strict=True):
             forest(axis, table[table["SP"] == sp], column, "network", by)
+            if sp == percentages[-1]:
+                axis.set_xlabel(f"change of {column}")
         row[0].set_title(f"size of constant, SP {percent(sp)}", fontsize=7, loc="left")
-    for axis, (_, column, _) in zip(axes[-1], shown, strict=True):
-        axis.set_xlabel(f"change of {column}")
     axes[0, 0].legend(fontsize=6)
     return figure
 
 
 def question_prose(study: Study) -> str:
     """What compensation and each schedule change at equal size, as sentences (Markdown)."""
-    if not sizes(study):
+    if not contests(study):
         return style.NONE
     ours = "constant, compensated"
-    pairs = [("Constant slicing with compensation against without", ours, "constant")]
+    pairs = {say("compensation"): (ours, "constant")}
     for schedule in study.profile.beyond_schedules:
-        said = f"Schedule `{schedule}` against constant slicing, both compensated"
-        pairs.append((said, f"{schedule}, compensated", ours))
+        pairs[say("schedule", schedule=schedule)] = (f"{schedule}, compensated", ours)
     lines = []
-    for said, a, b in pairs:
-        found = [f"at SP {percent(sp)} {_difference(study, sp, a, b)}" for sp in sizes(study)]
+    for said, names in pairs.items():
+        found = []
+        for sp, contest in contests(study).items():
+            named = {name(point): point for point in contest}
+            found.append(f"at SP {percent(sp)} {_difference(study, *map(named.get, names))}")
         lines.append(f"- {said}: {'; '.join(found)}.")
     return "\n".join(lines)
 
 
-def _difference(study: Study, slice_percentage: float, *names: str) -> str:
+def _difference(study: Study, a: Point, b: Point) -> str:
     """How two networks of a size differ in perplexity on each text, and in accuracy."""
-    contest = {name(point): point for point in study.beyond.contest(slice_percentage)}
-    pair = [contest[each] for each in names]
-    parts = []
-    for text in study.profile.eval_texts:
-        change = statistics.perplexity_change(study, *pair, text)
-        parts.append(f"perplexity on {text} {change.format('%')} (**{change.direction}**)")
+    found = [
+        (f"perplexity on {text}", statistics.perplexity_change(study, a, b, text), "%")
+        for text in study.profile.eval_texts
+    ]
     if tasks := statistics.choice_tasks(study):
-        change = statistics.accuracy_change(study, *pair, tasks)
-        parts.append(f"accuracy {change.format('points')} (**{change.direction}**)")
-    return ", ".join(parts)
+        found.append(("accuracy", statistics.accuracy_change(study, a, b, tasks), "points"))
+    return ", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found)
 
 
 def readme_prose(study: Study) -> str:
     """The same under a heading that says what is compared; nothing where nothing is."""
-    if not sizes(study):
-        return ""
-    notebook = f"[notebook 07](notebooks/rendered/{study.profile.name}/07_beyond.ipynb)"
-    return (
-        "**Beyond the paper**, at the stored parameters of plain constant slicing, with one sample "
-        f"of calibration windows ({notebook}):\n\n{question_prose(study)}"
-    )
+    heading = say("beyond", profile=study.profile.name)
+    return f"{heading}\n\n{question_prose(study)}" if contests(study) else ""
 
 
-# What validation windows say of the choices
+# What else was tried at the last of the sizes
+
+
+def _last(study: Study) -> tuple[float, list[Point]]:
+    return list(contests(study).items())[-1]
 
 
 def variant_table(study: Study) -> pd.DataFrame:
     """Perplexity on validation windows of everything that was tried at the last of the sizes."""
-    if not sizes(study) or study.profile.selection_windows is None:
+    if not contests(study) or study.profile.selection_windows is None:
         return pd.DataFrame()
-    sp = sizes(study)[-1]
-    contest = study.beyond.contest(sp)
+    sp, contest = _last(study)
     return pd.DataFrame(
         {
             "network": name(point),
@@ -180,46 +172,37 @@ def variant_table(study: Study) -> pd.DataFrame:
 
 def choice_prose(study: Study, table: pd.DataFrame) -> str:
     """Whether the networks that are compared are those that validation windows would choose."""
-    if not sizes(study):
+    if not contests(study):
         return style.NONE
     if table.empty:
         return "This profile has no validation windows, so nothing is chosen in it."
+    sp, contest = _last(study)
     ranked = table.sort_values("validation perplexity", ignore_index=True)
-    compared = {name(point) for point in study.beyond.contest(sizes(study)[-1])}
-    best, first = ranked.iloc[0], ranked[ranked["network"].isin(compared)].iloc[0]
-    line = (
-        f"Of {len(table)} networks at the size of SP {percent(sizes(study)[-1])}, "
-        f"**{best['network']}** has the lowest perplexity on validation windows "
-        f"({best['validation perplexity']:.1f}, {best[PERPLEXITY]:+.1f} % against plain "
-        "constant slicing); "
-    )
-    if best["network"] in compared:
-        return f"{line}it is one of those compared above."
-    level = first["validation perplexity"]
-    return f"{line}of those compared above it is {first['network']} ({level:.1f})."
+    compared = ranked[ranked["network"].isin(map(name, contest))]
+    best, first = ranked.iloc[0], compared.iloc[0]
+    ours = say("choice_ours" if compared.index[0] == 0 else "choice_other", first=first)
+    return say("choice", count=len(table), share=percent(sp), best=best, ours=ours)
 
 
 def widths_figure(study: Study) -> plt.Figure:
     """The width of the stream at each place, by schedule, at the last of the sizes."""
-    if not sizes(study):
+    if not contests(study):
         return style.nothing()
-    sp = sizes(study)[-1]
-    points, own = (
-        [*study.beyond.contest(sp), *study.beyond.variants(sp)],
-        study.beyond.contest(sp)[0].network,
-    )
-    # Compensation and the calibration text leave the widths alone.
-    plain = [p for p in points if p.network == {**own, "plan": p.network["plan"]}]
+    sp, contest = _last(study)
+    own = contest[0].network
     figure, axis = style.panels(height=2.2)
     looks = zip(cycle(["-", "--", ":", "-."]), cycle(COLOURS), strict=False)
-    for point, (line, colour) in zip(plain, looks, strict=False):
+    for point in [*contest, *study.beyond.variants(sp)]:
+        if point.network != {**own, "plan": point.network["plan"]}:
+            continue  # compensation and the calibration text leave the widths alone
         value = study.get(study.slice_request(point)).value
         attention = value.get("attention_widths", value["widths"])
         pairs = [width for pair in zip(attention, value["widths"], strict=True) for width in pair]
         places = [place / 2 for place in range(len(pairs))]
+        line, colour = next(looks)
         axis.step(places, pairs, line, where="mid", color=colour, label=point.schedule)
     axis.set(xlabel="layer (MLP half a layer later)", ylabel=f"width, size of SP {percent(sp)}")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.whole_numbers(axis)
     axis.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
@@ -230,18 +213,16 @@ def places_figure(study: Study) -> plt.Figure | None:
     None where no schedule is `sensitivity`, which rests on these losses.
     """
     schedules = (*study.profile.beyond_schedules, *study.profile.beyond_candidates)
-    if not sizes(study) or "sensitivity" not in schedules:
+    if not contests(study) or "sensitivity" not in schedules:
         return None
-    value = study.get(study.beyond.places_request(sizes(study)[-1])).value
-    found = rises(value)
+    value = study.get(study.beyond.places_request(_last(study)[0])).value
+    table = pd.DataFrame(rises(value))
     figure, axis = style.panels(height=2.2)
-    for share, marker, colour in zip(value["shares"], "ov", ("C0", "C1"), strict=True):
-        rise = [at_place[share] for at_place in found]
-        label = f"{percent(share)} cut there"
-        axis.plot(range(len(rise)), rise, marker, color=colour, markersize=3, label=label)
+    for share, form in zip(value["shares"], ("oC0", "vC1"), strict=True):
+        axis.plot(table[share], form, markersize=3, label=f"{percent(share)} cut there")
     style.zero_line(axis)
     axis.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.whole_numbers(axis)
     axis.legend()
     return figure
 
@@ -251,15 +232,15 @@ def places_figure(study: Study) -> plt.Figure | None:
 
 def recovery_table(study: Study) -> pd.DataFrame:
     """Closed form and fine-tuning: minutes, perplexity, and its change from plain slicing."""
-    if not sizes(study) or not study.profile.recovery_steps:
+    if not contests(study) or not study.profile.recovery_steps:
         return pd.DataFrame()
-    sp = sizes(study)[-1]
-    constant = [p for p in study.beyond.contest(sp) if p.schedule == "constant"]
+    sp, contest = _last(study)
+    constant = [p for p in contest if p.schedule == "constant"]
     return pd.DataFrame(
         {
             "network": name(point),
             "minutes": study.get(study.slice_request(point)).seconds / 60,
-            **_compared(study, point, constant[0], text),
+            **_perplexity(study, point, constant[0], text),
         }
         for text in study.profile.eval_texts
         for point in [*constant, *study.beyond.recovered(sp)]
@@ -270,14 +251,13 @@ def recovery_figure(table: pd.DataFrame) -> plt.Figure:
     """Change of perplexity against minutes, a panel per text."""
     if table.empty:
         return style.nothing()
-    texts = table["text"].unique()
+    texts = list(table.groupby("text", sort=False))
     figure, axes = style.panels(1, len(texts), squeeze=False)
-    for axis, text in zip(axes[0], texts, strict=True):
-        networks = table[table["text"] == text].groupby("network", sort=False)
-        for (label, row), marker, colour in zip(networks, MARKERS, COLOURS, strict=False):
-            style.points_with_intervals(
-                axis, row["minutes"], row, PERPLEXITY, marker, colour, label
-            )
+    for axis, (text, rows) in zip(axes[0], texts, strict=True):
+        networks = rows.groupby("network", sort=False)
+        for (label, row), marker, colour in zip(networks, "D^vs", COLOURS, strict=False):
+            look = (marker, colour, label)
+            style.points_with_intervals(axis, row["minutes"], row, PERPLEXITY, *look)
         axis.set(xlabel="minutes (slicing and fine-tuning)", ylabel=f"perplexity (%), {text}")
         style.zero_line(axis)
     handles = axes[0, 0].get_legend_handles_labels()

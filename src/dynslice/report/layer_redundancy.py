@@ -3,11 +3,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 
 from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import style
+from dynslice.report.sentences import say
 
 
 def redundancy_table(study: Study) -> pd.DataFrame:
@@ -26,15 +26,7 @@ def redundancy_table(study: Study) -> pd.DataFrame:
 
 def last_layer_prose(study: Study) -> str:
     """What the last layer is compared by, as Markdown."""
-    by = {
-        "raw": "its **raw** output, as the definition says; the published code takes the state "
-        "after the final norm, which",
-        "normed": "the state **after the final norm**, as the published code does, which",
-    }
-    return (
-        f"The last layer is compared by {by[study.profile.lr_last_layer]} can make it look far "
-        "less redundant than it is. `lr_last_layer` above chooses between `raw` and `normed`."
-    )
+    return say(f"last_layer_{study.profile.lr_last_layer}")
 
 
 def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:
@@ -48,6 +40,6 @@ def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:
     right.axhline(100 * target, color="k", linestyle="--", linewidth=1, label=mean)
     top = 100 * max(1.5 * target, 1.2 * table["FS"].max(), 0.01)  # the legend above the bars
     right.set(xlabel="layer", ylabel="final slice (% of the width)", ylim=(0, top))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.whole_numbers(right)
     right.legend(ncols=3, loc="upper center", columnspacing=0.8, handlelength=1.2)
     return figure

@@ -3,7 +3,6 @@
 import csv
 import re
 from collections.abc import Callable, Iterator
-from itertools import product
 from math import isclose
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +17,7 @@ from dynslice.experiment.requests import Point, split_for
 from dynslice.experiment.study import Study
 from dynslice.inputs.texts import SPLITS
 from dynslice.report import style
+from dynslice.report.sentences import say
 
 CLAIMS = "claims.csv"  # the headline claims, which claims.py reads; every other CSV holds cells
 
@@ -28,8 +28,20 @@ PERPLEXITY, ACCURACY = ("perplexity",), ("acc", "acc_norm")
 # The networks of a study that a published method names; any other method has none here.
 SCHEDULES = {name: name for name in ("dense", "constant", "dynamic")} | {"slicegpt": "constant"}
 
-# A network of the study, what is compared of its settings (published, here), and its number.
-Ours = tuple[Point, dict[str, tuple], float | None]
+SETTINGS = (
+    "calibration",
+    "calibration windows",
+    "calibration window",
+    "windows",
+    "items",
+    "window",
+)
+
+COLUMNS = ["method", "model", "SP", "SB", "dataset", "metric", "published", "stated settings"]
+COLUMNS += ["ours", "settings", "source"]
+
+# The settings of a number of ours, named as those of a cell, and the number if there is one.
+Ours = tuple[dict[str, str | int | float | None], float | None]
 
 
 class Cell(BaseModel):
@@ -44,33 +56,43 @@ class Cell(BaseModel):
     model: str
     metric: Literal["perplexity", "acc", "acc_norm"]
     dataset: str
-    slice_percentage: float = Field(ge=0, lt=1)
-    slice_base: float | None = Field(None, ge=0, lt=1)
+    slice_percentage: float = Field(ge=0, lt=1, serialization_alias="SP")
+    slice_base: float | None = Field(None, ge=0, lt=1, serialization_alias="SB")
     calibration: str | None = None
-    calibration_windows: int | None = Field(None, ge=1)
-    calibration_window: int | None = Field(None, ge=2)
-    eval_windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    calibration_windows: int | None = Field(None, ge=1, serialization_alias="calibration windows")
+    calibration_window: int | None = Field(None, ge=2, serialization_alias="calibration window")
+    eval_windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        None, serialization_alias="windows"
+    )
     window: int | None = Field(None, ge=2)
-    value: float = Field(gt=0)
+    value: float = Field(gt=0, serialization_alias="published")
     source: str
     nearest_for: str | None = None
 
     @field_validator("slice_base", "value")
     @classmethod
     def _fits(cls, number: float | None, info: ValidationInfo) -> float | None:
-        if info.field_name == "slice_base":
-            if number is not None and number > info.data.get("slice_percentage", 1):
-                raise ValueError("exceeds slice_percentage")
-        elif info.data.get("metric") == "perplexity" and number < 1:
+        others, is_value = info.data, info.field_name == "value"
+        if not is_value and (number or 0) > others.get("slice_percentage", 1):
+            raise ValueError("exceeds slice_percentage")
+        if is_value and others.get("metric") == "perplexity" and number < 1:
             raise ValueError("a perplexity is at least 1")
-        elif info.data.get("metric") in ACCURACY and number > 100:
+        if is_value and others.get("metric") in ACCURACY and number > 100:
             raise ValueError("an accuracy is at most 100 percent")
         return number
 
     @property
-    def relatives(self) -> list[str]:
-        """Models without published numbers of their own, for which this one is the nearest."""
-        return [model.strip() for model in (self.nearest_for or "").split(";") if model.strip()]
+    def models(self) -> list[str]:
+        """Its model, and those without published numbers for which this one is the nearest."""
+        return [self.model, *(model.strip() for model in (self.nearest_for or "").split(";"))]
+
+    def shown(self) -> dict[str, Any]:
+        """Its fields by the names that tables and settings have, and the stated ones in words."""
+        cells = self.model_dump(by_alias=True)
+        cells["items"] = cells["windows"] if self.metric in ACCURACY else None
+        cells["windows"] = cells["windows"] if self.metric in PERPLEXITY else None
+        stated = (f"{name} {cells[name]}" for name in SETTINGS if cells[name] is not None)
+        return {**cells, "stated settings": "; ".join(stated) or "-"}
 
 
 def read() -> list[Cell]:
@@ -89,45 +111,12 @@ def table(study: Study) -> pd.DataFrame:
     one row without a number of ours. `settings` is `equal`, or names what differs or is not
     stated. Numbers of the nearest published model are among them. Nothing is measured here.
     """
-
-    def ours(cell: Cell) -> Iterator[Ours]:
-        p, split = study.profile, _text(cell.dataset)[1]
-        texts = [text for text in p.eval_texts if _text(cell.dataset)[0] == _text(text)[0]]
-        for point, text in product(_networks(cell, study.points()), texts):
-            here, count = split_for(text, p.eval_split) or _text(text)[1], p.eval_windows
-            request = study.perplexity_request(point, text)
-            chooses = text == p.eval_texts[0] and p.selection_windows is not None
-            if chooses and split == "validation":
-                here, count = "validation", p.selection_windows
-                request = study.selection_request(point)
-            result = study.store.get(request)
-            compared = {
-                "split": (split, here),
-                "windows": (cell.eval_windows, count or "all"),
-                "window": (cell.window, p.eval_window),
-            }
-            yield point, compared, result and result.value["perplexity"]
-
-    return _joined(study, PERPLEXITY, ours)
+    return _joined(study, PERPLEXITY, study.points(), _perplexities)
 
 
 def task_table(study: Study) -> pd.DataFrame:
     """The same for accuracies, in percent, by the name of the task and the metric of lm-eval."""
-
-    def ours(cell: Cell) -> Iterator[Ours]:
-        task = cell.dataset.lower()
-        for point in _networks(cell, study.task_points()) if task in study.profile.tasks else []:
-            result, limit = (
-                study.store.get(study.task_request(point, task)),
-                study.profile.tasks[task],
-            )
-            # lm-eval's `limit` counts the first items of a task.
-            sampled = limit is not None and study.profile.task_subset != "first"
-            items = f"{limit} drawn" if sampled else limit or "all"
-            compared = {"items": (cell.eval_windows, items)}
-            yield point, compared, result and _accuracy(result.value, cell.metric)
-
-    return _joined(study, ACCURACY, ours)
+    return _joined(study, ACCURACY, study.task_points(), _accuracies)
 
 
 def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXITY) -> str:
@@ -137,66 +126,55 @@ def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXIT
     """
     what = "perplexity" if metrics == PERPLEXITY else "accuracy"
     if found.empty:
-        held = [cell for cell in read() if cell.metric in metrics]
-        models = ", ".join(dict.fromkeys(cell.model for cell in held))
-        rest = (
-            f"`data/published` holds {len(held)} of other models: {models}."
-            if held
-            else f"`data/published` holds none of any model; `{GUIDE}` says how to add some."
+        models = [cell.model for cell in read() if cell.metric in metrics]
+        return say(
+            "published_of_others" if models else "published_of_none",
+            what=what,
+            ours=study.profile.model,
+            count=len(models),
+            others=", ".join(dict.fromkeys(models)),
+            guide=GUIDE,
         )
-        return f"No published {what} is for {study.profile.model}; {rest}"
     joined = found[found["ours"].notna()]
-    equal = int((joined["settings"] == "equal").sum())
-    return (
-        f"**{len(joined)} of {len(found)}** rows have a number of ours next to the published "
-        f"{what}, {equal} of them with equal settings.\n\n{style.markdown(found)}"
-    )
+    equal = (joined["settings"] == "equal").sum()
+    counts = {"joined": len(joined), "every": len(found), "equal": equal}
+    return f"{say('published', what=what, **counts)}\n\n{style.markdown(found)}"
 
 
 # Reading
 
 
 def _cells(path: Path) -> Iterator[Cell]:
+    where = f"published file {path.name}"
     try:
         # utf-8-sig: spreadsheets put a mark before the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, strict=True)
-            _check_header(path, rows.fieldnames or [])
+            header, fields = rows.fieldnames or [], Cell.model_fields
+            required = [name for name in fields if fields[name].is_required()]
+            wrong = [n for n in (*required, *header) if n not in fields or header.count(n) != 1]
+            if wrong:
+                raise RequestError(
+                    f"{where}, line 1: column {wrong[0]!r} is missing, unknown or repeated; the "
+                    f"columns are {', '.join(fields)} (see {GUIDE})"
+                )
             for row in rows:
-                yield _cell(path, rows.line_num, row)
-    except UnicodeDecodeError as error:
+                yield _cell(f"{where}, line {rows.line_num}", row)
+    except (UnicodeDecodeError, csv.Error) as error:
         raise RequestError(
-            f"published file {path.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise RequestError(
-            f"published file {path.name}, line {rows.line_num} is not CSV ({error}); see {GUIDE}"
+            f"{where}, line {rows.line_num} or later, is no CSV in UTF-8 ({error}); see {GUIDE}"
         ) from error
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    fields = Cell.model_fields
-    missing = [name for name in fields if fields[name].is_required() and name not in header]
-    unknown = [name for name in header if name not in fields or header.count(name) > 1]
-    for problem, names in (("lacks", missing), ("has an unknown or repeated", unknown)):
-        if names:
-            raise RequestError(
-                f"published file {path.name}, line 1 {problem} column {names[0]!r}; the columns "
-                f"are {', '.join(fields)} (see {GUIDE})"
-            )
-
-
-def _cell(path: Path, line: int, row: dict[str | None, Any]) -> Cell:
+def _cell(where: str, row: dict[str | None, Any]) -> Cell:
     """One line; csv puts fields beyond the header under None, and None for those that lack."""
-    where = f"published file {path.name}, line {line}"
     if None in row or None in row.values():
         raise RequestError(
             f"{where} has {'more' if None in row else 'fewer'} fields than line 1 has columns; "
             "put text with commas in quotes, and leave a field empty rather than out"
         )
-    stated = {name: text.strip() for name, text in row.items() if text.strip()}
     try:
-        return Cell(**stated)
+        return Cell(**{name: text.strip() for name, text in row.items() if text.strip()})
     except ValidationError as error:
         errors = error.errors(include_url=False)
         column = errors[0]["loc"][0]
@@ -210,62 +188,81 @@ def _cell(path: Path, line: int, row: dict[str | None, Any]) -> Cell:
 
 
 def _joined(
-    study: Study, metrics: tuple[str, ...], ours: Callable[[Cell], Iterator[Ours]]
+    study: Study,
+    metrics: tuple[str, ...],
+    points: list[Point],
+    measured: Callable[[Study, Cell, Point], Iterator[Ours]],
 ) -> pd.DataFrame:
     rows = []
-    model = study.profile.model
     for cell in read():
-        if cell.metric in metrics and _is_any(model, [cell.model, *cell.relatives]):
-            found = [
-                (value, "not measured here" if value is None else _settings(cell, study, *of))
-                for *of, value in ours(cell)
-            ]
-            # No network, or none that was measured on this text or task.
-            points = study.points() if metrics == PERPLEXITY else study.task_points()
-            unread = f"{cell.dataset} is not read here"
-            absent = unread if _networks(cell, points) else "no such network here"
-            rows += [_row(cell, *pair) for pair in found or [(None, absent)]]
-    names = ["method", "model", "SP", "SB", "dataset", "metric", "published", "stated settings"]
-    return pd.DataFrame(rows, columns=[*names, "ours", "settings", "source"])
+        if cell.metric not in metrics or not _is_any(study.profile.model, cell.models):
+            continue
+        networks = _networks(cell, points)
+        found = [
+            {"ours": value, "settings": _compared(cell, study, point, here, value)}
+            for point in networks
+            for here, value in measured(study, cell, point)
+        ]
+        unread = f"{cell.dataset} is not read here" if networks else "no such network here"
+        for ours in found or [{"ours": None, "settings": unread}]:
+            rows.append({**cell.shown(), **ours})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _row(cell: Cell, ours: float | None, settings: str) -> tuple:
-    stated = [
-        f"{name} {value}"
-        for name, value in (
-            ("calibration", cell.calibration),
-            ("calibration windows", cell.calibration_windows),
-            ("calibration window", cell.calibration_window),
-            ("windows" if cell.metric == "perplexity" else "items", cell.eval_windows),
-            ("window", cell.window),
-        )
-        if value is not None
-    ]
-    network = (cell.method, cell.model, cell.slice_percentage, cell.slice_base)
-    number = (cell.dataset, cell.metric, cell.value, "; ".join(stated) or "-")
-    return *network, *number, ours, settings, cell.source
+def _perplexities(study: Study, cell: Cell, point: Point) -> Iterator[Ours]:
+    """On each text of the study that a cell speaks of."""
+    p, (name, split) = study.profile, _text(cell.dataset)
+    for text in (text for text in p.eval_texts if _text(text)[0] == name):
+        split_here, count = split_for(text, p.eval_split) or _text(text)[1], p.eval_windows
+        request = study.perplexity_request(point, text)
+        chooses = text == p.eval_texts[0] and p.selection_windows is not None
+        if chooses and split == "validation":
+            split_here, count = "validation", p.selection_windows
+            request = study.selection_request(point)
+        result = study.store.get(request)
+        here = {"split": split_here, "windows": count or "all", "window": p.eval_window}
+        yield here, result and result.value["perplexity"]
 
 
-def _settings(cell: Cell, study: Study, point: Point, compared: dict[str, tuple]) -> str:
-    """`equal`, or each setting (published, here) that differs or is not stated."""
-    p = study.profile
+def _accuracies(study: Study, cell: Cell, point: Point) -> Iterator[Ours]:
+    """On the task of a cell, if the study has it; in percent, None where lm-eval has no number."""
+    p, task = study.profile, cell.dataset.lower()
+    if task not in p.tasks:
+        return
+    result, limit = study.store.get(study.task_request(point, task)), p.tasks[task]
+    # lm-eval's `limit` counts the first items of a task.
+    sampled = limit is not None and p.task_subset != "first"
+    here = {"items": f"{limit} drawn" if sampled else limit or "all"}
+    if result is None or (result.value["acc_norm"] is None and cell.metric == "acc_norm"):
+        yield here, None
+    else:
+        scores = {**result.value, "acc": fmean(result.value["correct"])}
+        yield here, 100 * scores[cell.metric]
+
+
+def _compared(cell: Cell, study: Study, point: Point, here: dict, value: float | None) -> str:
+    """`equal`, or each setting that differs or is not stated."""
+    if value is None:
+        return "not measured here"
+    p, (dataset, split) = study.profile, _text(cell.dataset)
+    calibration = cell.calibration and _text(cell.calibration)[0]
+    there = {**cell.shown(), "split": split, "calibration": calibration}
     if not _is_any(p.model, [cell.model]):
-        compared = {"model": (cell.model, p.model), **compared}
+        here = {"model": p.model, **here}
     if point.schedule == "dynamic":
-        compared["SB"] = (cell.slice_base, point.slice_base)
+        here["SB"] = point.slice_base
     if point.network is not None:  # the dense model is calibrated on nothing
-        text = cell.calibration and _text(cell.calibration)[0]
-        compared["calibration"] = (text, _text(p.calibration_text)[0])
-        compared["calibration windows"] = (cell.calibration_windows, p.calibration_windows)
-        compared["calibration window"] = (cell.calibration_window, p.calibration_window)
+        here["calibration"] = _text(p.calibration_text)[0]
+        here["calibration windows"] = p.calibration_windows
+        here["calibration window"] = p.calibration_window
     differing = [
-        f"{name} {there}, here {here or 'not known'}"
-        for name, (there, here) in compared.items()
-        if there is not None and there != here
+        f"{name} {there[name]}, here {ours or 'not known'}"
+        for name, ours in here.items()
+        if there[name] not in (None, ours)
     ]
-    read = dict.fromkeys((_text(cell.dataset)[0], _text(cell.calibration or "")[0]))
+    read = dict.fromkeys((dataset, calibration))
     differing += [f"{t} read from {p.stand_ins[t]}" for t in read if t in p.stand_ins]
-    unstated = ", ".join(name for name, (there, _) in compared.items() if there is None)
+    unstated = ", ".join(name for name in here if there[name] is None)
     return "; ".join(differing + [f"{unstated} not stated"] * bool(unstated)) or "equal"
 
 
@@ -296,9 +293,3 @@ def _text(name: str) -> tuple[str, str | None]:
 
 def _is_any(model: str, others: list[str]) -> bool:
     return model.lower() in [other.lower() for other in others]
-
-
-def _accuracy(value: dict, metric: str) -> float | None:
-    """In percent; None where lm-eval defines no acc_norm."""
-    share = value["acc_norm"] if metric == "acc_norm" else fmean(value["correct"])
-    return None if share is None else 100 * share

@@ -3,18 +3,17 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axis import Axis
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from scipy import stats
 
 from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import statistics, style
-from dynslice.report.statistics import Difference
+from dynslice.report.sentences import say
+from dynslice.report.statistics import PERPLEXITY as LOSS
+from dynslice.report.statistics import Estimate
 
 FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
-
-LOSS = "perplexity (%)"
 
 
 def table(study: Study) -> pd.DataFrame:
@@ -34,7 +33,7 @@ def table(study: Study) -> pd.DataFrame:
     )
 
 
-def rank_correlation(losses: pd.DataFrame) -> Difference:
+def rank_correlation(losses: pd.DataFrame) -> Estimate:
     """Spearman's correlation of LR with the measured loss; the interval resamples layers."""
 
     def spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
@@ -43,7 +42,7 @@ def rank_correlation(losses: pd.DataFrame) -> Difference:
 
     samples = losses["LR"].to_numpy(), losses[LOSS].to_numpy()
     bounds = statistics.bootstrap(samples, spearman, paired=True)
-    return Difference(float(spearman(*samples, axis=-1)), float(bounds.low), float(bounds.high))
+    return Estimate(float(spearman(*samples, axis=-1)), *bounds)
 
 
 def prose(losses: pd.DataFrame, study: Study) -> str:
@@ -54,21 +53,18 @@ def prose(losses: pd.DataFrame, study: Study) -> str:
     if len(inner) < FEWEST_LAYERS:
         return f"{len(losses)} layers are too few for a rank correlation."
     rho, within = rank_correlation(losses), rank_correlation(inner)
-    worst, mildest = losses.loc[losses[LOSS].idxmax()], losses.loc[losses[LOSS].idxmin()]
-    says = {
-        "lower": "layers with a higher LR do lose less: LR predicts what hurts",
-        "higher": "layers with a higher LR lose **more**: LR ranks the layers the wrong way round",
-        "no difference shown": "no relation is shown between LR and what a cut costs",
-    }
-    p = study.profile
-    return (
-        f"Each layer cut alone by {percent(p.single_layer_slice)} ({p.eval_texts[0]}, "
-        f"{p.single_layer_eval_windows} validation windows): the rank correlation of LR with the "
-        f"loss is {_interval(within)} over the {len(inner)} layers between the first and the last: "
-        f"{says[within.direction]}. Over all {len(losses)} it is {_interval(rho)}: "
-        f"{says[rho.direction]}. Cutting layer {worst['layer']:.0f} costs most "
-        f"({worst[LOSS]:+.1f} %, LR {worst['LR']:.3f}), layer {mildest['layer']:.0f} "
-        f"least ({mildest[LOSS]:+.1f} %, LR {mildest['LR']:.3f})."
+    return say(
+        "single_layer",
+        p=study.profile,
+        share=percent(study.profile.single_layer_slice),
+        inner=len(inner),
+        within=within.format(digits=2),
+        within_says=say(f"single_layer_{within.direction}"),
+        layers=len(losses),
+        rho=rho.format(digits=2),
+        rho_says=say(f"single_layer_{rho.direction}"),
+        worst=losses.loc[losses[LOSS].idxmax()],
+        mildest=losses.loc[losses[LOSS].idxmin()],
     )
 
 
@@ -84,21 +80,13 @@ def figure(losses: pd.DataFrame) -> plt.Figure:
         left.annotate(layer, (x, y), fontsize=5, xytext=(2, 2), textcoords="offset points")
     left.set(xlabel="1 - layer redundancy", ylabel="perplexity, layer cut alone (%)")
     left.set_xscale("log")
-    _plain_numbers(left.xaxis)
     if (losses["low"] > 0).all():
         left.set_yscale("log")
-        _plain_numbers(left.yaxis)
+    for axis in (left.xaxis, left.yaxis):
+        if axis.get_scale() == "log":  # 1, 2, 5, 10 ...
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter("{x:g}")
     right.set(xlabel="layer")
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.whole_numbers(right)
     return fig
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """1, 2, 5, 10 ... on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
-
-
-def _interval(value: Difference) -> str:
-    return f"{value.estimate:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"

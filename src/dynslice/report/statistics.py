@@ -1,7 +1,7 @@
 """Paired comparisons of networks: estimates with bootstrap intervals, and the choice of SB."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -18,6 +18,8 @@ RESAMPLES = 9999
 
 INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap interval, {RESAMPLES:,} resamples, seed 0"
 
+PERPLEXITY, ACCURACY = "perplexity (%)", "accuracy (points)"  # the columns of changes
+
 EQUAL_SLICE, EQUAL_SIZE = "equal mean slice", "equal stored parameters"
 
 BASES = (EQUAL_SLICE, EQUAL_SIZE)
@@ -25,9 +27,8 @@ BASES = (EQUAL_SLICE, EQUAL_SIZE)
 Pair = tuple[Point, Point, str]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference with its bootstrap interval."""
+class Estimate(NamedTuple):
+    """A number with its bootstrap interval: a level, or a paired difference."""
 
     estimate: float
     low: float
@@ -35,33 +36,37 @@ class Difference:
 
     @property
     def direction(self) -> str:
-        """`lower`, `higher`, or `no difference shown`, by where the interval lies."""
+        """Of a difference: `lower`, `higher`, or `no difference shown`, by its interval."""
         if self.high < 0:
             return "lower"
         return "higher" if self.low > 0 else "no difference shown"
 
-    def format(self, unit: str) -> str:
+    def format(self, unit: str = "", digits: int = 1) -> str:
         """`+1.2 % [-0.3, +2.7]`."""
-        return f"{self.estimate:+.1f} {unit} [{self.low:+.1f}, {self.high:+.1f}]"
+        estimate, low, high = (f"{x:+.{digits}f}" for x in self)
+        return " ".join(filter(None, (estimate, unit, f"[{low}, {high}]")))
 
-    def times(self, factor: float) -> "Difference":
-        """The same in another unit."""
-        return Difference(*(factor * x for x in (self.estimate, self.low, self.high)))
-
-    @classmethod
-    def of_row(cls, row: Mapping, name: str, suffix: str = "") -> "Difference":
-        """The difference that `columns` put into a row of a table."""
-        return cls(*(row[column] for column in _names(name, suffix)))
+    def map(self, function: Callable[[float], float]) -> "Estimate":
+        """The same on another scale, by an increasing function."""
+        return Estimate(*(float(function(x)) for x in self))
 
 
-def columns(change: Difference | None, name: str, suffix: str = "") -> dict[str, float | None]:
-    """A difference as cells of a row: `name`, low and high (with `suffix`); None for no change."""
-    numbers = (change.estimate, change.low, change.high) if change else (None,) * 3
-    return dict(zip(_names(name, suffix), numbers, strict=True))
+def columns(
+    value: Estimate | None, name: str, bounds: str = "{}", says: str = ""
+) -> dict[str, float | str | None]:
+    """An estimate as cells of a row; None where there is none.
+
+    name: the column of the estimate. bounds: the columns `low` and `high`, put into this text.
+    says: the column of its direction in words, if any.
+    """
+    names = (name, bounds.format("low"), bounds.format("high"))
+    cells = dict(zip(names, value or (None,) * 3, strict=True))
+    return {**cells, says: value.direction} if says else cells
 
 
-def _names(name: str, suffix: str) -> tuple[str, ...]:
-    return name, *(f"{bound}, {suffix}" if suffix else bound for bound in ("low", "high"))
+def of_row(row: Mapping, name: str, bounds: str = "{}") -> Estimate:
+    """The estimate that `columns` put into a row of a table."""
+    return Estimate(*(row[column] for column in columns(None, name, bounds)))
 
 
 def pairs(
@@ -85,12 +90,18 @@ def pairs(
 # Perplexity
 
 
-def perplexity_change(study: Study, a: Point, b: Point, text: str) -> Difference:
+def perplexity(study: Study, point: Point, text: str) -> Estimate:
+    """Perplexity of a network on the reported windows of a text, which the interval resamples."""
+    bounds = mean(nll(study, study.perplexity_request(point, text))).map(np.exp)
+    return bounds._replace(estimate=study.perplexity(point, text))
+
+
+def perplexity_change(study: Study, a: Point, b: Point, text: str) -> Estimate:
     """Perplexity of a relative to b in percent, paired by window."""
     return relative_change(*(nll(study, study.perplexity_request(p, text)) for p in (a, b)))
 
 
-def selection_change(study: Study, a: Point, b: Point) -> Difference:
+def selection_change(study: Study, a: Point, b: Point) -> Estimate:
     """The same on the validation windows that choose SB."""
     return relative_change(*(nll(study, study.selection_request(p)) for p in (a, b)))
 
@@ -100,14 +111,12 @@ def nll(study: Study, request: Request) -> np.ndarray:
     return np.array(study.get(request).value["nll"])
 
 
-def relative_change(a: np.ndarray, b: np.ndarray) -> Difference:
+def relative_change(a: np.ndarray, b: np.ndarray) -> Estimate:
     """Perplexity of a relative to b in percent from NLL by window: exp(mean difference) - 1."""
-    difference = a - b
-    low, high = interval(difference)
-    return Difference(*(float(100 * np.expm1(x)) for x in (difference.mean(), low, high)))
+    return mean(a - b).map(lambda x: 100 * np.expm1(x))
 
 
-def curve_change(study: Study, point: Point, text: str) -> Difference | None:
+def curve_change(study: Study, point: Point, text: str) -> Estimate | None:
     """Perplexity of a network relative to constant slicing at its own size, in percent.
 
     Constant slicing at that size is interpolated: the NLL of each window between the two
@@ -159,9 +168,9 @@ def choice_tasks(study: Study) -> list[str]:
     return [task for task in study.profile.tasks if task in CHOICE_TASKS]
 
 
-def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
+def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Estimate:
     """Accuracy of a minus b in points, the mean over tasks, resampling items within each task."""
-    return _task_change(study, a, b, tasks, "correct").times(100)
+    return _task_change(study, a, b, tasks, "correct").map(lambda share: 100 * share)
 
 
 def accuracy(study: Study, point: Point, tasks: list[str]) -> float:
@@ -170,7 +179,7 @@ def accuracy(study: Study, point: Point, tasks: list[str]) -> float:
     return float(100 * np.mean([np.mean(items) for items in correct]))
 
 
-def margin_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Difference:
+def margin_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Estimate:
     """Mean log-likelihood margin of the right choice, a minus b in nats, paired by item.
 
     The margin of an item is the log-likelihood of its right choice minus that of the best wrong
@@ -192,11 +201,11 @@ def mcnemar(study: Study, a: Point, b: Point, task: str) -> float:
 # The bootstrap
 
 
-def interval(*samples: np.ndarray) -> tuple[float, float]:
-    """Bootstrap interval of the mean of the samples' means, resampling each on its own."""
+def mean(*samples: np.ndarray) -> Estimate:
+    """The mean of the samples' means; its interval resamples each sample on its own."""
+    estimate = float(np.mean([sample.mean() for sample in samples]))
     if all(len(set(sample)) == 1 for sample in samples):  # nothing to resample
-        mean = float(np.mean([sample.mean() for sample in samples]))
-        return mean, mean
+        return Estimate(estimate, estimate, estimate)
 
     several = [sample for sample in samples if len(sample) > 1]  # one item has no resamples
     alone = float(sum(sample[0] for sample in samples if len(sample) == 1))
@@ -205,13 +214,14 @@ def interval(*samples: np.ndarray) -> tuple[float, float]:
         means = np.sum([r.mean(axis=axis) for r in resampled], axis=0)
         return (means + alone) / len(samples)
 
-    bounds = bootstrap(tuple(several), mean_of_means, paired=False)
-    return float(bounds.low), float(bounds.high)
+    return Estimate(estimate, *bootstrap(tuple(several), mean_of_means, paired=False))
 
 
-def bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, paired: bool):
-    """The percentile interval that every table quotes, by scipy."""
-    return stats.bootstrap(
+def bootstrap(
+    samples: tuple[np.ndarray, ...], statistic: Callable, paired: bool
+) -> tuple[float, float]:
+    """Low and high of the percentile interval that every table quotes, by scipy."""
+    bounds = stats.bootstrap(
         samples,
         statistic,
         paired=paired,
@@ -222,12 +232,11 @@ def bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, paired: bool
         batch=1000,  # bounds the memory on whole task sets
         rng=np.random.default_rng(0),
     ).confidence_interval
+    return float(bounds.low), float(bounds.high)
 
 
-def _task_change(study: Study, a: Point, b: Point, tasks: list[str], what: str) -> Difference:
-    differences = [np.subtract(*_items(study, a, b, task, what)) for task in tasks]
-    low, high = interval(*differences)
-    return Difference(float(np.mean([d.mean() for d in differences])), low, high)
+def _task_change(study: Study, a: Point, b: Point, tasks: list[str], what: str) -> Estimate:
+    return mean(*(np.subtract(*_items(study, a, b, task, what)) for task in tasks))
 
 
 def _items(study: Study, a: Point, b: Point, task: str, what: str) -> list[np.ndarray]:

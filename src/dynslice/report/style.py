@@ -137,9 +137,14 @@ def lr_curves(axis: plt.Axes, table: pd.DataFrame) -> None:
     looks = zip(cycle(MARKERS), cycle(["-", "--", ":", "-.", "-"]), strict=False)
     for name, (marker, line) in zip(table, looks, strict=False):
         axis.plot(table.index, table[name], line, marker=marker, markersize=3, label=name)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axis)
     axis.set(xlabel="layer", ylabel="layer redundancy (cosine)")
     axis.legend()
+
+
+def whole_numbers(axis: plt.Axes) -> None:
+    """Layers and places are counted."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def zero_line(axis: plt.Axes, vertical: bool = False) -> None:

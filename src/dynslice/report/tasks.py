@@ -1,5 +1,8 @@
 """Notebook 03: accuracies and their paired differences."""
 
+from collections.abc import Iterable
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -8,7 +11,11 @@ from dynslice.evaluate.task_table import TASKS
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
-from dynslice.report.comparison import BY
+from dynslice.report.comparison import BY, SAYS
+from dynslice.report.sentences import say
+from dynslice.report.statistics import ACCURACY
+
+MARGIN = ("margin", "margin {}")  # the columns of a margin and of its interval
 
 
 def task_table(study: Study) -> pd.DataFrame:
@@ -18,8 +25,7 @@ def task_table(study: Study) -> pd.DataFrame:
     has its main metric in percent in place of the accuracy, no margin, and no part in the average.
     """
     study.ensure(study.design.task_requests())
-    averaged = statistics.choice_tasks(study)
-    groups = [[task] for task in study.profile.tasks] + ([averaged] if averaged else [])
+    groups = _groups(list(study.profile.tasks), statistics.choice_tasks(study))
     return pd.DataFrame(
         {
             "network": point.label,
@@ -27,11 +33,16 @@ def task_table(study: Study) -> pd.DataFrame:
             "SP": point.slice_percentage,
             "SB": point.slice_base,
             "parameters (M)": study.size(point) / 1e6,
-            **_scores(study, point, tasks, "average" if tasks is averaged else tasks[0]),
+            **_scores(study, point, tasks, name),
         }
         for point in study.task_points()
-        for tasks in groups
+        for name, tasks in groups.items()
     )
+
+
+def _groups(alone: list[str], averaged: list[str]) -> dict[str, list[str]]:
+    """The rows of a table: each task, then the average of some, if any."""
+    return {task: [task] for task in alone} | ({"average": averaged} if averaged else {})
 
 
 def _scores(study: Study, point: Point, tasks: list[str], name: str) -> dict:
@@ -40,46 +51,31 @@ def _scores(study: Study, point: Point, tasks: list[str], name: str) -> dict:
     metric = values[0].get("metric")
     correct = [100 * np.array(value["score" if metric else "correct"]) for value in values]
     margins = [np.array(value["margin"]) for value in values if not metric]
-    low, high = statistics.interval(*correct)
-    margin_low, margin_high = statistics.interval(*margins) if margins else (None, None)
     normed = [value["acc_norm"] for value in values]
     return {
         "task": f"{name} ({metric})" if metric else name,
         "items": sum(map(len, correct)),
-        "accuracy": np.mean([c.mean() for c in correct]),
-        "low": low,
-        "high": high,
+        **statistics.columns(statistics.mean(*correct), "accuracy"),
         "acc_norm": 100 * np.mean(normed) if None not in normed else None,
-        "margin": np.mean([m.mean() for m in margins]) if margins else None,
-        "margin low": margin_low,
-        "margin high": margin_high,
+        **statistics.columns(statistics.mean(*margins) if margins else None, *MARGIN),
     }
 
 
 def task_prose(study: Study) -> str:
     """What the scores of the profile's tasks are, and what guessing gives, as Markdown."""
-    tasks = {name: TASKS[name] for name in study.profile.tasks}
-    if not tasks:
+    tasks = pd.DataFrame([vars(TASKS[name]) for name in study.profile.tasks])
+    if tasks.empty:
         return "This profile runs no tasks."
-    guess: dict[int, list[str]] = {}
-    splits: dict[str, list[str]] = {}
-    for row in tasks.values():
-        splits.setdefault(row.split, []).append(row.title)
-        if row.choices:
-            guess.setdefault(row.choices, []).append(row.title)
-    sources = [f"the {split} split for {_listed(names)}" for split, names in splits.items()]
-    chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in guess.items()]
-    generated = ", or the metric that stands next to a task" * any(r.metric for r in tasks.values())
-    return (
-        f"In percent (`acc` of lm-eval{generated}), with the bootstrap interval over items. "
-        f"The items come from {_listed(sources)}."
-    ) + (
-        f" Guessing gives {_listed(chances)}: a score near that says that the network no longer "
-        "knows the task."
-    ) * bool(chances)
+    titles = tasks.groupby("split", sort=False)["title"]
+    generated = ", or the metric that stands next to a task" * bool(any(tasks["metric"]))
+    sources = [f"the {split} split for {_listed(names)}" for split, names in titles]
+    found = say("tasks", generated=generated, sources=_listed(sources))
+    titles = tasks.groupby("choices", sort=False)["title"]
+    chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in titles]
+    return f"{found} {say('guessing', chances=_listed(chances))}" if chances else found
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """`a, b and c`, each name once."""
     *others, last = dict.fromkeys(names)
     return f"{', '.join(others)} and {last}" if others else last
@@ -118,27 +114,14 @@ def task_comparison(study: Study) -> pd.DataFrame:
     Next to it McNemar's exact p, and the change of the mean margin in nats.
     """
     study.ensure(study.design.task_requests())
-    every = statistics.choice_tasks(study)
-    rows = []
-    for dynamic, other, basis in statistics.pairs(study.task_points()):
-        for tasks in [*([task] for task in every), every] if every else []:
-            change = statistics.accuracy_change(study, dynamic, other, tasks)
-            margin = statistics.margin_change(study, dynamic, other, tasks)
-            alone = len(tasks) == 1
-            rows.append(
-                {
-                    "SP": dynamic.slice_percentage,
-                    "SB": dynamic.slice_base,
-                    BY: basis,
-                    "task": tasks[0] if alone else "average",
-                    **comparison.columns(change, "accuracy (points)"),
-                    "McNemar p": (
-                        statistics.mcnemar(study, dynamic, other, tasks[0]) if alone else None
-                    ),
-                    "margin (nats)": margin.estimate,
-                    "margin low": margin.low,
-                    "margin high": margin.high,
-                    "margin of dynamic is": margin.direction,
-                }
-            )
+    groups, rows = _groups(*[statistics.choice_tasks(study)] * 2), []
+    for (dynamic, other, basis), name in product(statistics.pairs(study.task_points()), groups):
+        what = (study, dynamic, other, groups[name])
+        change, margin = statistics.accuracy_change(*what), statistics.margin_change(*what)
+        row = {"SP": dynamic.slice_percentage, "SB": dynamic.slice_base, BY: basis, "task": name}
+        row |= statistics.columns(change, ACCURACY, says=SAYS)
+        alone = name != "average"
+        row["McNemar p"] = statistics.mcnemar(study, dynamic, other, name) if alone else None
+        row |= statistics.columns(margin, "margin (nats)", MARGIN[1], "margin of dynamic is")
+        rows.append(row)
     return pd.DataFrame(rows)
