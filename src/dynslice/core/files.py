@@ -13,8 +13,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _SCRATCH = ".unfinished-"
 _LOCK = "lock"  # next to the folder "new" that is given
 _YOUNG = 60  # seconds for which a scratch folder may not be locked yet
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none
+_lock = partial(FileLock, fallback_to_soft=False)  # a file in its place would outlive its process
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def scratch(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
         made = tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH)
-        with made as folder, _held(Path(folder, _LOCK)):
+        with made as folder, claim(Path(folder, _LOCK)):
             inside = Path(folder, "new")
             inside.mkdir()
             yield inside
@@ -78,16 +79,26 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def claim(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold `path` as the only process; `waiting` is told first when another one holds it.
+    """Hold `path` as the only process; `waiting` is called first when another one holds it.
 
-    `path` is a file that is there only while it is held, or left by a killed process.
+    The file is there only while it is held, or left by a killed process. Without locks go on.
     """
-    with ExitStack() as held:
-        with explained(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_held(path, waiting))
-        held.callback(path.unlink, missing_ok=True)  # before it is let go: who waits sees it gone
+    lock = _lock(path)
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waiting()
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is let go: who waits sees it gone
+        lock.release()
 
 
 def is_claimed(path: Path) -> bool:
@@ -99,29 +110,6 @@ def is_claimed(path: Path) -> bool:
     except OSError as error:
         return isinstance(error, Timeout)
     return False
-
-
-@contextmanager
-def _held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock of a file until the context or the process ends; without locks go on."""
-    lock = _lock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        waiting()
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock(path: Path) -> FileLock:
-    """A lock of the system; one that a file stands for would outlive a killed process."""
-    return FileLock(path, fallback_to_soft=False)
 
 
 @contextmanager

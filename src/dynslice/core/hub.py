@@ -3,7 +3,6 @@
 Nothing that the hub's client says is quoted: it may hold addresses with credentials.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 
@@ -141,12 +140,3 @@ def snapshot(repository: str, revision: str | None = None, kind: str = "model") 
         return Path(client.snapshot_download(repository, local_files_only=True, **where))
     except Exception:  # not there, or no name that the hub could have
         return None
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a snapshot holds all files of its weights: a configuration alone is soon there."""
-    indices = list(folder.glob("*.index.json"))
-    if not indices:
-        return any(folder.glob("model*.safetensors"))
-    files = [json.loads(i.read_text(encoding="utf-8"))["weight_map"].values() for i in indices]
-    return any(all((folder / name).is_file() for name in set(names)) for names in files)

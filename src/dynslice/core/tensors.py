@@ -117,24 +117,20 @@ def batches(
             bar.update(len(part))
 
 
-_STATUS = Path("/proc/self/status")  # Linux: what the process holds,
-_CLEAR_REFS = Path("/proc/self/clear_refs")  # and where the peak of that is reset
-
-
 def reset_peak_memory(device: torch.device) -> None:
     """Let `peak_memory_bytes` start here, where the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR_REFS.exists():
-        _CLEAR_REFS.write_text("5")
+    elif (peak := Path("/proc/self/clear_refs")).exists():  # of Linux
+        peak.write_text("5")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: of the GPU where the work is on one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():  # getrusage's peak outlives a reset, and even an exec
-        for line in _STATUS.read_text().splitlines():
+    if (status := Path("/proc/self/status")).exists():  # getrusage's peak outlives a reset
+        for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024

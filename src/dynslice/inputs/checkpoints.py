@@ -89,6 +89,15 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+def check_shape(found: torch.Size, wanted: torch.Size, key: str, model: str) -> None:
+    """Raise RequestError for a weight whose shape is not that of the model's config."""
+    if found != wanted:
+        raise RequestError(
+            f"weight {key} of model {model!r} is of shape {list(found)}, its config.json asks for "
+            f"{list(wanted)}; save the model anew with transformers"
+        )
+
+
 class Checkpoint:
     """A model without weights, and its checkpoint from which they come when they are used."""
 
@@ -110,33 +119,28 @@ class Checkpoint:
         module = self.model.get_submodule(path)
         names = [name for name, _ in module.named_parameters()]
         try:
-            for name, weight in zip(names, self._read([f"{path}.{n}" for n in names]), strict=True):
+            for name in names:
+                weight = self._read(f"{path}.{name}")
                 set_module_tensor_to_device(module, name, self.device, weight)
             yield module
         finally:
             for name in names:
                 set_module_tensor_to_device(module, name, "meta")
 
-    def _read(self, names: list[str]) -> Iterator[Tensor]:
-        for name in names:
-            stored = self._stored_name(name)
-            try:
-                with safe_open(self._files[stored], framework="pt") as file:
-                    # A copy: products of memory that a file is mapped to round differently.
-                    weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
-            except (OSError, SafetensorError) as error:
-                raise RequestError(
-                    f"the weights in {self._files[stored].name} cannot be read "
-                    f"({in_one_line(error)}); save the model anew"
-                ) from error
-            check_weight(weight, stored, self.name)
-            wanted = self.model.get_parameter(name).shape
-            if weight.shape != wanted:
-                raise RequestError(
-                    f"weight {stored} of model {self.name!r} is of shape {list(weight.shape)}, its "
-                    f"config.json asks for {list(wanted)}; save the model anew with transformers"
-                )
-            yield weight
+    def _read(self, name: str) -> Tensor:
+        stored = self._stored_name(name)
+        try:
+            with safe_open(self._files[stored], framework="pt") as file:
+                # A copy: products of memory that a file is mapped to round differently.
+                weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise RequestError(
+                f"the weights in {self._files[stored].name} cannot be read "
+                f"({in_one_line(error)}); save the model anew"
+            ) from error
+        check_weight(weight, stored, self.name)
+        check_shape(weight.shape, self.model.get_parameter(name).shape, stored, self.name)
+        return weight
 
     def _stored_name(self, name: str) -> str:
         """The name of a weight in the checkpoint: a tied head is the embedding."""

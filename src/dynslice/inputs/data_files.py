@@ -17,44 +17,36 @@ SPLITS = ("train", "validation", "test")
 
 _FORMATS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 _FILE = re.compile(
-    rf"(?P<split>{'|'.join(SPLITS)})(-\d+-of-\d+(-[0-9a-f]+)?)?\.(?P<format>{'|'.join(_FORMATS)})"
-    r"(?P<gz>\.gz)?"
+    rf"(?P<split>{'|'.join(SPLITS)})(-\d+-of-\d+(-[0-9a-f]+)?)?"
+    r"\.(txt|(?P<format>jsonl|json|parquet)(\.gz)?)"
 )
 
 
-def files_of(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split that a directory, or else its folder `data`, holds, in name order.
-
-    Raises RequestError when one split comes in several formats.
-    """
-    for place in (folder, folder / "data"):
-        found: dict[str, list[Path]] = {}
-        for path in sorted(place.iterdir()) if place.is_dir() else []:
-            match = _FILE.fullmatch(path.name)
-            if match and path.is_file() and not (match["gz"] and match["format"] == "txt"):
-                found.setdefault(match["split"], []).append(path)
-        for split, paths in found.items():
-            formats = sorted({_FILE.fullmatch(path.name)["format"] for path in paths})
-            if len(formats) > 1:
-                raise RequestError(
-                    f"text {str(folder)!r} holds split {split} in several formats "
-                    f"({', '.join(formats)}); leave one of them"
-                )
-        if found:
-            return {split: found[split] for split in SPLITS if split in found}
-    return {}
-
-
 def split_files(folder: str, split: str) -> list[Path]:
-    """The files of one split of a directory. Raises RequestError when it has none."""
-    found = files_of(Path(folder))
+    """The files of one split in a directory, or else in its folder `data`, in name order.
+
+    Raises RequestError when there are none, and when a split comes in several formats.
+    """
+    found: dict[str, dict[str, list[Path]]] = {}
+    for place in (Path(folder), Path(folder, "data")):
+        for path in sorted(place.iterdir()) if place.is_dir() and not found else []:
+            if (match := _FILE.fullmatch(path.name)) and path.is_file():
+                formats = found.setdefault(match["split"], {})
+                formats.setdefault(match["format"] or "txt", []).append(path)
+    for name, formats in found.items():
+        if len(formats) > 1:
+            raise RequestError(
+                f"text {folder!r} holds split {name} in several formats "
+                f"({', '.join(sorted(formats))}); leave one of them"
+            )
     if split not in found:
-        have = ", ".join(found) or "none"
+        have = ", ".join(name for name in SPLITS if name in found) or "none"
         raise RequestError(
             f"text {folder!r} is a directory without split {split!r} (it has {have}); add "
             f"{split}.txt, .jsonl, .json, .json.gz or .parquet, or use a split that is there"
         )
-    return found[split]
+    [files] = found[split].values()
+    return files
 
 
 def folder_documents(folder: str, split: str) -> list[str]:

