@@ -24,7 +24,8 @@ def run(
     text: corpus or file of the windows; models of random weights take random tokens.
     Returns what was measured on what, and `rows`, in the order in which a reader wants them.
     """
-    device, dtype, tokenizer = subject.device, subject.dtype_name, subject.tokenizer()
+    device, tokenizer = subject.device, subject.tokenizer()
+    dtype = str(subject.dtype).removeprefix("torch.")
     rate, copy = speed.matrix_rate(device, subject.dtype), speed.copy_rate(device)
     rows = [
         Row("matrix product", None, f"{rate / 1e12:.3g} TFLOP/s", None, f"{dtype}, best of 10"),

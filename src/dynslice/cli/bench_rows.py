@@ -83,11 +83,6 @@ class Subject:
     revision: str | None = None
     seed: int = 0  # of random weights and of random tokens
 
-    @property
-    def dtype_name(self) -> str:
-        """The dtype as it is typed."""
-        return str(self.dtype).removeprefix("torch.")
-
     def load(self, layers: int | None = None) -> PreTrainedModel:
         """The model; `layers` makes one of a shape shallower."""
         if self.model:
@@ -221,10 +216,10 @@ def throughput_rows(
     count, length = (2, 512) if dense.device.type == "cpu" else (8, 2048)  # a GPU needs more work
     length = min(length, dense.config.max_position_embeddings - new_tokens)
     ids = random_tokens(dense, count, length, seed=0)
-    units = (("prefill", "flops", "FLOP"), ("decode", "bytes", "bytes of weights"))
     value, rows = speed.speed(dense, sliced, ids, new_tokens, repeats), []
-    for step, unit, what in units:
-        counted, times = value[f"{step}_{unit}"], value[f"{step}_seconds"]
+    for unit, what in {"prefill_flops": "FLOP", "decode_bytes": "bytes of weights"}.items():
+        step, counted = unit.partition("_")[0], value[unit]
+        times = value[f"{step}_seconds"]
         seconds = median(times["sliced"])
         gain, expected = median(times["dense"]) / seconds, counted["dense"] / counted["sliced"]
         rate = f"{value[f'{step}_tokens'] / seconds:,.0f} tokens/s, {gain:.2f} x dense"
@@ -237,7 +232,8 @@ def throughput_rows(
 def sweep_row(subject: Subject) -> Row:
     """A small study of constant points: what it takes beyond slicing and evaluating them."""
     shares = [0.2, 0.25, 0.3]
-    asked = {"model": subject.model, "revision": subject.revision, "dtype": subject.dtype_name}
+    dtype = str(subject.dtype).removeprefix("torch.")
+    asked = {"model": subject.model, "revision": subject.revision, "dtype": dtype}
     asked |= dict.fromkeys(("calibration_windows", "eval_windows"), 4)
     asked |= dict.fromkeys(("calibration_window", "eval_window"), 256)
     asked |= dict.fromkeys(("slice_percentages", "task_slice_percentages"), shares)

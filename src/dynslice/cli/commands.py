@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from dynslice.cli import common
-from dynslice.cli.common import check_output, given, is_sampled, loaded, windows_of, write_json
+from dynslice.cli.common import check_output, dims, given, is_sampled, loaded, windows_of
 from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
@@ -63,8 +63,8 @@ def assets_command(options) -> tuple[dict, list[str]]:
         return {"fetched": fetched, "task_files": str(tasks)}, [line, hint]
     if options.action == "verify":
         problems = assets.verify()
-        for problem in chain(*problems.values()):
-            raise RunError(problem)
+        if bad := [*chain(*problems.values())]:
+            raise RunError(bad[0])
         return {"verified": list(problems)}, [f"{name}: verified" for name in problems]
     rows = {
         name: {
@@ -114,8 +114,7 @@ def lr_command(options) -> tuple[dict, list[str]]:
     check_output(options.out)
     options.split = texts.checked_split(options.text, options.split)
     model, tokenizer = loaded(options, dense_for="layer redundancy")
-    source = (options.text, options.split)
-    stream = token_stream(*source, tokenizer, options.max_tokens, options.seed)
+    stream = token_stream(options.text, options.split, tokenizer, options.max_tokens, options.seed)
     windows = sliding_windows(stream, options.window, options.stride)
     start = time.perf_counter()
     lr = layer_redundancy(model, windows, options.stride, options.last_layer)
@@ -125,7 +124,7 @@ def lr_command(options) -> tuple[dict, list[str]]:
         "seconds": round(time.perf_counter() - start, 3),
         "shape": asdict(dims_of(model.config)),
     }
-    write_json(options.out, result)
+    common.write_json(options.out, result)
     lines = ["layer      LR  normalised"]
     lines += [f"{x['index']:5} {x['lr']:7.4f} {x['normalised']:11.4f}" for x in result["layers"]]
     lines.append(
@@ -139,7 +138,7 @@ def plan_command(options) -> tuple[dict, list[str]]:
     """Widths per layer for a slice percentage."""
     check_output(options.out)
     plan = plan_of(options)
-    write_json(options.out, plan.to_dict())
+    common.write_json(options.out, plan.to_dict())
     lines = ["layer  width  final slice"]
     pairs = zip(plan.widths, plan.final_slice, strict=True)
     lines += [f"{i:5} {width:6} {share:12.4f}" for i, (width, share) in enumerate(pairs)]
@@ -153,7 +152,6 @@ def plan_command(options) -> tuple[dict, list[str]]:
 def sensitivity_command(options) -> tuple[dict, list[str]]:
     """The loss with one place cut more or less than the others, for the schedule of that name."""
     from dynslice.evaluate.place_losses import place_losses
-    from dynslice.method.architectures import dims_of
     from dynslice.method.plan import constant
     from dynslice.method.scores import rises
 
@@ -161,9 +159,9 @@ def sensitivity_command(options) -> tuple[dict, list[str]]:
     share, reach = options.slice_percentage, options.reach * options.slice_percentage
     if not 0 < options.reach < 1:
         raise RequestError(f"--reach {options.reach} is outside 0 to 1; give one such as 0.4")
-    shape = dims_of(common.dense_config(options, "sensitivity"))
+    shape = dims(options, dense_for="sensitivity")
     plan = constant(shape, share, options.round_to or 8)
-    model, calibration, windows = _with_validation(options, "sensitivity")
+    model, calibration, windows = _with_validation(options)
     start = time.perf_counter()
     shares = [share - reach, share + reach]
     value = place_losses(model, calibration, windows, plan, shares)
@@ -173,7 +171,7 @@ def sensitivity_command(options) -> tuple[dict, list[str]]:
         "seconds": round(time.perf_counter() - start, 3),
         "shape": asdict(shape),
     }
-    write_json(options.out, result)
+    common.write_json(options.out, result)
     lines = ["layer  block     " + "".join(f"{f'{s:g} cut':>12}" for s in shares)]
     for place, rise in zip(value["places"], rises(value), strict=True):
         columns = "".join(f"{rise[s]:+12.4f}" for s in shares)
@@ -189,21 +187,20 @@ def search_command(options) -> tuple[dict, list[str]]:
     """A plan of equal size by coordinate search on validation windows."""
     from dynslice.evaluate import perplexity
     from dynslice.extensions.schedules import Evidence, budget_of, search
-    from dynslice.method.architectures import dims_of
     from dynslice.method.slicing import slice_model
 
     check_output(options.out)
     share, round_to = options.slice_percentage, options.round_to or 8
-    shape = dims_of(common.dense_config(options, "a search"))
+    shape = dims(options, dense_for="a search")
     budget = budget_of(shape, share, round_to)
-    model, calibration, windows = _with_validation(options, "a search")
+    model, calibration, windows = _with_validation(options)
 
     def loss(candidate) -> float:
         network = slice_model(model, calibration, candidate).model
         return perplexity.perplexity(network, windows)["nll_mean"]
 
     plan, tried = search(Evidence(shape, round_to), budget, loss, options.evaluations)
-    write_json(options.out, plan.to_dict())
+    common.write_json(options.out, plan.to_dict())
     first, best = tried[0]["loss"], min(step["loss"] for step in tried)
     line = (
         f"NLL {best:.4f} on {len(windows)} windows after {len(tried)} evaluations, constant "
@@ -212,8 +209,8 @@ def search_command(options) -> tuple[dict, list[str]]:
     return {**plan.to_dict(), "budget": budget, "tried": tried}, [line]
 
 
-def _with_validation(options, what: str):
-    """The dense model, the calibration windows and the validation windows."""
+def _with_validation(options):
+    """The model, the calibration windows and the validation windows."""
     from dynslice.inputs import texts
 
     sources = [
@@ -227,7 +224,7 @@ def _with_validation(options, what: str):
             f"text {options.text!r} is calibrated on already; give --text another one, to see what "
             "holds beyond it"
         )
-    model, tokenizer = loaded(options, dense_for=what)
+    model, tokenizer = loaded(options)
     return model, *(windows_of(options, *source, tokenizer) for source in sources)
 
 
@@ -286,7 +283,7 @@ def bench_command(options) -> tuple[dict, list[str]]:
     check_output(options.out)
     text = options.calibration or "sotu"
     if options.shape:
-        config = config_of(options.shape)
+        shape = dims_of(config_of(options.shape))
         for name in ("model", "revision", "calibration"):
             if getattr(options, name) is not None:
                 raise RequestError(
@@ -295,13 +292,18 @@ def bench_command(options) -> tuple[dict, list[str]]:
     else:
         options.model = options.model or "embedded:smollm2-135m"
         texts.checked_split(text, None, "train")
-        config = common.dense_config(options, "the benchmark")
-    constant(dims_of(config), options.slice_percentage)
-    device, dtype = common.placed(options)
-    source = (options.model, options.shape, device, dtype, options.revision, options.seed or 0)
+        shape = dims(options, dense_for="the benchmark")
+    constant(shape, options.slice_percentage)  # refuses a share that no plan has
+    source = (
+        options.model,
+        options.shape,
+        *common.placed(options),
+        options.revision,
+        options.seed or 0,
+    )
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
     result = bench.run(bench_rows.Subject(*source), text, *amounts)
-    write_json(options.out, result)
+    common.write_json(options.out, result)
     return result, bench.lines(result)
 
 

@@ -1,7 +1,6 @@
 """What several commands do with their options.
 
-Imports of torch and transformers wait until a request has been understood: `dynslice --help` and a
-mistyped option should not take seconds.
+torch and transformers are imported where they are needed, so that `--help` takes no seconds.
 """
 
 import json
@@ -12,6 +11,7 @@ from typing import Any
 from dynslice.core import files
 from dynslice.core.errors import RequestError
 from dynslice.core.paths import shown_path
+from dynslice.method.plan import ModelDims
 
 
 def given(options, *names: str) -> dict[str, Any]:
@@ -28,24 +28,25 @@ def placed(options) -> tuple[Any, Any]:
 
 
 def loaded(options, dense_for: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer; dense_for: what a sliced model is refused for."""
+    """Model and tokenizer; dense_for: what a sliced model is refused for, by a RequestError."""
     from dynslice.inputs import models
 
     device, dtype = placed(options)
     if dense_for:
-        dense_config(options, dense_for)
+        dims(options, dense_for)
     spread = getattr(options, "spread", False)
     return models.load(options.model, device, dtype, options.revision, spread)
 
 
-def dense_config(options, what: str) -> Any:
-    """The config of the model. Raises RequestError for a sliced one; what: is done with it."""
+def dims(options, dense_for: str | None = None) -> ModelDims:
+    """The shape of the model, by its config alone; dense_for: see `loaded`."""
     from dynslice.inputs import models
-    from dynslice.method.architectures import require_dense
+    from dynslice.method.architectures import dims_of, require_dense
 
     config = models.load_config(options.model, options.revision)
-    require_dense(config, what)
-    return config
+    if dense_for:
+        require_dense(config, dense_for)
+    return dims_of(config)
 
 
 def windows_of(options, text: str, split: str | None, tokenizer) -> Any:

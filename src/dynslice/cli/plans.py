@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dynslice.cli.common import dims
 from dynslice.core.errors import RequestError
 from dynslice.core.files import read_json
 from dynslice.extensions.schedules import Evidence, budget_of, within
@@ -10,14 +11,8 @@ from dynslice.method.plan import ModelDims, SlicePlan, check_request, constant, 
 from dynslice.method.scores import lr_of, read_rises
 
 # What each schedule takes next to --slice-percentage.
-TAKES = {
-    "constant": (),
-    "dynamic": ("slice_base", "lr"),
-    "lr": ("lr",),
-    "first": (),
-    "embedding": (),
-    "sensitivity": ("sensitivity",),
-}
+TAKES = dict.fromkeys(("constant", "first", "embedding"), ())
+TAKES |= {"dynamic": ("slice_base", "lr"), "lr": ("lr",), "sensitivity": ("sensitivity",)}
 
 FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
 
@@ -25,9 +20,8 @@ FILES = ("lr", "sensitivity")  # measured values, which name the shape of their 
 def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     """The plan that the options ask for.
 
-    measured_lr: LR of each layer, where `slice --schedule lr` measured it itself. Raises
-    RequestError for options that are missing, contradict each other or mean nothing together, and
-    for values of another model.
+    measured_lr: LR of each layer, where `slice` measured it itself. Raises RequestError for options
+    that are missing, contradict each other or mean nothing together, and values of another model.
     """
     if getattr(options, "match_parameters", None):
         others = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")
@@ -43,26 +37,22 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     share, round_to = options.slice_percentage, options.round_to or 8
     if schedule == "constant":
         return constant(shape, share, round_to)
-    known = {}
-    if "lr" in TAKES[schedule]:
-        if lr is None and measured_lr is None:
+    if "lr" in TAKES[schedule] and measured_lr is None:
+        if lr is None:
             raise RequestError(
                 f"a plan of schedule {schedule} needs LR scores: run `dynslice lr --out lr.json` "
                 "and give --lr lr.json"
             )
-        known["lr"] = measured_lr or lr_of(lr)
+        measured_lr = lr_of(lr)
     if schedule == "dynamic":
-        return dynamic(shape, known["lr"], share, options.slice_base or 0.0, round_to)
-    if schedule == "sensitivity":
-        known["rises"] = _rises(options, losses)
-    return within(schedule, Evidence(shape, round_to, **known), budget_of(shape, share, round_to))
+        return dynamic(shape, measured_lr, share, options.slice_base or 0.0, round_to)
+    rises = _rises(options, losses) if schedule == "sensitivity" else None
+    known = Evidence(shape, round_to, measured_lr, rises)
+    return within(schedule, known, budget_of(shape, share, round_to))
 
 
 def measures_lr(options) -> bool:
     """Whether `slice` measures LR itself. Raises RequestError for amounts that no plan has."""
-    from dynslice.inputs import models
-    from dynslice.method.architectures import dims_of
-
     if "lr" not in TAKES[_schedule(options)] or options.lr:
         return False
     if options.stream:
@@ -70,9 +60,8 @@ def measures_lr(options) -> bool:
             "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
             "give --lr lr.json"
         )
-    shape = dims_of(models.load_config(options.model, options.revision))
-    amounts = (options.slice_percentage, options.slice_base or 0.0, options.round_to or 8)
-    check_request(shape, *amounts)
+    share, base = options.slice_percentage, options.slice_base or 0.0
+    check_request(dims(options), share, base, options.round_to or 8)
     return True
 
 
@@ -97,26 +86,20 @@ def _schedule(options) -> str:
     }
     for name, instead in hints.items():
         value = getattr(options, name)
-        if value is None or name in TAKES[schedule]:
-            continue
-        if name in FILES and not options.model:  # it says what the model is
-            continue
-        if name == "slice_base" and schedule == "constant" and base == share:
-            continue
-        raise RequestError(
-            f"{_flag(name)} {value} has no meaning in a plan of schedule {schedule}; leave it out, "
-            f"or use {instead}"
-        )
+        says_model = name in FILES and not options.model
+        says_constant = name == "slice_base" and schedule == "constant" and base == share
+        if not (value is None or name in TAKES[schedule] or says_model or says_constant):
+            raise RequestError(
+                f"{_flag(name)} {value} has no meaning in a plan of schedule {schedule}; leave it "
+                f"out, or use {instead}"
+            )
     return schedule
 
 
 def _shape(options, schedule: str, values: dict | None) -> ModelDims:
     """The shape of the model, or of the one that the values were measured on."""
     if options.model:
-        from dynslice.inputs import models
-        from dynslice.method.architectures import dims_of
-
-        return dims_of(models.load_config(options.model, options.revision))
+        return dims(options)
     if options.revision is not None:
         raise RequestError(
             f"--revision {options.revision} is that of a model of the hub; give --model too, or "

@@ -1,6 +1,8 @@
 """Results of record: copying a run, and how another run agrees with it."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,8 @@ def record(profile: str) -> tuple[dict, list[str]]:
 
 def of_models(outcomes: list[tuple[dict, list[str]]]) -> tuple[dict, list[str]]:
     """What a command answers that did the same for each model of a profile."""
-    facts = [found for found, _ in outcomes]
-    lines = [line for _, said in outcomes for line in said]
-    return facts[0] if len(facts) == 1 else {"models": facts}, lines
+    facts, lines = zip(*outcomes, strict=True)
+    return facts[0] if len(facts) == 1 else {"models": list(facts)}, [*chain(*lines)]
 
 
 def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
@@ -70,7 +71,7 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
 def update_pages(study: Study) -> None:
     """Rewrite the parts of the README and of docs/ that a record or a benchmark speaks for."""
     for path, block in PAGES.items():
-        _fill(path, f"record:{study.profile.name}", lambda block=block: block(study))
+        _fill(path, f"record:{study.profile.name}", partial(block, study))
         _fill(path, "bench", efficiency.bench_block)
 
 
@@ -89,32 +90,26 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
     and for accuracies 0.02.
     """
     record = Store(paths.record(study.profile.name), of_record=True)
-    compared = agreeing = 0
-    largest, where = 0.0, None
+    agreeing, deviations = [], {None: 0.0}
     for request in requests:
         ours, theirs = study.store.get(request), record.get(request)
         if ours is None or theirs is None:
             continue
         same_class = ours.provenance["device_class"] == theirs.provenance["device_class"]
         quoted = KINDS[request.kind].quoted
-        expected_values = quoted(theirs.value)
+        wanted = quoted(theirs.value)
         for name, value in quoted(ours.value).items():
-            expected = expected_values[name]
-            deviation = abs(value - expected) / max(abs(expected), 1e-12)
-            within = deviation <= (1e-3 if same_class else 1e-2)
-            if request.kind == "task" and not same_class:
-                within = abs(value - expected) <= 0.02
-            compared, agreeing = compared + 1, agreeing + within
-            if deviation > largest:
-                largest, where = deviation, f"{name} in {request.key}"
-    if not compared:
+            apart = abs(value - wanted[name])
+            deviation = apart / max(abs(wanted[name]), 1e-12)
+            deviations[f"{name} in {request.key}"] = deviation
+            of_task = request.kind == "task" and not same_class
+            within = apart <= 0.02 if of_task else deviation <= (1e-3 if same_class else 1e-2)
+            agreeing.append(within)
+    if not agreeing:
         return None
-    return {
-        "agree": agreeing,
-        "values": compared,
-        "largest_deviation": largest,
-        "largest_deviation_at": where,
-    }
+    where = max(deviations, key=deviations.get)
+    counts = {"agree": sum(agreeing), "values": len(agreeing)}
+    return {**counts, "largest_deviation": deviations[where], "largest_deviation_at": where}
 
 
 def agreement_line(agreement: dict | None, profile: str) -> str:
@@ -122,8 +117,8 @@ def agreement_line(agreement: dict | None, profile: str) -> str:
     if agreement is None:
         have = "holds none of these values" if paths.record(profile).is_dir() else "does not exist"
         return f"nothing to compare with: the record of profile {profile} {have}"
+    where = agreement["largest_deviation_at"]
     return (
         f"{agreement['agree']} of {agreement['values']} values agree with the record "
-        f"(largest deviation {agreement['largest_deviation']:.2%}"
-        + (f", {agreement['largest_deviation_at']})" if agreement["largest_deviation_at"] else ")")
+        f"(largest deviation {agreement['largest_deviation']:.2%}{f', {where}' if where else ''})"
     )

@@ -1,12 +1,12 @@
-"""`dynslice reproduce` and `dynslice record`: a profile from measurements to rendered notebooks."""
+"""`dynslice reproduce`: a profile from measurements to rendered notebooks."""
 
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,48 +48,42 @@ def run(
     executor, address: see `executor.run_all`. Returns the outcome as a dict and as lines. Raises
     RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
-    check_executor(executor, address, load_profile(profile, overrides).placement)
-    runs = []
+    how = (executor, address)
+    check_executor(*how, load_profile(profile, overrides).placement)
+    runs, notebooks = [], _notebooks(only)
     for chosen in by_model(profile, overrides):
         study = Study.open(profile, from_record, device, **chosen)
-        notebooks = _notebooks(only)
-        requests = unique([r for number in notebooks for r in NEEDS[number](study)])
-        runs.append((study, chosen, notebooks, requests))
+        runs.append((study, chosen, unique([r for n in notebooks for r in NEEDS[n](study)])))
     if dry_run:
-        return of_models([_dry_run(study, asked, executor, address) for study, *_, asked in runs])
-    for study, _, _, requests in runs:
-        _check_places(study)
+        return of_models([_dry_run(study, requests, *how) for study, _, requests in runs])
+    for study, _, requests in runs:
+        name = study.profile.name
+        results = [] if from_record else [study.store.folder]
+        for place in (*results, paths.figures(name), paths.rendered(name)):
+            files.check_writable(
+                place, "let it be written, or set DYNSLICE_OUTPUT to another place"
+            )
         if not from_record:
-            _prepare(study, requests, executor, address)
+            _prepare(study, requests, *how)
     outcomes, failed = [], []
-    for run_ in runs:
+    for study, chosen, requests in runs:
         try:
-            outcomes.append(_run_one(profile, *run_, executor, address))
+            outcomes.append(_run_one(profile, study, chosen, notebooks, requests, *how))
         except RunError as error:  # the other models go on
-            failed.append(f"{run_[0].profile.name}: {error}" if len(runs) > 1 else str(error))
+            failed.append(f"{study.profile.name}: {error}" if len(runs) > 1 else str(error))
     if failed:
         raise RunError("\n".join(failed))
     return of_models(outcomes)
 
 
-def _dry_run(
-    study: Study, requests: list[Request], executor: str, address: str | None
-) -> tuple[dict, list[str]]:
+def _dry_run(study: Study, requests: list[Request], *how: str | None) -> tuple[dict, list[str]]:
     from dynslice.experiment import preflight
 
-    found = preflight.forecast(study, study.missing(requests), executor, address)
+    found = preflight.forecast(study, study.missing(requests), *how)
     return preflight.facts(study, requests, found), preflight.lines(study, requests, found)
 
 
-def _check_places(study: Study) -> None:
-    """Refuse places that cannot be written, before anything heavy starts. Raises RequestError."""
-    name = study.profile.name
-    results = [] if study.from_record else [study.store.folder]
-    for place in (*results, paths.figures(name), paths.rendered(name)):
-        files.check_writable(place, "let it be written, or set DYNSLICE_OUTPUT to another place")
-
-
-def _prepare(study: Study, requests: list[Request], executor: str, address: str | None) -> None:
+def _prepare(study: Study, requests: list[Request], *how: str | None) -> None:
     """Refuse what cannot run, before anything heavy starts. Raises RequestError."""
     missing = study.missing(requests)
     if not missing:
@@ -100,7 +94,7 @@ def _prepare(study: Study, requests: list[Request], executor: str, address: str 
     assets.fetch()
     if not preflight.is_remote(study.profile.model):  # of the others the forecast says why not
         check_settings(study.profile)
-    if obstacles := preflight.forecast(study, missing, executor, address).obstacles:
+    if obstacles := preflight.forecast(study, missing, *how).obstacles:
         raise RequestError(obstacles[0])
     check_study(study)
 
@@ -111,25 +105,22 @@ def _run_one(
     overrides: dict[str, Any],
     notebooks: dict[str, Path],
     requests: list[Request],
-    executor: str,
-    address: str | None,
+    *how: str | None,
 ) -> tuple[dict, list[str]]:
     start, name = time.perf_counter(), study.profile.name
-    measured = study.ensure(requests, executor, address)
+    measured = study.ensure(requests, *how)
     measuring = time.perf_counter() - start
 
     # A notebook's own None keeps the profile's value, and its texts are read as YAML.
-    given = {key: "null" if value is None else value for key, value in overrides.items()}
+    chosen = {key: "null" if value is None else value for key, value in overrides.items()}
     where = {"from_record": study.from_record, "device": study.device}
-    parameters = {"profile": profile, **where, **given}
-    rendered = paths.rendered(name)
-    with files.claim(rendered / ".rendering", _say_waiting):
+    rendered, waiting = paths.rendered(name), "another run renders the notebooks; waiting for it"
+    with files.claim(rendered / ".rendering", partial(print, waiting, file=sys.stderr)):
         for position, path in enumerate(notebooks.values(), start=1):
             print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
-            _execute(path, rendered / path.name, parameters)
+            _execute(path, rendered / path.name, {"profile": profile, **where, **chosen})
     seconds = time.perf_counter() - start
 
-    agreement = None if study.from_record else agree(study, requests)
     outcome = {
         "profile": name,
         "measured": measured,
@@ -137,7 +128,7 @@ def _run_one(
         "seconds": round(seconds, 1),
         "notebooks": shown_path(rendered),
         "figures": shown_path(paths.figures(name)),
-        "agreement": agreement,
+        "agreement": None if study.from_record else agree(study, requests),
     }
     places = [
         f"profile {name} took {_minutes(seconds)}",
@@ -148,11 +139,7 @@ def _run_one(
         return outcome, [f"rendered {len(requests)} measurements of the record", *places]
     stored = ", the others were in the store" if measured < len(requests) else ""
     line = f"measured {measured} of {len(requests)} values in {_minutes(measuring)}{stored}"
-    return outcome, [line, *places, agreement_line(agreement, name)]
-
-
-def _say_waiting() -> None:
-    print("another run renders the notebooks; waiting for it", file=sys.stderr)
+    return outcome, [line, *places, agreement_line(outcome["agreement"], name)]
 
 
 def _notebooks(only: list[str] | None) -> dict[str, Path]:
@@ -162,16 +149,13 @@ def _notebooks(only: list[str] | None) -> dict[str, Path]:
         raise RequestError(
             f"no notebooks in {shown_path(paths.NOTEBOOKS)}; run from a checkout of the repository"
         )
-    if only is None:
-        return every
-    chosen = {}
-    for name in only:
+    for name in only or []:
         number = Path(name).name[:2]
         if number not in every or not every[number].stem.startswith(Path(name).stem):
             have = ", ".join(path.stem for path in every.values())
             raise RequestError(f"notebook {name!r} is unknown; there are {have}")
-        chosen[number] = every[number]
-    return dict(sorted(chosen.items()))
+    numbers = every if only is None else sorted({Path(name).name[:2] for name in only})
+    return {number: every[number] for number in numbers}
 
 
 def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
@@ -181,19 +165,23 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
 
     # It warns of parameters that a notebook's cell does not list; the study checks them all.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with files.scratch(target.parent) as scratch:
+    with files.scratch(target.parent) as scratch, ThreadPoolExecutor(1) as thread:
         unfinished = scratch / target.name
+        running = thread.submit(  # in a thread no signals reach it, which it would take for itself
+            papermill.execute_notebook,
+            str(source),
+            str(unfinished),
+            parameters,
+            cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--log-level=40"],  # errors only: no advice about transports
+        )
         try:
-            _in_a_thread(
-                papermill.execute_notebook,
-                str(source),
-                str(unfinished),
-                parameters,
-                cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
-                kernel_name="python3",
-                progress_bar=sys.stderr.isatty(),
-                extra_arguments=["--log-level=40"],  # errors only: no advice about transports
-            )
+            running.result()
+        except KeyboardInterrupt:
+            interrupt.kill_children()
+            raise
         except papermill.PapermillExecutionError as error:
             raise RunError(
                 f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
@@ -212,17 +200,6 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             cell["metadata"].pop("execution", None)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, target)
-
-
-def _in_a_thread(run: Callable, *arguments, **options) -> None:
-    """Run something that would take signals for itself where they do not reach it."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run, *arguments, **options)
-        try:
-            running.result()
-        except KeyboardInterrupt:
-            interrupt.kill_children()
-            raise
 
 
 def _minutes(seconds: float) -> str:

@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dynslice.cli.common import check_output, is_sampled, loaded, placed, windows_of, write_json
+from dynslice.cli import common
+from dynslice.cli.common import check_output, given, is_sampled, windows_of, write_json
 from dynslice.cli.plans import measures_lr, plan_of, refuse_next_to
 from dynslice.core.errors import RequestError
 
@@ -21,7 +22,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
     check_output(options.out)
     split = texts.checked_split(options.calibration, None, "train")
     plan = _plan(options)
-    device, dtype = placed(options)
+    device, dtype = common.placed(options)
     budget = _budget(options, device)
     tokenizer = models.load_tokenizer(options.model, options.revision)
     windows = windows_of(options, options.calibration, split, tokenizer)
@@ -48,7 +49,14 @@ def slice_command(options) -> tuple[dict, list[str]]:
         }
         write_json(folder / "plan.json", sliced.plan.to_dict())
         write_json(folder / "slice.json", _recipe(options, result))
-    return result, [_line(result)]
+    how = "sampled" if result["sampled"] else "consecutive"
+    line = (
+        f"wrote {options.out}: {result['parameters']:,} stored parameters in {result['dtype']} "
+        f"(dense {result['parameters_dense']:,}), sliced in {result['seconds']:.1f} s on "
+        f"{len(windows)} {how} windows of {options.window} tokens"
+    )
+    also = ", on which layer redundancy was measured too" if result["measured_lr"] else ""
+    return result, [line + also]
 
 
 def _plan(options) -> Any:
@@ -73,7 +81,7 @@ def _sliced(options, windows, plan, start) -> Any:
     from dynslice.method.redundancy import layer_redundancy
     from dynslice.method.slicing import dynamic_slicing, slice_model
 
-    model, _ = loaded(options, dense_for="slicing")
+    model, _ = common.loaded(options, dense_for="slicing")
     if plan is None and options.schedule == "lr":
         plan = plan_of(options, layer_redundancy(model, windows).lr)
     if plan is not None:
@@ -103,35 +111,26 @@ def _facts(options, sliced) -> dict:
 
 def _recipe(options, result: dict) -> dict:
     """How a slice was made, which is saved with it: no places of this machine, only names."""
-    names = {"model": options.model, "calibration": options.calibration}
-    names = {key: Path(x).name if Path(x).exists() else x for key, x in names.items()}
-    amounts = {key: x for key, x in result.items() if key != "out"}
-    return {**names, "revision": options.revision, "seed": options.seed, **amounts}
-
-
-def _line(result: dict) -> str:
-    return (
-        f"wrote {result['out']}: {result['parameters']:,} stored parameters in {result['dtype']} "
-        f"(dense {result['parameters_dense']:,}), sliced in {result['seconds']:.1f} s on "
-        f"{result['windows']} {'sampled' if result['sampled'] else 'consecutive'} windows of "
-        f"{result['window']} tokens"
-        + (", on which layer redundancy was measured too" if result["measured_lr"] else "")
-    )
+    names = given(options, "model", "calibration").items()
+    recipe = {key: Path(x).name if Path(x).exists() else x for key, x in names}
+    recipe |= given(options, "revision", "seed") | result
+    del recipe["out"]
+    return recipe
 
 
 def _budget(options, device) -> Any:
     """The memory that streamed slicing may take, as given in GiB."""
     from dynslice.method.streaming import Budget
 
-    given = {"--host-memory": options.host_memory, "--device-memory": options.device_memory}
-    for flag, gib in given.items():
+    memory = {"--host-memory": options.host_memory, "--device-memory": options.device_memory}
+    for flag, gib in memory.items():
         if gib is not None and not options.stream:
             raise RequestError(f"{flag} {gib} is a budget of streamed slicing; add --stream")
         if gib is not None and not 0 < gib < 2**30:
             raise RequestError(f"{flag} {gib} is no memory; give GiB, such as 8")
     if options.device_memory is not None and device.type == "cpu":
         raise RequestError("--device-memory is that of a GPU; on a CPU give --host-memory")
-    host, on_device = (None if gib is None else int(gib * 2**30) for gib in given.values())
+    host, on_device = (None if gib is None else int(gib * 2**30) for gib in memory.values())
     return Budget(device=on_device, host=host)
 
 
