@@ -9,6 +9,7 @@ from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.sentences import say
+from dynslice.report.statistics import columns
 
 OF_SCORES = {"angular": "angular distance", "update": "update norm"}  # what a score is made of
 
@@ -141,10 +142,10 @@ def ablation_table(study: Study) -> pd.DataFrame:
                 "text": text,
                 "parameters (M)": study.size(point) / 1e6,
                 "perplexity": study.perplexity(point, text),
-                **statistics.columns(change, "change (%)"),
-                **statistics.columns(curve, *CURVE),
+                **columns(change, "change (%)"),
+                **columns(curve, *CURVE),
                 "nearest (M)": study.size(nearest) / 1e6,
-                **statistics.columns(to_nearest, *NEAREST),
+                **columns(to_nearest, *NEAREST),
             }
         )
     return pd.DataFrame(rows)
@@ -172,9 +173,7 @@ def seed_table(study: Study) -> pd.DataFrame:
             "calibration seed": str(dynamic.network["calibration"]["seed"]),
             "dynamic": study.perplexity(dynamic, text),
             "constant of equal size": study.perplexity(matched, text),
-            **statistics.columns(
-                statistics.perplexity_change(study, dynamic, matched, text), "change (%)"
-            ),
+            **columns(statistics.perplexity_change(study, dynamic, matched, text), "change (%)"),
         }
         for dynamic, matched in zip(points[::2], points[1::2], strict=True)
     )
@@ -188,17 +187,10 @@ def seed_prose(table: pd.DataFrame) -> str:
     """The spread over calibrations in a sentence (Markdown)."""
     if table.empty:
         return style.NONE
-    *changes, mean, deviation = table["change (%)"]
-    same = len({np.sign(change) for change in changes}) == 1
-    return say(
-        "seeds",
-        count=len(changes),
-        mean=mean,
-        deviation=deviation,
-        least=min(changes),
-        most=max(changes),
-        sign=say("seeds_same" if same else "seeds_differ"),
-    )
+    changes = table["change (%)"].iloc[:-2]  # without the mean and the deviation
+    same = np.sign(changes).nunique() == 1
+    sign = say("seeds_same" if same else "seeds_differ")
+    return say("seeds", changes=changes.describe(), sign=sign)
 
 
 def overfit_table(study: Study) -> pd.DataFrame:
@@ -243,8 +235,8 @@ def shuffle_table(study: Study) -> pd.DataFrame:
                 "layers with the width by LR": int(np.equal(own, widths).sum()),
                 "parameters (M)": study.size(point) / 1e6,
                 "perplexity": study.perplexity(point, text),
-                **statistics.columns(curve, BY_SIZE, "{}, constant"),
-                **statistics.columns(change, BY_LR, "{}, LR"),
+                **columns(curve, BY_SIZE, "{}, constant"),
+                **columns(change, BY_LR, "{}, LR"),
             }
         )
     return pd.DataFrame(rows)
@@ -257,17 +249,15 @@ def shuffle_prose(table: pd.DataFrame) -> str:
     orders = table[table["order of the widths"].str.startswith("shuffled")]
     worse, better = int((orders["low, LR"] > 0).sum()), int((orders["high, LR"] < 0).sum())
     verdicts = {worse: "shuffled_worse", better: "shuffled_better"}
-    changes, kept = orders[BY_LR], orders["layers with the width by LR"]
+    verdict = say(verdicts.get(len(orders), "shuffled_neither"), networks=len(orders) + 1)
     found = say(
         "shuffled",
         orders=f"{len(orders)} random order{'s' * (len(orders) > 1)}",
         worse=worse,
         better=better,
-        least=changes.min(),
-        most=changes.max(),
-        fewest=kept.min(),
-        keep=kept.max(),
-        verdict=say(verdicts.get(len(orders), "shuffled_neither"), networks=len(orders) + 1),
+        changes=orders[BY_LR].describe(),
+        kept=orders["layers with the width by LR"].describe(),
+        verdict=verdict,
     )
     for row in table[table["order of the widths"].str.contains("embedding")].to_dict("records"):
         change = statistics.of_row(row, BY_LR, "{}, LR")

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dynslice.experiment.profile import percent
 from dynslice.report import statistics, style
+from dynslice.report.sentences import say
 from dynslice.report.style import MARKERS
 
 BY = "against constant at"  # the column of the basis of a comparison
@@ -21,24 +22,22 @@ def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
     Of a table with tasks, what it says of their average.
     """
     if comparison.empty:
-        return f"This profile compares no dynamic with a constant network by {quantity}."
+        return say("paired_none", quantity=quantity)
     if "task" in comparison:
         comparison = comparison[comparison["task"] == "average"]
     lines = []
-    unit = column.partition("(")[2].rstrip(")")
     for basis, rows in comparison.groupby(BY, sort=False):
-        found = [
-            f"no difference is shown in {count}"
-            if word == "no difference shown"
-            else f"{quantity} of dynamic slicing is {word} in {count}"
-            for word, count in rows[SAYS].value_counts().items()
-        ]
+        words = rows[SAYS].value_counts().items()
         low, high = (f"{x:+.1f}" for x in (rows[column].min(), rows[column].max()))
-        changes = f"the change is {low}" if low == high else f"the changes are {low} to {high}"
-        lines.append(
-            f"- At **{basis}**, of {len(rows)} comparison{'s' * (len(rows) > 1)}: "
-            f"{', '.join(found)}; {changes} {unit}."
+        found = say(
+            "paired",
+            basis=basis,
+            comparisons=f"{len(rows)} comparison{'s' * (len(rows) > 1)}",
+            found=", ".join(say(word, quantity=quantity, count=count) for word, count in words),
+            changes=f"change is {low}" if low == high else f"changes are {low} to {high}",
+            unit=column.partition("(")[2].rstrip(")"),
         )
+        lines.append(f"- {found}")
     return "\n".join(lines)
 
 

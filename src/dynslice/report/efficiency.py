@@ -34,41 +34,30 @@ def size_table(study: Study) -> pd.DataFrame:
     """One row per network: what it stores, and how long slicing took."""
     study.ensure(study.design.efficiency_requests())
     points = [*study.points(), *study.design.speed_points()]
-    named = {point.label: point for point in points}.values()
+    results = {point.label: (point, study.get(study.slice_request(point))) for point in points}
     return pd.DataFrame(
         {
-            "network": point.label,
+            "network": label,
             "SP": point.slice_percentage,
             "SB": point.slice_base,
-            "parameters (M)": size / 1e6,
-            "stored (MB)": size * _BYTES[study.profile.dtype] / 1e6,
-            "against dense (%)": 100 * (size / result.value["parameters_dense"] - 1),
-            "slicing (s)": None if point.network is None else result.seconds,
+            "parameters (M)": study.size(point) / 1e6,
+            "stored (MB)": study.size(point) * _BYTES[study.profile.dtype] / 1e6,
+            "against dense (%)": 100 * (study.size(point) / sliced.value["parameters_dense"] - 1),
+            "slicing (s)": None if point.network is None else sliced.seconds,
         }
-        for point in named
-        for result, size in [(study.get(study.slice_request(point)), study.size(point))]
+        for label, (point, sliced) in results.items()
     )
 
 
 def time_prose(study: Study, table: pd.DataFrame) -> str:
     """How long LR and slicing took."""
-    p, lr = study.profile, study.get(study.lr_request())
-    tokens = lr.value["windows"] * lr.value["window"]
-    slicing, calibration = (
-        table["slicing (s)"].dropna(),
-        p.calibration_windows * p.calibration_window,
-    )
-    return say(
-        "slicing_time",
-        lr=lr.seconds,
-        tokens=tokens,
-        rate=tokens / lr.seconds,
-        median=slicing.median(),
-        least=slicing.min(),
-        most=slicing.max(),
-        calibration=calibration,
-        slicing_rate=calibration / slicing.median(),
-    )
+    p, lr, slicing = study.profile, study.get(study.lr_request()), table["slicing (s)"].describe()
+    read = {
+        "tokens": lr.value["windows"] * lr.value["window"],
+        "calibration": p.calibration_windows * p.calibration_window,
+    }
+    rates = {"rate": read["tokens"] / lr.seconds, "sliced": read["calibration"] / slicing["50%"]}
+    return say("slicing_time", lr=lr, slicing=slicing, **read, **rates)
 
 
 def speed_table(study: Study) -> pd.DataFrame:

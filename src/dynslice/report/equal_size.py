@@ -13,7 +13,7 @@ from dynslice.method.scores import rises
 from dynslice.report import statistics, style
 from dynslice.report.comparison import forest
 from dynslice.report.sentences import say
-from dynslice.report.statistics import ACCURACY, PERPLEXITY
+from dynslice.report.statistics import ACCURACY, PERPLEXITY, columns
 
 COLOURS = ("C0", "C1", "C2", "C3")
 
@@ -48,7 +48,7 @@ def contest_table(study: Study) -> pd.DataFrame:
 def _perplexity(study: Study, point: Point, reference: Point, text: str) -> dict:
     change = statistics.perplexity_change(study, point, reference, text)
     found = {"text": text, "perplexity": study.perplexity(point, text)}
-    return found | statistics.columns(change, PERPLEXITY)
+    return found | columns(change, PERPLEXITY)
 
 
 def accuracy_table(study: Study) -> pd.DataFrame:
@@ -60,9 +60,7 @@ def accuracy_table(study: Study) -> pd.DataFrame:
             "network": name(point),
             "tasks": len(tasks),
             "accuracy (%)": statistics.accuracy(study, point, tasks),
-            **statistics.columns(
-                statistics.accuracy_change(study, point, contest[0], tasks), ACCURACY
-            ),
+            **columns(statistics.accuracy_change(study, point, contest[0], tasks), ACCURACY),
         }
         for sp, contest in contests(study).items()
         for point in contest
@@ -75,20 +73,17 @@ def cost_table(study: Study) -> pd.DataFrame:
 
     Evidence is what its schedule rests on (LR, losses by place, a search), once for all of them.
     """
-    every = [(sp, point) for sp, contest in contests(study).items() for point in contest]
-    slices = [study.get(study.slice_request(point)) for _, point in every]
-    evidence = [point.network["plan"].get("evidence") for _, point in every]
-    return pd.DataFrame(
-        {
-            "SP": sp,
-            "network": name(point),
-            "calibration passes": 2 if point.network.get("compensation") else 1,
-            "slicing (s)": sliced.seconds,
-            "evidence (s)": asked and study.get(Request(**asked)).seconds,
-            "peak memory (GB)": sliced.peak_memory_bytes / 1e9,
-        }
-        for (sp, point), sliced, asked in zip(every, slices, evidence, strict=True)
-    )
+    rows = []
+    for sp, point in [(sp, point) for sp, contest in contests(study).items() for point in contest]:
+        sliced = study.get(study.slice_request(point))
+        asked = point.network["plan"].get("evidence")
+        row = {"SP": sp, "network": name(point)}
+        row["calibration passes"] = 2 if point.network.get("compensation") else 1
+        row["slicing (s)"] = sliced.seconds
+        row["evidence (s)"] = asked and study.get(Request(**asked)).seconds
+        row["peak memory (GB)"] = sliced.peak_memory_bytes / 1e9
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def contest_figure(changes: pd.DataFrame, accuracies: pd.DataFrame) -> plt.Figure:
@@ -164,7 +159,7 @@ def variant_table(study: Study) -> pd.DataFrame:
             "network": name(point),
             "parameters (M)": study.size(point) / 1e6,
             "validation perplexity": study.get(study.selection_request(point)).value["perplexity"],
-            **statistics.columns(statistics.selection_change(study, point, contest[0]), PERPLEXITY),
+            **columns(statistics.selection_change(study, point, contest[0]), PERPLEXITY),
         }
         for point in [*contest, *study.beyond.variants(sp)]
     )

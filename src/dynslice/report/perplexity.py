@@ -11,7 +11,7 @@ from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.comparison import BY, SAYS
 from dynslice.report.sentences import say
-from dynslice.report.statistics import PERPLEXITY
+from dynslice.report.statistics import PERPLEXITY, columns
 
 LEGEND_COLUMNS = 4
 
@@ -28,7 +28,7 @@ def perplexity_table(study: Study) -> pd.DataFrame:
             "mean slice": study.get(study.slice_request(point)).value["mean_slice"],
             "parameters (M)": study.size(point) / 1e6,
             "text": text,
-            **statistics.columns(statistics.perplexity(study, point, text), "perplexity"),
+            **columns(statistics.perplexity(study, point, text), "perplexity"),
             "windows": study.get(study.perplexity_request(point, text)).value["windows"],
         }
         for point in study.points()
@@ -44,16 +44,14 @@ def perplexity_comparison(study: Study) -> pd.DataFrame:
     study.ensure(study.design.perplexity_requests())
     return pd.DataFrame(
         {
-            "SP": dynamic.slice_percentage,
-            "SB": dynamic.slice_base,
+            "SP": a.slice_percentage,
+            "SB": a.slice_base,
             BY: basis,
             "text": text,
-            "size (%)": 100 * (study.size(dynamic) / study.size(other) - 1),
-            **statistics.columns(
-                statistics.perplexity_change(study, dynamic, other, text), PERPLEXITY, says=SAYS
-            ),
+            "size (%)": 100 * (study.size(a) / study.size(b) - 1),
+            **columns(statistics.perplexity_change(study, a, b, text), PERPLEXITY, says=SAYS),
         }
-        for dynamic, other, basis in statistics.pairs(study.points())
+        for a, b, basis in statistics.pairs(study.points())
         for text in study.profile.eval_texts
     )
 
@@ -79,14 +77,8 @@ def size_prose(table: pd.DataFrame) -> str:
     """How the sliced networks compare with the dense one in what they store, as Markdown."""
     networks = table.drop_duplicates("network").set_index("schedule")["parameters (M)"]
     dense, sliced = networks["dense"], networks.drop("dense")
-    return say(
-        "size_of_one" if len(sliced) == 1 else "size_of_several",
-        count=len(sliced),
-        more=int((sliced > dense).sum()),
-        dense=dense,
-        least=sliced.min(),
-        most=sliced.max(),
-    )
+    name = "size_of_one" if len(sliced) == 1 else "size_of_several"
+    return say(name, dense=dense, sliced=sliced.describe(), more=int((sliced > dense).sum()))
 
 
 # Choosing the slice base
@@ -137,9 +129,9 @@ def selection_table(study: Study) -> pd.DataFrame:
             optimistic = statistics.perplexity_change(study, *best[:2], text)
             row = {"SP": sp, BY: basis, "text": text}
             row["SB chosen on validation"] = picked[0].slice_base
-            row |= statistics.columns(change, PERPLEXITY, says=SAYS)
+            row |= columns(change, PERPLEXITY, says=SAYS)
             row["best SB in hindsight"] = best[0].slice_base
-            row |= statistics.columns(optimistic, "in hindsight (%)", "{}, hindsight")
+            row |= columns(optimistic, "in hindsight (%)", "{}, hindsight")
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -151,4 +143,4 @@ def selection_prose(table: pd.DataFrame, study: Study) -> str:
     if table.empty:
         return "This profile chooses no SB: it has no dynamic network."
     gaps = table[PERPLEXITY] - table["in hindsight (%)"]
-    return say("hindsight", most=gaps.max(), differ=int((gaps > 0).sum()), count=len(gaps))
+    return say("hindsight", gaps=gaps.describe(), differ=int((gaps > 0).sum()))

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import isclose
 from pathlib import Path
 from statistics import fmean
@@ -28,20 +28,13 @@ PERPLEXITY, ACCURACY = ("perplexity",), ("acc", "acc_norm")
 # The networks of a study that a published method names; any other method has none here.
 SCHEDULES = {name: name for name in ("dense", "constant", "dynamic")} | {"slicegpt": "constant"}
 
-SETTINGS = (
-    "calibration",
-    "calibration windows",
-    "calibration window",
-    "windows",
-    "items",
-    "window",
-)
-
 COLUMNS = ["method", "model", "SP", "SB", "dataset", "metric", "published", "stated settings"]
 COLUMNS += ["ours", "settings", "source"]
 
 # The settings of a number of ours, named as those of a cell, and the number if there is one.
 Ours = tuple[dict[str, str | int | float | None], float | None]
+
+_Count = Annotated[int, Field(ge=1)] | Literal["all"]
 
 
 class Cell(BaseModel):
@@ -61,9 +54,7 @@ class Cell(BaseModel):
     calibration: str | None = None
     calibration_windows: int | None = Field(None, ge=1, serialization_alias="calibration windows")
     calibration_window: int | None = Field(None, ge=2, serialization_alias="calibration window")
-    eval_windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
-        None, serialization_alias="windows"
-    )
+    eval_windows: _Count | None = Field(None, serialization_alias="windows")
     window: int | None = Field(None, ge=2)
     value: float = Field(gt=0, serialization_alias="published")
     source: str
@@ -91,7 +82,9 @@ class Cell(BaseModel):
         cells = self.model_dump(by_alias=True)
         cells["items"] = cells["windows"] if self.metric in ACCURACY else None
         cells["windows"] = cells["windows"] if self.metric in PERPLEXITY else None
-        stated = (f"{name} {cells[name]}" for name in SETTINGS if cells[name] is not None)
+        named = ("calibration", "calibration windows", "calibration window")
+        named += ("windows", "items", "window")
+        stated = (f"{name} {cells[name]}" for name in named if cells[name] is not None)
         return {**cells, "stated settings": "; ".join(stated) or "-"}
 
 
@@ -111,12 +104,12 @@ def table(study: Study) -> pd.DataFrame:
     one row without a number of ours. `settings` is `equal`, or names what differs or is not
     stated. Numbers of the nearest published model are among them. Nothing is measured here.
     """
-    return _joined(study, PERPLEXITY, study.points(), _perplexities)
+    return _joined(study, PERPLEXITY)
 
 
 def task_table(study: Study) -> pd.DataFrame:
     """The same for accuracies, in percent, by the name of the task and the metric of lm-eval."""
-    return _joined(study, ACCURACY, study.task_points(), _accuracies)
+    return _joined(study, ACCURACY)
 
 
 def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXITY) -> str:
@@ -127,14 +120,9 @@ def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXIT
     what = "perplexity" if metrics == PERPLEXITY else "accuracy"
     if found.empty:
         models = [cell.model for cell in read() if cell.metric in metrics]
-        return say(
-            "published_of_others" if models else "published_of_none",
-            what=what,
-            ours=study.profile.model,
-            count=len(models),
-            others=", ".join(dict.fromkeys(models)),
-            guide=GUIDE,
-        )
+        held = {"count": len(models), "others": ", ".join(dict.fromkeys(models)), "guide": GUIDE}
+        name = "published_of_others" if models else "published_of_none"
+        return say(name, what=what, ours=study.profile.model, **held)
     joined = found[found["ours"].notna()]
     equal = (joined["settings"] == "equal").sum()
     counts = {"joined": len(joined), "every": len(found), "equal": equal}
@@ -187,16 +175,13 @@ def _cell(where: str, row: dict[str | None, Any]) -> Cell:
 # Joining
 
 
-def _joined(
-    study: Study,
-    metrics: tuple[str, ...],
-    points: list[Point],
-    measured: Callable[[Study, Cell, Point], Iterator[Ours]],
-) -> pd.DataFrame:
+def _joined(study: Study, metrics: tuple[str, ...]) -> pd.DataFrame:
+    of_tasks = metrics == ACCURACY
+    points = study.task_points() if of_tasks else study.points()
+    measured = _accuracies if of_tasks else _perplexities
+    cells = [cell for cell in read() if cell.metric in metrics]
     rows = []
-    for cell in read():
-        if cell.metric not in metrics or not _is_any(study.profile.model, cell.models):
-            continue
+    for cell in (cell for cell in cells if _is_any(study.profile.model, cell.models)):
         networks = _networks(cell, points)
         found = [
             {"ours": value, "settings": _compared(cell, study, point, here, value)}

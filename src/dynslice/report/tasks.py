@@ -13,7 +13,7 @@ from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.comparison import BY, SAYS
 from dynslice.report.sentences import say
-from dynslice.report.statistics import ACCURACY
+from dynslice.report.statistics import ACCURACY, columns
 
 MARGIN = ("margin", "margin {}")  # the columns of a margin and of its interval
 
@@ -55,9 +55,9 @@ def _scores(study: Study, point: Point, tasks: list[str], name: str) -> dict:
     return {
         "task": f"{name} ({metric})" if metric else name,
         "items": sum(map(len, correct)),
-        **statistics.columns(statistics.mean(*correct), "accuracy"),
+        **columns(statistics.mean(*correct), "accuracy"),
         "acc_norm": 100 * np.mean(normed) if None not in normed else None,
-        **statistics.columns(statistics.mean(*margins) if margins else None, *MARGIN),
+        **columns(statistics.mean(*margins) if margins else None, *MARGIN),
     }
 
 
@@ -119,9 +119,9 @@ def task_comparison(study: Study) -> pd.DataFrame:
         what = (study, dynamic, other, groups[name])
         change, margin = statistics.accuracy_change(*what), statistics.margin_change(*what)
         row = {"SP": dynamic.slice_percentage, "SB": dynamic.slice_base, BY: basis, "task": name}
-        row |= statistics.columns(change, ACCURACY, says=SAYS)
+        row |= columns(change, ACCURACY, says=SAYS)
         alone = name != "average"
         row["McNemar p"] = statistics.mcnemar(study, dynamic, other, name) if alone else None
-        row |= statistics.columns(margin, "margin (nats)", MARGIN[1], "margin of dynamic is")
+        row |= columns(margin, "margin (nats)", MARGIN[1], "margin of dynamic is")
         rows.append(row)
     return pd.DataFrame(rows)
