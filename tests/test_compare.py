@@ -196,13 +196,13 @@ def test_points_and_ratio_are_both_said_where_they_disagree(invented):
     outcome = next(
         o
         for o in claims.outcomes(invented)
-        if o.metric == "accuracy" and o.basis == statistics.EQUAL_SIZE
+        if o["metric"] == "accuracy" and o["at"] == statistics.EQUAL_SIZE
     )
-    assert outcome.change.estimate == pytest.approx(12.5)
-    assert outcome.ratio.estimate == pytest.approx(125)
-    assert outcome.verdict == "supported"
-    weaker = replace(outcome, change=statistics.Estimate(2.5, 0.5, 4.5))
-    assert weaker.verdict == "supported in direction, not in size (read as a ratio: supported)"
+    assert outcome["change"].estimate == pytest.approx(12.5)
+    assert outcome["ratio"].estimate == pytest.approx(125)
+    assert outcome["verdict on this model"] == "supported"
+    weaker = claims.verdicts(statistics.Estimate(2.5, 0.5, 4.5), outcome["ratio"], 5)
+    assert weaker == "supported in direction, not in size (read as a ratio: supported)"
 
 
 def test_accuracy_verdicts_follow_the_items(invented):

@@ -17,6 +17,12 @@ BY_LR, BY_SIZE = "against LR order (%)", "against constant of equal size (%)"
 
 CURVE, NEAREST = ("against the curve (%)", "{}, curve"), ("against the nearest (%)", "{}, nearest")
 
+
+def variants(study: Study, question: str) -> list[Point]:
+    """The networks in which one thing was varied."""
+    return [a.point for a in study.ablation.variants() if a.question == question]
+
+
 # LR itself
 
 
@@ -76,43 +82,35 @@ def width_table(study: Study) -> pd.DataFrame:
     }
     for point in variants(study, "last layer") + variants(study, "score"):
         plans[point.label] = study.get(study.slice_request(point)).value
-    own = next(iter(plans.values()), None)
-    gaps = [np.abs(np.subtract(plan["widths"], own["widths"])) for plan in plans.values()]
-    return pd.DataFrame(
-        {
-            "plan": name,
-            "narrowest": min(plan["widths"]),
-            "widest": max(plan["widths"]),
-            "layers with another width": int((gap > 0).sum()),
-            "largest change of a width": int(gap.max()),
-            "parameters (M)": plan["parameters"] / 1e6,
-        }
-        for (name, plan), gap in zip(plans.items(), gaps, strict=True)
-    )
+    if not plans:
+        return pd.DataFrame()
+    widths = pd.DataFrame({name: plan["widths"] for name, plan in plans.items()})
+    gaps = widths.sub(widths.iloc[:, 0], axis="index").abs()
+    columns = {
+        "narrowest": widths.min(),
+        "widest": widths.max(),
+        "layers with another width": (gaps > 0).sum(),
+        "largest change of a width": gaps.max(),
+        "parameters (M)": pd.Series(
+            {name: plan["parameters"] / 1e6 for name, plan in plans.items()}
+        ),
+    }
+    return pd.DataFrame(columns).rename_axis("plan").reset_index()
 
 
 def lr_tokens_table(study: Study) -> pd.DataFrame:
     """LR on growing beginnings of the text, compared with LR on the longest."""
     requests = study.ablation.lr_by_tokens() if study.profile.ablation_lr_tokens else []
-    values = [study.get(request).value for request in requests]
-    agreement = [_agreement(study.lr(request), study.lr(requests[-1])) for request in requests]
-    return pd.DataFrame(
-        {
-            "tokens": value["tokens"],
-            "windows": value["windows"],
-            "rank correlation with the longest": correlation,
-            "largest |difference| of LR": gap,
-        }
-        for value, (correlation, gap) in zip(values, agreement, strict=True)
-    )
+    rows = []
+    for request in requests:
+        correlation, gap = _agreement(study.lr(request), study.lr(requests[-1]))
+        row = {name: study.get(request).value[name] for name in ("tokens", "windows")}
+        row["rank correlation with the longest"] = correlation
+        rows.append({**row, "largest |difference| of LR": gap})
+    return pd.DataFrame(rows)
 
 
 # What a change of the slice does
-
-
-def variants(study: Study, question: str) -> list[Point]:
-    """The networks in which one thing was varied."""
-    return [a.point for a in study.ablation.variants() if a.question == question]
 
 
 def ablation_table(study: Study) -> pd.DataFrame:
@@ -188,7 +186,7 @@ def seed_prose(table: pd.DataFrame) -> str:
     if table.empty:
         return style.NONE
     changes = table["change (%)"].iloc[:-2]  # without the mean and the deviation
-    same = np.sign(changes).nunique() == 1
+    same = len(set(np.sign(changes))) == 1
     sign = say("seeds_same" if same else "seeds_differ")
     return say("seeds", changes=changes.describe(), sign=sign)
 
@@ -272,9 +270,8 @@ def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
     if table.empty:
         return style.nothing()
     figure, axes = style.panels(1, 2, 0.9 + 0.25 * len(table), sharey=True)
-    sides = ((BY_SIZE, "{}, constant"), (BY_LR, "{}, LR"))
-    for axis, (column, bounds) in zip(axes, sides, strict=True):
-        rows = "order of the widths"
-        comparison.forest(axis, table, column, rows, bounds=bounds, filled=["by LR"])
+    for axis, (column, of) in zip(axes, ((BY_SIZE, "constant"), (BY_LR, "LR")), strict=True):
+        look = {"bounds": f"{{}}, {of}", "filled": ["by LR"]}
+        comparison.forest(axis, table, column, "order of the widths", **look)
         axis.set_xlabel(f"perplexity {column}")
     return figure

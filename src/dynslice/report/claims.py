@@ -1,6 +1,6 @@
 """Notebook 06: verdicts on the paper's claims by rule, and what a record says of its idea."""
 
-from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 
@@ -17,42 +17,6 @@ NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
 ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One claim, on one basis of comparison, with what was measured of it.
-
-    change: from constant to dynamic slicing, None where nothing was measured; in percent of
-    perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy
-    where that is not zero.
-    """
-
-    claim: str
-    source: str
-    metric: str
-    published: float
-    basis: str
-    measured_on: str
-    network: str
-    how: str
-    change: Estimate | None
-    ratio: Estimate | None
-
-    @property
-    def verdict(self) -> str:
-        """See `verdict`; where points and ratio disagree, both are said."""
-        plain = verdict(self.change, self.published)
-        as_ratio = verdict(self.ratio or self.change, self.published)
-        return plain if as_ratio == plain else f"{plain} (read as a ratio: {as_ratio})"
-
-    @property
-    def measured(self) -> str:
-        """The change with its interval, as text."""
-        if self.change is None:
-            return "-"
-        change = self.change.format("%" if self.metric == "perplexity" else "points")
-        return f"{change}, as a ratio {self.ratio.estimate:+.1f} %" if self.ratio else change
-
-
 def verdict(change: Estimate | None, published: float) -> str:
     """The rule: `not supported` unless the interval lies beyond zero on the claimed side.
 
@@ -66,45 +30,61 @@ def verdict(change: Estimate | None, published: float) -> str:
     return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
 
 
-def outcomes(study: Study) -> list[Outcome]:
+def verdicts(change: Estimate | None, ratio: Estimate | None, published: float) -> str:
+    """The verdict on a change; where it disagrees with that on the ratio, both."""
+    plain, as_ratio = (verdict(x, published) for x in (change, ratio or change))
+    return plain if as_ratio == plain else f"{plain} (read as a ratio: {as_ratio})"
+
+
+def outcomes(study: Study) -> list[dict]:
     """Every headline claim of the paper, at equal mean slice and at equal stored parameters.
 
     A claim says "up to", so one dynamic network speaks for it: of those that the study compares,
     the one with the largest gain in perplexity on the validation windows. A profile without
     validation windows takes the one with the largest gain in what is shown, which favours the
-    claim.
+    claim. `change` is that from constant to dynamic slicing, None where nothing was measured; in
+    percent of perplexity, or in points of accuracy with `ratio`, the same in percent of constant's
+    accuracy where that is not zero.
     """
     measure = {"perplexity": _perplexities, "accuracy": _accuracy}
     return [
-        Outcome(claim.claim, claim.source, claim.metric, claim.value, basis, *measured)
-        for claim in _claims().itertuples()
-        for basis in BASES
-        for measured in measure[claim.metric](study, basis)
+        {
+            "claim": claim.claim,
+            "published": f"{claim.value:+.0f} %",
+            "at": basis,
+            "measured on": on,
+            "network": network,
+            "chosen": how,
+            "measured": _measured(claim.metric, change, ratio),
+            "verdict on this model": verdicts(change, ratio, claim.value),
+            "source": claim.source,
+            "metric": claim.metric,
+            "value": claim.value,
+            "change": change,
+            "ratio": ratio,
+        }
+        for claim, basis in product(_claims().itertuples(), BASES)
+        for on, network, how, change, ratio in measure[claim.metric](study, basis)
     ]
+
+
+def _measured(metric: str, change: Estimate | None, ratio: Estimate | None) -> str:
+    if change is None:
+        return "-"
+    said = change.format("%" if metric == "perplexity" else "points")
+    return f"{said}, as a ratio {ratio.estimate:+.1f} %" if ratio else said
 
 
 def claims_table(study: Study) -> pd.DataFrame:
     """The outcomes as a table; on models that the study did not run, `not tested here`."""
-    models = dict.fromkeys(model for row in _claims()["models"] for model in row.split(";"))
-    ran = study.profile.model
-    return pd.DataFrame(
-        {
-            "claim": outcome.claim,
-            "published": f"{outcome.published:+.0f} %",
-            "at": outcome.basis,
-            "measured on": outcome.measured_on,
-            "network": outcome.network,
-            "chosen": outcome.how,
-            "measured": outcome.measured,
-            "verdict on this model": outcome.verdict,
-            **{f"on {m}": outcome.verdict if m == ran else NOT_TESTED for m in models},
-            "source": outcome.source,
-        }
-        for outcome in outcomes(study)
-    )
+    table = pd.DataFrame(outcomes(study)).loc[:, :"source"]
+    for model in dict.fromkeys(";".join(_claims()["models"]).split(";")):
+        here = table["verdict on this model"] if model == study.profile.model else NOT_TESTED
+        table.insert(table.shape[1] - 1, f"on {model}", here)
+    return table
 
 
-# A text or tasks, the network that speaks and how it was chosen, then the changes of an Outcome.
+# A text or tasks, the network that speaks and how it was chosen, then the changes of an outcome.
 Measured = tuple[str, str, str, Estimate | None, Estimate | None]
 
 NOTHING = ("-", "-", None, None)
@@ -153,7 +133,7 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
 
 def findings(study: Study) -> str:
     """What a record says of the paper's idea: the claims, then what the ablations say of it."""
-    lines = [_finding(outcome) for outcome in outcomes(study) if outcome.change]
+    lines = [_finding(outcome) for outcome in outcomes(study) if outcome["change"]]
     lines = lines or [say("finding_none", verdict=NOT_TESTED.capitalize())]
     # On a text that nothing was calibrated on, how far a network is from dense says more.
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
@@ -163,13 +143,14 @@ def findings(study: Study) -> str:
     return f"{say('findings')}\n\n{claims}\n\n{say('findings_more')}\n\n{more}"
 
 
-def _finding(o: Outcome) -> str:
-    claimed = "lower" if o.published < 0 else "higher"
-    if verdict(o.change, o.published) != NOT_SUPPORTED:
-        word = "Holds" if o.verdict == SUPPORTED else o.verdict.capitalize()
+def _finding(outcome: dict) -> str:
+    change, said = outcome["change"], outcome["verdict on this model"]
+    if not said.startswith(NOT_SUPPORTED):
+        word = "Holds" if said == SUPPORTED else said.capitalize()
     else:
-        word = "Not shown" if o.change.low <= 0 <= o.change.high else "Does not hold"
-    return say("finding", word=word, claimed=claimed, o=o)
+        word = "Not shown" if change.low <= 0 <= change.high else "Does not hold"
+    claimed = "lower" if outcome["value"] < 0 else "higher"
+    return say("finding", word=word, claimed=claimed, o=outcome)
 
 
 def _levels(study: Study, text: str) -> str:

@@ -3,6 +3,7 @@
 from itertools import cycle
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from dynslice.experiment.profile import percent
@@ -192,8 +193,8 @@ def widths_figure(study: Study) -> plt.Figure:
             continue  # compensation and the calibration text leave the widths alone
         value = study.get(study.slice_request(point)).value
         attention = value.get("attention_widths", value["widths"])
-        pairs = [width for pair in zip(attention, value["widths"], strict=True) for width in pair]
-        places = [place / 2 for place in range(len(pairs))]
+        pairs = np.column_stack((attention, value["widths"])).ravel()
+        places = np.arange(len(pairs)) / 2
         line, colour = next(looks)
         axis.step(places, pairs, line, where="mid", color=colour, label=point.schedule)
     axis.set(xlabel="layer (MLP half a layer later)", ylabel=f"width, size of SP {percent(sp)}")

@@ -20,9 +20,7 @@ INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap interval, {RESAMPLES:,} resam
 
 PERPLEXITY, ACCURACY = "perplexity (%)", "accuracy (points)"  # the columns of changes
 
-EQUAL_SLICE, EQUAL_SIZE = "equal mean slice", "equal stored parameters"
-
-BASES = (EQUAL_SLICE, EQUAL_SIZE)
+EQUAL_SLICE, EQUAL_SIZE = BASES = ("equal mean slice", "equal stored parameters")
 
 Pair = tuple[Point, Point, str]
 
@@ -170,7 +168,8 @@ def choice_tasks(study: Study) -> list[str]:
 
 def accuracy_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Estimate:
     """Accuracy of a minus b in points, the mean over tasks, resampling items within each task."""
-    return _task_change(study, a, b, tasks, "correct").map(lambda share: 100 * share)
+    share = mean(*(np.subtract(*_items(study, a, b, task, "correct")) for task in tasks))
+    return share.map(lambda x: 100 * x)
 
 
 def accuracy(study: Study, point: Point, tasks: list[str]) -> float:
@@ -185,17 +184,15 @@ def margin_change(study: Study, a: Point, b: Point, tasks: list[str]) -> Estimat
     The margin of an item is the log-likelihood of its right choice minus that of the best wrong
     one. It moves before an answer changes.
     """
-    return _task_change(study, a, b, tasks, "margin")
+    return mean(*(np.subtract(*_items(study, a, b, task, "margin")) for task in tasks))
 
 
 def mcnemar(study: Study, a: Point, b: Point, task: str) -> float:
     """McNemar's exact p: are the items that only one of the two has right split evenly?"""
     first, second = _items(study, a, b, task, "correct")
-    only_a = int(((first == 1) & (second == 0)).sum())
-    only_b = int(((first == 0) & (second == 1)).sum())
-    if only_a + only_b == 0:
-        return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+    only_a, only_b = int((first > second).sum()), int((first < second).sum())
+    differing = only_a + only_b
+    return float(stats.binomtest(only_a, differing).pvalue) if differing else 1.0
 
 
 # The bootstrap
@@ -233,10 +230,6 @@ def bootstrap(
         rng=np.random.default_rng(0),
     ).confidence_interval
     return float(bounds.low), float(bounds.high)
-
-
-def _task_change(study: Study, a: Point, b: Point, tasks: list[str], what: str) -> Estimate:
-    return mean(*(np.subtract(*_items(study, a, b, task, what)) for task in tasks))
 
 
 def _items(study: Study, a: Point, b: Point, task: str, what: str) -> list[np.ndarray]:
