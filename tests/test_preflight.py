@@ -11,11 +11,12 @@ from huggingface_hub import constants
 from dynslice.cli import reproduce
 from dynslice.core import assets, hub, paths
 from dynslice.core.errors import RequestError, RunError
-from dynslice.experiment import estimate, preflight
+from dynslice.experiment import preflight
 from dynslice.experiment.estimate import Estimator, Machine, text_tokens
 from dynslice.experiment.kinds import task_tokens
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, models
+from dynslice.method import footprint
 
 # That of the committed benchmark, data/bench/smollm2-135m-cpu.json; the eigen-decomposition of
 # the same cores.
@@ -28,7 +29,7 @@ def counted_once():
     """What is counted of a model's shape is the same in every test, and takes seconds of it."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("flops", "layers_workspace", "slicing_workspace"):
-            patch.setattr(estimate, name, remembered(getattr(estimate, name)))
+            patch.setattr(footprint, name, remembered(getattr(footprint, name)))
         yield
 
 

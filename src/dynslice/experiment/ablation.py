@@ -23,8 +23,7 @@ class Ablations:
     """The ablations of a profile, as requests."""
 
     def __init__(self, design: Design):
-        self.design = design
-        self.profile = design.profile
+        self.design, self.profile = design, design.profile
 
     def ablated(self) -> list[Point]:
         """Constant, dynamic and its constant of equal size: what the ablations vary."""
@@ -33,9 +32,46 @@ class Ablations:
 
     def variants(self) -> list[Ablation]:
         """Every network that differs from the ablated ones in one thing."""
-        if self.profile.ablation_slice_percentage is None:
+        p, design = self.profile, self.design
+        if (sp := p.ablation_slice_percentage) is None:
             return []
-        return [*self._of_plans(), *self._of_calibration()]
+        dynamic = partial(design.dynamic, sp, p.ablation_slice_base)
+        found = []
+
+        def replan(question: str, variant: str, plan: PlanSpec, schedule: str | None = None):
+            """The dynamic network with another way to its widths, on the same calibration."""
+            point = design.point(plan, variant, schedule)
+            found.append(Ablation(question, point, (p.eval_texts[0],)))
+
+        def recalibrate(question: str, point: Point, variant: str, **changes: Any):
+            """The same widths with bases from other calibration windows."""
+            network = {**point.network, "calibration": design.calibration(**changes)}
+            point = replace(point, network=network, variant=f"{point.label}, {variant}")
+            texts = p.eval_texts if "text" in changes else p.eval_texts[:1]
+            found.append(Ablation(question, point, tuple(texts)))
+
+        for end in p.ablation_last_layers:
+            lr = design.lr_request(last_layer=end).config
+            replan("last layer", f"last layer {end}", dynamic(lr=lr))
+        for score in p.ablation_scores:
+            replan("score", f"score {score}", dynamic(score=score))
+        for unit in p.ablation_round_to:
+            replan("rounding", f"widths rounded to {unit}", dynamic(round_to=unit))
+        if p.ablation_embedding:
+            cut, whole = OwnEmbedding(dynamic(), sp), OwnEmbedding(design.constant(sp), 0.0)
+            replan("embedding", f"dynamic, embedding cut by {percent(sp)}", cut, "dynamic")
+            replan("embedding", "constant, embedding whole", whole, "constant")
+        for seed in range(p.draw_seed, p.draw_seed + p.ablation_shuffles):
+            replan("shuffled", f"shuffled, draw {seed}", Shuffled(dynamic(), seed))
+        ablated = constant, *_ = self.ablated()
+        for count in p.ablation_calibration_windows:
+            recalibrate("calibration size", constant, f"{count} windows", windows=count)
+        for text in p.ablation_calibration_texts:
+            recalibrate("calibration text", constant, f"calibrated on {text}", text=text)
+        for seed in p.ablation_calibration_seeds:
+            for point in ablated[1:]:
+                recalibrate("calibration seed", point, f"seed {seed}", seed=seed)
+        return found
 
     def lr_by_tokens(self) -> list[Request]:
         """LR on growing beginnings of the profile's text, the profile's own length among them."""
@@ -89,59 +125,9 @@ class Ablations:
             if ablation.question == "calibration size":
                 requests.append(self.calibration_request(ablation.point))
         if variants:
-            requests += self._curve_requests()
+            # Between the constant networks lies the curve that the others are compared with.
+            curve = [p for p in design.points() if p.schedule in ("constant", "matched")]
+            requests += map(design.slice_request, curve)
+            requests += [r for point in curve for r in design.reported_requests(point)]
             requests += [self.centred_request(), self.calibration_request(self.ablated()[0])]
         return unique(requests)
-
-    def _curve_requests(self) -> list[Request]:
-        """The constant networks, between which the constant curve is drawn."""
-        constant = [p for p in self.design.points() if p.schedule in ("constant", "matched")]
-        requests = [self.design.slice_request(point) for point in constant]
-        return requests + [r for p in constant for r in self.design.reported_requests(p)]
-
-    def _of_plans(self) -> list[Ablation]:
-        """The dynamic network with another way to its widths, on the same calibration."""
-        p, design = self.profile, self.design
-        sp, sb = p.ablation_slice_percentage, p.ablation_slice_base
-        dynamic = partial(design.dynamic, sp, sb)
-        found = []
-
-        def add(question: str, variant: str, plan: PlanSpec, schedule: str | None = None) -> None:
-            point = design.point(plan, variant, schedule)
-            found.append(Ablation(question, point, (p.eval_texts[0],)))
-
-        for end in p.ablation_last_layers:
-            lr = design.lr_request(last_layer=end).config
-            add("last layer", f"last layer {end}", dynamic(lr=lr))
-        for score in p.ablation_scores:
-            add("score", f"score {score}", dynamic(score=score))
-        for unit in p.ablation_round_to:
-            add("rounding", f"widths rounded to {unit}", dynamic(round_to=unit))
-        if p.ablation_embedding:
-            cut, whole = OwnEmbedding(dynamic(), sp), OwnEmbedding(design.constant(sp), 0.0)
-            add("embedding", f"dynamic, embedding cut by {percent(sp)}", cut, "dynamic")
-            add("embedding", "constant, embedding whole", whole, "constant")
-        for seed in range(p.draw_seed, p.draw_seed + p.ablation_shuffles):
-            add("shuffled", f"shuffled, draw {seed}", Shuffled(dynamic(), seed))
-        return found
-
-    def _of_calibration(self) -> list[Ablation]:
-        """The same widths with bases from other calibration windows."""
-        p = self.profile
-        constant, dynamic, matched = self.ablated()
-        found = []
-
-        def add(question: str, point: Point, variant: str, **changes: Any) -> None:
-            network = {**point.network, "calibration": self.design.calibration(**changes)}
-            point = replace(point, network=network, variant=f"{point.label}, {variant}")
-            texts = p.eval_texts if "text" in changes else p.eval_texts[:1]
-            found.append(Ablation(question, point, tuple(texts)))
-
-        for count in p.ablation_calibration_windows:
-            add("calibration size", constant, f"{count} windows", windows=count)
-        for text in p.ablation_calibration_texts:
-            add("calibration text", constant, f"calibrated on {text}", text=text)
-        for seed in p.ablation_calibration_seeds:
-            for point in (dynamic, matched):
-                add("calibration seed", point, f"seed {seed}", seed=seed)
-        return found

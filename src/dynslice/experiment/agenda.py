@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from dynslice.core.errors import RunError
+from dynslice.core.errors import WRITING, DiskError, RunError, disk_trouble, in_one_line
 from dynslice.experiment.plan_specs import PlanSpec, plan_spec
 from dynslice.experiment.store import Request, Store, unique
 
@@ -38,10 +39,7 @@ class WorkQueue:
         self.bar = tqdm(total=len(everything), desc="measurements", unit="measurement")
 
     def take(self, is_claimed: Callable[[str], bool] = lambda name: False) -> Job | None:
-        """A job that can start now; None when there is none, or not before others finish.
-
-        is_claimed: which jobs, by name, other runs are at; those come last.
-        """
+        """A job that can start now, if there is one; those that other runs claim come last."""
         ready = [
             job
             for job in self.waiting
@@ -127,3 +125,21 @@ def _plan_of(request: Request) -> PlanSpec | None:
     config = request.config.get("slice") or request.config
     given = config.get("plan") or config.get("budget")  # which a search keeps
     return plan_spec(given) if given else None
+
+
+def attempt(runner: Any, request: Request, network: dict | None) -> str | None:
+    """Measure a request unless it is stored; why that failed. Raises DiskError for a full disk."""
+    try:
+        if runner.store.get(request) is None:
+            runner.store.put(runner.measure(request, network))
+        return None
+    except DiskError:
+        raise
+    except Exception as error:  # whatever a library raises, the other measurements go on
+        if sentence := disk_trouble(error, runner.store.folder, WRITING):
+            raise DiskError(sentence) from error
+        reason = in_one_line(error)
+    from dynslice.core.tensors import free_memory
+
+    free_memory()  # only here are the frames gone that held what failed
+    return reason

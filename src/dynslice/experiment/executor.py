@@ -1,7 +1,6 @@
 """How missing measurements are taken: one after the other here, or in parallel by workers of Ray.
 
-Everybody looks into the store first and puts each result there, so workers, restarted workers and
-plain runs mix. A measurement that fails is noted, and the others go on.
+All look into the store first and put each result there, so workers and plain runs mix.
 """
 
 import logging
@@ -14,22 +13,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from dynslice.core import interrupt, paths
-from dynslice.core.errors import (
-    WRITING,
-    DiskError,
-    RequestError,
-    RunError,
-    disk_trouble,
-    in_one_line,
-)
-from dynslice.experiment.agenda import Job, WorkQueue
+from dynslice.core.errors import DiskError, RequestError, RunError, in_one_line
+from dynslice.experiment.agenda import Job, WorkQueue, attempt
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.store import Request, Store
 
-EXECUTORS = ("local", "ray")
-
 _ATTEMPTS = 3  # at a measurement whose worker dies
-
 _PATIENCE = 15  # seconds for a Ray cluster to answer
 
 
@@ -40,8 +29,8 @@ def check_executor(executor: str, address: str | None, placement: str = "residen
             "placement 'spread' takes all GPUs for one network, and Ray gives each worker one; use "
             "--executor local, or placement streamed"
         )
-    if executor not in EXECUTORS:
-        raise RequestError(f"executor {executor!r} is unknown; use {' or '.join(EXECUTORS)}")
+    if executor not in ("local", "ray"):
+        raise RequestError(f"executor {executor!r} is unknown; use local or ray")
     if address is not None and executor != "ray":
         raise RequestError(f"--address {address} is Ray's; add --executor ray, or leave it out")
     if executor == "ray":
@@ -81,28 +70,7 @@ def _run_here(queue: WorkQueue, settings: Profile, store: Store, device: str) ->
         with store.claim(job.name, partial(queue.started, job.requests[0], by_another=True)):
             for request in job.requests:
                 queue.started(request)
-                queue.finished(request, _attempt(runner, request, job.network))
-
-
-def _attempt(runner: Any, request: Request, network: dict | None) -> str | None:
-    """Measure and store one request unless it is stored; why that failed, None when it did not.
-
-    Raises DiskError where nothing can be written any more.
-    """
-    try:
-        if runner.store.get(request) is None:
-            runner.store.put(runner.measure(request, network))
-        return None
-    except DiskError:
-        raise
-    except Exception as error:  # whatever a library raises, the other measurements go on
-        if sentence := disk_trouble(error, runner.store.folder, WRITING):
-            raise DiskError(sentence) from error
-        reason = in_one_line(error)
-    from dynslice.core.tensors import free_memory
-
-    free_memory()  # only here are the frames gone that held what failed
-    return reason
+                queue.finished(request, attempt(runner, request, job.network))
 
 
 class Worker:
@@ -129,7 +97,7 @@ class Worker:
     def measure(self, request: Request, network: dict | None) -> str | None:
         """Why a measurement failed, None when its result is in the store."""
         with self.runner.store.claim(Job(network, [request]).name, lambda: None):
-            return _attempt(self.runner, request, network)
+            return attempt(self.runner, request, network)
 
 
 def _run_by_ray(
@@ -157,24 +125,20 @@ def _run_by_ray(
 
 
 def _hand_out(queue: WorkQueue, ray: Any, make: Callable, count: int) -> None:
-    """Give each worker a job whenever it has none, one measurement at a time.
-
-    A worker gets its first job when it has loaded the model, so one that finds no place in a
-    busy cluster holds nothing back.
-    """
+    """Give each worker that has loaded the model one measurement after the other."""
     busy: dict[Any, tuple[Any, Job | None]] = {}  # what is awaited -> whose it is, of which job
     idle = []
 
-    def load() -> None:
-        worker = make()
-        busy[worker.load.remote()] = (worker, None)
-
-    def start(worker: Any, job: Job) -> None:
-        queue.started(job.requests[0])
-        busy[worker.measure.remote(job.requests[0], job.network)] = (worker, job)
+    def give(worker: Any, job: Job | None) -> None:
+        if job is None:
+            awaited = worker.load.remote()
+        else:
+            queue.started(job.requests[0])
+            awaited = worker.measure.remote(job.requests[0], job.network)
+        busy[awaited] = (worker, job)
 
     for _ in range(count):
-        load()
+        give(make(), None)
     while queue.left:
         [done], _ = ray.wait(list(busy))
         worker, job = busy.pop(done)
@@ -189,15 +153,15 @@ def _hand_out(queue: WorkQueue, ray: Any, make: Callable, count: int) -> None:
             for request in job.requests:  # a network that kills its worker is not sliced again
                 queue.finished(request, error)
             ray.kill(worker)
-            load()
+            give(make(), None)
         else:
             idle.append(worker)
             if job is not None:
                 queue.finished(job.requests[0], error)
                 if others := job.requests[1:]:
-                    start(idle.pop(), Job(job.network, others))
+                    give(idle.pop(), Job(job.network, others))
         while idle and (job := queue.take()):
-            start(idle.pop(), job)
+            give(idle.pop(), job)
         while idle and not queue.waiting:  # room for a worker whose node was lost
             ray.kill(idle.pop())
 
@@ -276,8 +240,7 @@ def _reach(address: str) -> None:
     except subprocess.TimeoutExpired:
         reason = f"no answer in {_PATIENCE} s"
     except subprocess.CalledProcessError as failed:
-        last = (failed.stderr.strip().splitlines() or ["no reason given"])[-1]
-        reason = last.partition(". ")[0]
+        reason = (failed.stderr.strip().splitlines() or ["no reason given"])[-1].partition(". ")[0]
     raise RequestError(
         f"no Ray cluster can be reached at address {address!r} ({reason}); give auto or the "
         "host:port that `ray start` printed on this machine, with RAY_AUTH_MODE=token set if it "

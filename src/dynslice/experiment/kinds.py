@@ -93,12 +93,8 @@ class StoredSize(Kind):
                 f"{facts['parameters']}; this is a bug, please report it"
             )
         outcome = runner.sliced_for(config["slice"])
-        return {
-            **facts,
-            "rotation_error": outcome.rotation_error,
-            "basis_error": outcome.basis_error,
-            "seconds": outcome.seconds + outcome.recovery_seconds,
-        }
+        errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
+        return {**facts, **errors, "seconds": outcome.seconds + outcome.recovery_seconds}
 
 
 class Perplexity(Kind):
@@ -190,9 +186,8 @@ class PlanSearch(Kind):
         largest = runner.plan(config["budget"])
 
         def loss(candidate: SlicePlan) -> float:
-            return _perplexity(runner.networks.slice(calibration, candidate).model, windows)[
-                "nll_mean"
-            ]
+            network = runner.networks.slice(calibration, candidate).model
+            return _perplexity(network, windows)["nll_mean"]
 
         evidence = schedules.Evidence(runner.dims, largest.round_to)
         best, tried = schedules.search(evidence, largest.parameters, loss, config["evaluations"])

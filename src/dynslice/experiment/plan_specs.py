@@ -1,7 +1,7 @@
 """Plans as requests name them: what each rests on, and how it is made.
 
-A request holds the JSON of a spec, which is part of its key: neither the names of the fields nor
-those of the schedules may change without a new record.
+Their JSON is part of the key of a request: no field or schedule gets another name without a new
+record.
 """
 
 from __future__ import annotations
@@ -148,9 +148,8 @@ _SPECS = {spec.schedule: spec for spec in (Constant, Dynamic, Matched, Shuffled,
 
 def plan_spec(values: dict) -> PlanSpec:
     """The spec of its JSON form. Raises RequestError for an unknown schedule."""
-    given = dict(values)
-    for name in {"to", "of", "budget"} & values.keys():
-        given[name] = plan_spec(values[name])
+    specs = {name: plan_spec(values[name]) for name in ("to", "of", "budget") if name in values}
+    given = {**values, **specs}
     if "budget" in given:
         return WithinBudget(**given)
     schedule = given.pop("schedule")

@@ -28,22 +28,17 @@ SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetch
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the missing measurements of one study take.
-
-    obstacles: what is missing and what to do. estimates: by key, none where the shape of the model
-    is not known. rate: FLOP/s of this machine's matrix product. memory_bytes: on the device here;
-    gpu_memory_bytes: on a GPU, which works on larger batches.
-    """
+    """What the missing measurements of one study take; nothing where its model is not known."""
 
     missing: list[Request]
     device: torch.device
-    obstacles: list[str]
-    estimates: dict[str, Estimate] = field(default_factory=dict)
-    rate: float = 0.0
+    obstacles: list[str]  # what is in the way and what to do
+    estimates: dict[str, Estimate] = field(default_factory=dict)  # by key
+    rate: float = 0.0  # FLOP/s of this machine's matrix product
     download_bytes: int = 0
     disk_bytes: int = 0
-    memory_bytes: int = 0
-    gpu_memory_bytes: int = 0
+    memory_bytes: int = 0  # on the device here
+    gpu_memory_bytes: int = 0  # on a GPU, which works on larger batches
 
     @property
     def seconds(self) -> float:
@@ -69,8 +64,13 @@ def forecast(
     not asked about. Raises RequestError for a device that is not there.
     """
     profile, device = study.profile, pick_device("auto" if address else study.device)
-    obstacles = _hub_obstacles(profile, missing)
-    if not missing or (profile.model == SMOLLM2 and not assets.are_there()):
+    model, revision = profile.model, profile.model_revision
+    is_here = not is_remote(model) or models.in_cache(model, revision)
+    obstacles = []
+    if missing and not is_here and (reason := hub.model_refusal(model, revision)):
+        obstacles.append(f"model {model!r} {reason}")
+    obstacles += _data_obstacles(missing)
+    if not missing or (model == SMOLLM2 and not assets.are_there()):
         return Forecast(missing, device, obstacles)
     try:
         estimator = Estimator(profile, device, machine)
@@ -83,15 +83,14 @@ def forecast(
         obstacles,
         estimates=estimator.estimate(missing),
         rate=estimator.machine.rate,
-        download_bytes=estimator.download,
+        download_bytes=0 if is_here else 2 * estimator.dims.dense_parameters,  # half precision
         disk_bytes=estimator.disk(missing),
         memory_bytes=estimator.peak(missing),
         gpu_memory_bytes=on_gpu.peak(missing),
     )
     if address is None:
         workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
-        obstacles += _room_obstacles(profile, device, found.memory_bytes, workers)
-        obstacles += _disk_obstacles(found.download_bytes, found.disk_bytes * workers)
+        obstacles += _room_obstacles(profile, found, workers)
     return found
 
 
@@ -122,60 +121,48 @@ def lines(study: Study, requests: list[Request], found: Forecast) -> list[str]:
 
 def facts(study: Study, requests: list[Request], found: Forecast) -> dict:
     """The same as plain values."""
-    names = ("memory_bytes", "gpu_memory_bytes", "disk_bytes", "download_bytes", "obstacles")
+    names = ("seconds", "memory_bytes", "gpu_memory_bytes", "disk_bytes", "download_bytes")
     return {
         "profile": study.profile.name,
         "model": study.profile.model,
         "missing": [request.key for request in found.missing],
         "measurements": [request.key for request in requests],
         "estimates": {key: asdict(estimate) for key, estimate in found.estimates.items()},
-        "seconds": found.seconds,
         "seconds_unknown": found.unknown,
-        **{name: getattr(found, name) for name in names},
+        **{name: getattr(found, name) for name in (*names, "obstacles")},
     }
 
 
-def _hub_obstacles(settings: Profile, missing: list[Request]) -> list[str]:
-    """A model or texts of the hub that can't be had now."""
-    found = []
-    model, revision = settings.model, settings.model_revision
-    here = not is_remote(model) or models.in_cache(model, revision)
-    if missing and not here and (reason := hub.model_refusal(model, revision)):
-        found.append(f"model {model!r} {reason}")
+def _data_obstacles(missing: list[Request]) -> list[str]:
+    """Texts and tasks of the hub that can't be had now."""
     read = {texts.source_of(part) for request in missing for part in texts_of(request.config)}
-    found += [corpora.obstacle(*source) for source in sorted(read, key=str)]
+    found = [corpora.obstacle(*source) for source in sorted(read, key=str)]
     for task in sorted({r.config["task"] for r in missing if r.kind == "task"}):
         if at_hub := TASKS[task].hub:
             found.append(hub.dataset_refusal(f"task {task!r}", *at_hub, "leave it out"))
     return list(dict.fromkeys(filter(None, found)))
 
 
-def _room_obstacles(
-    settings: Profile, device: torch.device, needed: int, workers: int
-) -> list[str]:
-    """Memory that this machine lacks."""
+def _room_obstacles(settings: Profile, forecast: Forecast, workers: int) -> list[str]:
+    """Memory that this machine lacks, and disk, each where downloads and sliced networks go."""
+    found, device, needed = [], forecast.device, forecast.memory_bytes
     if device.type == "cuda":
         spread = range(torch.cuda.device_count()) if settings.placement == "spread" else [device]
         have = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in spread)
     else:
         have = psutil.virtual_memory().total
-    if needed * workers <= have:
-        return []
-    other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
-    instead = f"--set placement={other}, or " if other else ""
-    each = f" for each of {workers} workers" if workers > 1 else ""
-    return [
-        f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
-        f"{shown_bytes(needed)} of {_kind(device)} memory{each}, this machine has "
-        f"{shown_bytes(have)}; {instead}use a larger machine or fewer calibration windows"
-    ]
-
-
-def _disk_obstacles(download: int, disk: int) -> list[str]:
-    """Disk that downloads and sliced networks lack, each where it goes."""
-    found = []
+    if needed * workers > have:
+        other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
+        instead = f"--set placement={other}, or " if other else ""
+        each = f" for each of {workers} workers" if workers > 1 else ""
+        found.append(
+            f"{settings.model!r} in {settings.dtype} with placement {settings.placement} takes "
+            f"{shown_bytes(needed)} of {_kind(device)} memory{each}, this machine has "
+            f"{shown_bytes(have)}; {instead}use a larger machine or fewer calibration windows"
+        )
+    disk = forecast.disk_bytes * workers
     for needed, folder, variable, what in (
-        (download, Path(constants.HF_HUB_CACHE), "HF_HOME", "the hub's cache"),
+        (forecast.download_bytes, Path(constants.HF_HUB_CACHE), "HF_HOME", "the hub's cache"),
         (disk, paths.CACHE, "DYNSLICE_CACHE", "the cache of dynslice"),
     ):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -142,31 +142,25 @@ class Profile(BaseModel):
             raise ValueError(
                 "device_memory_gib and host_memory_gib are budgets of placement streamed or spread"
             )
-        self._check_beyond()
+        for key, known in (  # what only validation windows are to see is not compared anyway
+            ("beyond_candidates", set(self.beyond_schedules)),
+            ("beyond_ridges", {self.beyond_ridge}),
+            ("beyond_calibration_windows", {self.calibration_windows}),
+        ):
+            values = getattr(self, key)
+            if both := known & set(values):
+                raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
+        most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
+        if most >= 1 and "sensitivity" in (*self.beyond_schedules, *self.beyond_candidates):
+            raise ValueError(
+                f"sensitivity_reach {self.sensitivity_reach} goes up to a share of {most:g}, "
+                "where nothing is left; give a smaller one"
+            )
         if self.figure_slice_base > self.figure_slice_percentage:
             raise ValueError("figure_slice_base exceeds figure_slice_percentage")
         if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
             raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
-
-    def _check_beyond(self) -> None:
-        """What only validation windows are to see must not be compared anyway."""
-        others = {
-            "beyond_candidates": set(self.beyond_schedules),
-            "beyond_ridges": {self.beyond_ridge},
-            "beyond_calibration_windows": {self.calibration_windows},
-        }
-        for key, known in others.items():
-            values = getattr(self, key)
-            if both := known & set(values):
-                raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
-        if "sensitivity" in (*self.beyond_schedules, *self.beyond_candidates):
-            most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
-            if most >= 1:
-                raise ValueError(
-                    f"sensitivity_reach {self.sensitivity_reach} goes up to a share of {most:g}, "
-                    "where nothing is left; give a smaller one"
-                )
 
     def _check_names(self) -> None:
         """What stands in for or has a revision must be something that the profile can read."""
@@ -174,12 +168,10 @@ class Profile(BaseModel):
         texts |= {*self.ablation_calibration_texts, *HUB}
         known = {"stand_ins": texts, "revisions": {*HUB, *self.models, self.model}}
         for key, names in known.items():
-            for name in getattr(self, key):
-                if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{key} of {name!r}, which is not read; did you mean {near!r}")
-        folders = [_folder_of(model) for model in self.models]
-        if len(set(folders)) < len(folders):
+            for name in (name for name in getattr(self, key) if name not in names):
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{key} of {name!r}, which is not read; did you mean {near!r}")
+        if len(set(map(_folder_of, self.models))) < len(self.models):
             raise ValueError(f"models {self.models} would share a folder: rename one of them")
 
     @property
@@ -195,10 +187,7 @@ class Profile(BaseModel):
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
-    """A profile by name or YAML file, with some keys replaced.
-
-    Raises RequestError naming the key, what is wrong with it and the nearest valid name.
-    """
+    """A profile by name or file, some keys replaced. Raises RequestError naming the mistake."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PROFILES / f"{name}.yaml"
     if not path.is_file():
         have = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
@@ -211,8 +200,7 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"profile {name!r} is not YAML ({reason}); fix the file") from error
+        raise RequestError(f"profile {name!r} is not YAML ({error}); fix the file") from error
     if not isinstance(values, dict):
         raise RequestError(f"profile {name!r} holds no keys; start from a copy of quick.yaml")
     values = {"name": path.stem, **values, **(overrides or {})}

@@ -15,17 +15,13 @@ from dynslice.inputs.texts import files_of, has_splits
 
 @dataclass(frozen=True)
 class Point:
-    """One network of the comparison: dense, or sliced.
-
-    network: {"plan": how wide, "calibration": on which windows}, None for the dense model.
-    variant: what an ablation changed, empty for the networks of the main comparison.
-    """
+    """One network of the comparison: dense, or sliced."""
 
     schedule: str  # dense, constant, dynamic, matched, shuffled
     slice_percentage: float
     slice_base: float
-    network: dict | None
-    variant: str = ""
+    network: dict | None  # {"plan": how wide, "calibration": on which windows}; None for dense
+    variant: str = ""  # what an ablation changed, empty in the main comparison
 
     @property
     def label(self) -> str:
@@ -82,8 +78,6 @@ class Design:
         network = {"plan": plan.to_dict(), "calibration": self.calibration(**calibration)}
         return Point(schedule or plan.schedule, sp, base, network, variant)
 
-    # Parts of requests
-
     def constant(self, slice_percentage: float) -> Constant:
         """The constant plan of a slice percentage."""
         return Constant(slice_percentage, self.profile.round_to)
@@ -128,8 +122,6 @@ class Design:
         if Path(p.model).is_dir():  # what a path holds can change, so its content counts
             config["model_sha256"] = _sha256_of(sorted(Path(p.model).iterdir()))
         return config
-
-    # Requests
 
     def lr_request(
         self, text: str | None = None, last_layer: str | None = None, max_tokens: int | None = None
@@ -177,11 +169,10 @@ class Design:
 
     def task_request(self, point: Point, task: str) -> Request:
         """Accuracy of a point on a task."""
-        p, sample = self.profile, {}
+        p, asked = self.profile, {"task": task, "limit": self.profile.tasks[task]}
         if p.task_subset != "first":
-            seed = {"draw_seed": p.draw_seed} if p.draw_seed else {}
-            sample = {"subset": p.task_subset, **seed}
-        return self.request("task", slice=point.network, task=task, limit=p.tasks[task], **sample)
+            asked |= {"subset": p.task_subset} | ({"draw_seed": p.draw_seed} if p.draw_seed else {})
+        return self.request("task", slice=point.network, **asked)
 
     def speed_request(self, point: Point) -> Request:
         """Prefill and decoding of a sliced network."""
@@ -189,25 +180,19 @@ class Design:
         amounts = {name: getattr(self.profile, f"speed_{name}") for name in names}
         return self.request("speed", slice=point.network, seed=self.profile.seed, **amounts)
 
-    # What notebooks need
-
     def redundancy_requests(self) -> list[Request]:
         """All that the layer redundancy notebook needs."""
         return [*self.lr_requests(), self.figure_request()]
 
     def perplexity_requests(self) -> list[Request]:
         """All that the perplexity notebook needs."""
-        requests = []
-        for point in self.points():
-            requests += [*self.candidate_requests(point), *self.reported_requests(point)]
-        return requests
+        asked = (self.candidate_requests, self.reported_requests)
+        return [r for point in self.points() for ask in asked for r in ask(point)]
 
     def task_requests(self) -> list[Request]:
         """All that the tasks notebook needs."""
-        requests = []
-        for point in self.task_points():
-            requests += [self.slice_request(point), *self.accuracy_requests(point)]
-        return requests
+        points = [(self.slice_request(p), *self.accuracy_requests(p)) for p in self.task_points()]
+        return [request for requests in points for request in requests]
 
     def efficiency_requests(self) -> list[Request]:
         """All that the efficiency notebook needs."""

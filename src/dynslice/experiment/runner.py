@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynslice.core import files, paths
+from dynslice.core import files, paths, tensors
 from dynslice.core.errors import RunError, in_one_line
-from dynslice.core.tensors import (
-    free_memory,
-    peak_memory_bytes,
-    pick_device,
-    pick_dtype,
-    reset_peak_memory,
-)
 from dynslice.experiment.agenda import name_of
 from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.plan_specs import plan_spec
@@ -42,7 +35,7 @@ class Networks:
 
     def __init__(self, settings: Profile, device: torch.device):
         self.settings, self.device = settings, device
-        self.dtype = pick_dtype(settings.dtype, device)
+        self.dtype = tensors.pick_dtype(settings.dtype, device)
         self.resident = settings.placement == "resident"
         self.commit = models.commit_of(settings.model, settings.model_revision)
         self.revision = self.commit or settings.model_revision  # the same one to the end of a run
@@ -65,7 +58,7 @@ class Networks:
         if self.resident:
             return slicing.slice_model(self.dense, windows, plan, compensation)
         self._dense = None
-        free_memory()
+        tensors.free_memory()
         # Its files stay until the next slice: accelerate may read weights from them.
         self._files.close()
         folder = self._files.enter_context(files.scratch(paths.CACHE / "sliced"))
@@ -84,10 +77,10 @@ class Runner:
 
     def __init__(self, settings: Profile, store: Store, device: str):
         self.store = store
-        self.device = pick_device(device)
+        self.device = tensors.pick_device(device)
         self.networks = Networks(settings, self.device)
         self.dims = dims_of(self.networks.config)
-        self._sliced: tuple[str, Sliced] | None = None
+        self._slices: dict[str, Sliced] = {}  # the current one, or none
         self._broken: dict[str, str] = {}  # networks that could not be sliced, and why
         self._streams: dict[tuple, Tensor] = {}
         self._commits: dict[tuple, str | None] = {}
@@ -95,25 +88,18 @@ class Runner:
 
     def measure(self, request: Request, network: dict | None) -> Result:
         """Take one measurement; `network` is its sliced network, None for the dense model."""
-        if self._sliced is not None and self._sliced[0] != name_of(network):
-            self._drop_sliced()  # or its memory would count as this measurement's
+        if self._slices and name_of(network) not in self._slices:
+            self._drop_slice()  # or its memory would count as this measurement's
         self._load_dense(network is None)  # loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
             self.sliced_for(network)
-        reset_peak_memory(self.device)
+        tensors.reset_peak_memory(self.device)
         start = time.perf_counter()
         value = KINDS[request.kind].run(self, request.config)
-        seconds = value.pop("seconds", time.perf_counter() - start)
-        return Result(
-            kind=request.kind,
-            config=request.config,
-            value=value,
-            seconds=round(seconds, 3),
-            peak_memory_bytes=peak_memory_bytes(self.device),
-            provenance={**provenance(self.device), **self._hub_commits(request.config)},
-        )
-
-    # What the kinds of measurements use
+        seconds = round(value.pop("seconds", time.perf_counter() - start), 3)
+        peak = tensors.peak_memory_bytes(self.device)
+        origin = {**provenance(self.device), **self._hub_commits(request.config)}
+        return Result(request.kind, request.config, value, seconds, peak, origin)
 
     def network(self, config: dict) -> PreTrainedModel:
         """The network of a request: the dense model, or a slice of it."""
@@ -125,14 +111,14 @@ class Runner:
         key = name_of(network)
         if key in self._broken:
             raise RunError(self._broken[key])
-        if self._sliced is None or self._sliced[0] != key:
-            self._drop_sliced()
+        if key not in self._slices:
+            self._drop_slice()
             try:
-                self._sliced = (key, self._slice(network))
+                self._slices[key] = self._slice(network)
             except Exception as error:  # whatever it is, it would be the same again
                 self._broken[key] = in_one_line(error)
                 raise
-        return self._sliced[1]
+        return self._slices[key]
 
     def plan(self, spec: dict) -> SlicePlan:
         """The plan that a request names; what it rests on is measured unless it is stored."""
@@ -169,9 +155,9 @@ class Runner:
         if needed or self.networks.resident:
             self.networks.dense  # noqa: B018
 
-    def _drop_sliced(self) -> None:
-        self._sliced = None
-        free_memory()
+    def _drop_slice(self) -> None:
+        self._slices.clear()
+        tensors.free_memory()
 
     def _value_of(self, request: Request) -> dict:
         if (result := self.store.get(request)) is None:

@@ -65,14 +65,10 @@ class Result:
 
 
 class Store:
-    """A folder of results. Reading never fails on a broken file: it is set aside and reported.
-
-    of_record: a broken file is reported and stays, for git to restore.
-    """
+    """A folder of results. A broken file is reported and set aside, or left in a record for git."""
 
     def __init__(self, folder: Path, of_record: bool = False):
-        self.folder = folder
-        self.of_record = of_record
+        self.folder, self.of_record = folder, of_record
 
     def get(self, request: Request) -> Result | None:
         """The stored result, or None where there is none that can be used."""
@@ -87,13 +83,12 @@ class Store:
             if result.request.key != request.key:
                 raise ValueError("it answers another request")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            said = f"{path.name} of the record is broken ({error}); restore it"
-            if not self.of_record:
-                aside = path.with_suffix(".broken")
+            aside = path.with_suffix(".broken")
+            said = f"{path.name} is broken ({error}); set aside as {aside.name}, measuring again"
+            if self.of_record:
+                said = f"{path.name} of the record is broken ({error}); restore it"
+            else:
                 os.replace(path, aside)
-                said = (
-                    f"{path.name} is broken ({error}); set aside as {aside.name}, measuring again"
-                )
             print(said, file=sys.stderr)
             return None
         return result

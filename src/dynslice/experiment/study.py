@@ -14,17 +14,14 @@ from dynslice.experiment.store import Request, Result, Store, unique
 
 
 class Study:
-    """The measurements of one profile and where their results are kept.
-
-    What is asked for is in three parts: `design`, the main comparison; `ablation`, notebook 04;
-    and `beyond`, notebook 07.
-    """
+    """The measurements of one profile and where their results are kept."""
 
     def __init__(self, settings: Profile, store: Store, device: str, from_record: bool = False):
         self.profile, self.store = settings, store
         self.device, self.from_record = device, from_record
-        self.design = design = Design(settings)
-        self.ablation, self.beyond = Ablations(design), EqualSize(design)
+        self.design = design = Design(settings)  # the main comparison
+        self.ablation = Ablations(design)  # notebook 04
+        self.beyond = EqualSize(design)  # notebook 07
         # A report asks for these so often that a study offers them itself.
         self.points, self.task_points = design.points, design.task_points
         self.lr_request, self.lr_requests = design.lr_request, design.lr_requests
@@ -53,10 +50,9 @@ class Study:
         YAML where the key is no string. Raises RequestError for a name that is no parameter.
         """
         plain = (str, int, float, list, dict, type(None))
-        ours = [
-            name for name in variables if not name.startswith("_") and name not in ("In", "Out")
-        ]
-        given = {name: variables[name] for name in ours if isinstance(variables[name], plain)}
+        given = {k: v for k, v in variables.items() if isinstance(v, plain) and k[:1] != "_"}
+        for name in ("In", "Out"):  # IPython's
+            given.pop(name, None)
         fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
         chosen = given.pop("profile", "quick")
         overrides = {name: _from_text(name, v) for name, v in given.items() if v is not None}

@@ -60,9 +60,8 @@ def check_inputs(study: Study) -> None:
         consecutive_windows(stream, window, count, text)
 
 
-def _check_texts(settings: Profile) -> None:
+def _check_texts(p: Profile) -> None:
     """What is calibrated on, what chooses and what is reported must not share a document."""
-    p = settings
 
     def source(text: str, split: str | None) -> tuple[str, str | None]:
         text = p.stand_ins.get(text, text)
