@@ -47,7 +47,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module", autouse=True)
 def _libraries_are_no_garbage():
     """Studies collect garbage after each network; without this they pass through all libraries."""
-    gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()

@@ -255,7 +255,7 @@ PARTS = [
     ("whole", "model.safetensors"),
     ("whole", "config.json"),
     ("whole", "tokenizer.json"),
-    ("whole", "sliced.py"),
+    ("whole", "modeling_sliced.py"),
     ("whole", "plan.json"),
     ("whole", "slice.json"),
     ("whole", "checksums.json"),

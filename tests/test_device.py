@@ -58,6 +58,17 @@ def test_sliced_networks_equal_the_oracle(name, device, tokens):
     torch.testing.assert_close(got, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        # That of the reference, which other tests make twice.
+        pytest.param("cpu", torch.float32, marks=pytest.mark.long, id="cpu-float32"),
+        pytest.param("cpu", torch.bfloat16, id="cpu-bfloat16"),
+        pytest.param("cuda", torch.float32, marks=CUDA, id="cuda-float32"),
+        pytest.param("cuda", torch.bfloat16, marks=CUDA, id="cuda-bfloat16"),
+    ],
+    indirect=True,
+)
 def test_smollm2_is_the_same_network_on_every_device(reference, device, dtype):
     (lr_windows, calibration, held_out), lr, plan, dense, sliced = reference
     model, _ = models.load("embedded:smollm2-135m", device, dtype)
