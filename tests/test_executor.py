@@ -150,11 +150,11 @@ def test_only_what_was_asked_for_is_counted_and_its_lr_comes_along(small):
 
 def test_many_errors_are_not_all_spelled_out_again(tmp_path):
     requests = [Request("ppl", {"slice": None, "text": f"text {i}"}) for i in range(15)]
-    agenda = WorkQueue(requests, Store(tmp_path))
+    queue = WorkQueue(requests, Store(tmp_path))
     for i, request in enumerate(requests):
-        agenda.finished(request, f"error {i}")
+        queue.finished(request, f"error {i}")
     with pytest.raises(RunError, match="15 of 15") as raised:
-        agenda.check()
+        queue.check()
     assert len(str(raised.value).splitlines()) == 12
 
 
@@ -176,20 +176,20 @@ def test_the_command_line_exits_with_1(small, monkeypatch, capfd):
 
 def test_no_plan_starts_before_its_lr_is_there(small):
     requests = small.requests()
-    agenda = WorkQueue(requests, small.store)
+    queue = WorkQueue(requests, small.store)
     taken = []
-    while unit := agenda.take():
-        taken.append(unit)
-    started = {r.key for unit in taken for r in unit.requests}
+    while job := queue.take():
+        taken.append(job)
+    started = {r.key for job in taken for r in job.requests}
     assert small.lr_request().key in started
-    assert not [r for unit in taken for r in unit.requests if needs(r)]
-    agenda.finished(small.lr_request(), None)
-    while unit := agenda.take():
-        taken.append(unit)
-    assert sorted(r.key for unit in taken for r in unit.requests) == sorted(r.key for r in requests)
-    sliced = [unit.network for unit in taken if unit.network]
+    assert not [r for job in taken for r in job.requests if needs(r)]
+    queue.finished(small.lr_request(), None)
+    while job := queue.take():
+        taken.append(job)
+    assert sorted(r.key for job in taken for r in job.requests) == sorted(r.key for r in requests)
+    sliced = [job.network for job in taken if job.network]
     assert len(sliced) == len([p for p in small.points() if p.network])
-    assert all(len(unit.requests) == 1 for unit in taken if unit.network is None)
+    assert all(len(job.requests) == 1 for job in taken if job.network is None)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
         for network in (deadly, fine)
         for text in ("one", "two")
     ]
-    agenda = WorkQueue(requests, Store(tmp_path))
-    executor._hand_out(agenda, ray, make, 1)
+    queue = WorkQueue(requests, Store(tmp_path))
+    executor._hand_out(queue, ray, make, 1)
     assert asked == [requests[0].key, requests[2].key, requests[3].key]
-    assert set(agenda.failed) == {r.key for r in requests[:2]}
+    assert set(queue.failed) == {r.key for r in requests[:2]}
     assert len(made) == 2
     assert killed == made  # the dead one, and the other when nothing was left
 

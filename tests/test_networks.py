@@ -56,7 +56,7 @@ def test_a_spread_network_gives_the_same_values(crowded, tmp_path, monkeypatch):
             assert layer_redundancy(spread, windows, 64).lr == pytest.approx(lr, abs=1e-6)
 
 
-def test_a_spread_network_answers_tasks_alike(crowded):
+def test_a_spread_network_answers_tasks_the_same(crowded):
     assets.fetch()
     whole, tokenizer = models.load("embedded:tiny-random", CPU, torch.float32)
     spread, _ = models.load("embedded:tiny-random", CPU, torch.float32, spread=True)

@@ -107,7 +107,7 @@ def test_placements_take_less_memory_and_more_disk(no_hub):
     assert found["resident"].disk_bytes == 0 < found["streamed"].disk_bytes
 
 
-def test_too_little_memory_and_disk_are_said_with_the_mend(no_hub, monkeypatch):
+def test_too_little_memory_and_disk_are_said_with_what_to_do(no_hub, monkeypatch):
     memory = type("Memory", (), {"total": 2**30})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     disk = type("Usage", (), {"free": 2**30})

@@ -133,8 +133,7 @@ class SingleLayerCuts(Kind):
     def run(self, runner: Runner, config: dict) -> dict:
         windows, calibration = runner.windows(config), runner.windows(config["calibration"])
         dense, layers = _perplexity(runner.networks.dense, windows)["nll"], []
-        every = range(runner.dims.layers)
-        for layer in tqdm(every, desc="single layers", unit="layer", leave=False):
+        for layer in tqdm(range(runner.dims.layers), "single layers", unit="layer", leave=False):
             cut = single(runner.dims, layer, config["slice_percentage"], config["round_to"])
             nll = _perplexity(runner.networks.slice(calibration, cut).model, windows)["nll"]
             layers.append({"index": layer, "width": cut.widths[layer], "nll": nll})
@@ -247,7 +246,7 @@ class TaskAccuracy(Kind):
         return {**accuracies, **value.get("metrics", {})}
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {  # by names that are part of the keys of requests
     "lr": LayerRedundancy(),
     "plan": PlannedWidths(),
     "slice": StoredSize(),
