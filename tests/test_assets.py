@@ -168,7 +168,7 @@ def test_verify_names_an_altered_record(pin):
     assert "RECORD was altered" in problem
 
 
-def test_unfetched_asset_is_refused_with_the_mend(pin):
+def test_unfetched_asset_is_refused_with_what_to_do(pin):
     pin()
     with pytest.raises(RequestError, match=r"'words' is not in .*run `dynslice assets fetch`"):
         assets.locate("words")

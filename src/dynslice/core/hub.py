@@ -10,8 +10,6 @@ import huggingface_hub as client  # its parts are imported when they are used
 
 from dynslice.core.errors import RequestError
 
-INSTEAD = "give a local file or directory in its place"  # what one can do without the hub
-
 _MODEL = {
     "gated": "is gated on the hub: accept its licence there and log in with `hf auth login` (or "
     "set HF_TOKEN)",
@@ -40,10 +38,7 @@ _DATASET = {
 
 @cache
 def model_refusal(name: str, revision: str | None = None) -> str | None:
-    """Why the hub does not give a model now, in words for an error; None where it does.
-
-    Asked before any download, which without network would try again for half a minute.
-    """
+    """Why the hub does not give a model now, in words for an error; None where it does."""
     try:
         client.HfApi().auth_check(name)
         client.HfApi().model_info(name, revision=revision, expand=["sha"])
@@ -66,7 +61,7 @@ def fetch(
     repository: str,
     files: str,
     revision: str | None,
-    instead: str = INSTEAD,
+    instead: str = "give a local file or directory in its place",
     download: bool = True,
 ) -> list[Path]:
     """The data files of a hub repository that match a pattern, in name order, downloaded once.

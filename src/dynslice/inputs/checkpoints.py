@@ -18,7 +18,6 @@ from dynslice.core.errors import RequestError, in_one_line
 from dynslice.core.tensors import check_weight
 from dynslice.method.architectures import family_of, require_dense
 
-INDEX = "model.safetensors.index.json"
 SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
 
 
@@ -27,18 +26,18 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
 
     Raises RequestError for a folder without any, and for files that are broken or lead out of it.
     """
-    whole, index = folder / "model.safetensors", folder / INDEX
-    if not whole.is_file() and not index.is_file():
+    path = folder / "model.safetensors"
+    path = path if path.is_file() else folder / "model.safetensors.index.json"
+    if not path.is_file():
         raise RequestError(
             f"model {name!r} has no safetensors, and other files of weights are not read; save it "
             "anew with transformers"
         )
-    path = whole if whole.is_file() else index
     try:
-        if path == whole:
-            with safe_open(whole, framework="pt") as file:
-                return dict.fromkeys(file.keys(), whole)
-        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return dict.fromkeys(file.keys(), path)
+        parts = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if any(Path(file).name != file for file in parts.values()):
             raise ValueError("it names files in other folders")
         if lost := sorted(file for file in {*parts.values()} if not (folder / file).is_file()):

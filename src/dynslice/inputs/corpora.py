@@ -47,11 +47,8 @@ HUB = TypeAdapter(dict[str, HubText]).validate_python(yaml.safe_load(_TABLE))
 
 @lru_cache(maxsize=4)
 def documents(name: str, split: str, revision: str | None = None) -> list[str]:
-    """The documents of a split of a hub corpus. Raises RequestError as `hub.fetch`, or without the
-    column.
-    """
-    corpus = HUB[name]
-    part = corpus.parts[split]
+    """The documents of a split of a hub corpus. Raises RequestError as `fetch` and `column_of`."""
+    corpus, part = HUB[name], HUB[name].parts[split]
     texts = column_of(_rows(name, split, revision), corpus.column, f"text {name!r}")
     if corpus.joined:
         return ["\n\n".join(texts)]
@@ -70,8 +67,7 @@ def _rows(name: str, split: str, revision: str | None) -> Iterable[dict[str, Any
 
 def _asked(name: str, split: str, revision: str | None) -> tuple:
     """What to ask the hub for, as `hub.fetch` takes it."""
-    corpus = HUB[name]
-    files = corpus.parts[split].files
+    corpus, files = HUB[name], HUB[name].parts[split].files
     return f"text {name!r}", corpus.repository, files, revision or corpus.revision
 
 

@@ -15,7 +15,6 @@ from dynslice.core.errors import RequestError
 
 SPLITS = ("train", "validation", "test")
 
-_FORMATS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 _FILE = re.compile(
     rf"(?P<split>{'|'.join(SPLITS)})(-\d+-of-\d+(-[0-9a-f]+)?)?"
     r"\.(txt|(?P<format>jsonl|json|parquet)(\.gz)?)"
@@ -74,7 +73,7 @@ def rows(files: list[Path]) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
-    kind = _FORMATS[files[0].name.removesuffix(".gz").rpartition(".")[2]]
+    kind = "parquet" if ".parquet" in files[0].suffixes else "json"
     try:
         names = [str(path) for path in files]
         yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)

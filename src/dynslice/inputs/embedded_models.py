@@ -90,10 +90,7 @@ OF_HUB = {"meta-llama/Meta-Llama-3-8B": "llama-3-8b", "mistralai/Mistral-7B-v0.1
 
 
 def config_of(shape: str, layers: int | None = None) -> transformers.PretrainedConfig:
-    """The configuration of a published shape; `layers` makes it shallower.
-
-    Raises RequestError for a shape that is not known.
-    """
+    """A published shape's configuration, of so many layers. Raises RequestError if unknown."""
     if shape not in SHAPES:
         raise RequestError(f"shape {shape!r} is unknown; there are {', '.join(SHAPES)}")
     given = {} if layers is None else {"num_hidden_layers": layers}

@@ -112,17 +112,16 @@ def slice_saved(
 
 
 def _weights_folder(name: str, revision: str | None) -> Path:
-    folder = Path(resolve(name, revision))
-    if not folder.is_dir():
-        patterns = ["model*.safetensors", "model*.safetensors.index.json"]
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        except Exception as error:  # of the network, in the middle of a download
-            raise RequestError(
-                f"the weights of model {name!r} could not be had from the hub; give the same "
-                "command again, what was downloaded is kept"
-            ) from error
-    return folder
+    if (folder := Path(resolve(name, revision))).is_dir():
+        return folder
+    patterns = ["model*.safetensors", "model*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # of the network, in the middle of a download
+        raise RequestError(
+            f"the weights of model {name!r} could not be had from the hub; give the same command "
+            "again, what was downloaded is kept"
+        ) from error
 
 
 def check_weights(name: str, revision: str | None = None) -> None:

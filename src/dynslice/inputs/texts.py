@@ -46,8 +46,7 @@ def default_split(text: str, split: str | None, default: str = "validation") -> 
 
 def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:
     """`default_split`, of a text that is there. Raises RequestError as `check`."""
-    split = default_split(text, split, default)
-    check(text, split)
+    check(text, split := default_split(text, split, default))
     return split
 
 

@@ -38,8 +38,7 @@ def consecutive_windows(
 ) -> torch.Tensor:
     """The first `count` (None: all) consecutive non-overlapping windows [count, window].
 
-    A last short block is dropped, and so are the first `skip`. Raises RequestError when there are
-    fewer than asked for.
+    A last short block and the first `skip` are dropped. Raises RequestError when there are too few.
     """
     have, count = len(stream) // window, count and count + skip
     if have < (count or 1):
@@ -72,9 +71,8 @@ def sample_windows(
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a stream [n].
 
-    Without a seed: the first consecutive blocks. With one: blocks sampled without replacement
-    from all blocks of the stream. skip: leaves out as many, those that a sample of `skip` windows
-    with the same seed takes.
+    Without a seed: the first consecutive blocks. With one: sampled from all blocks without
+    replacement. skip: leaves out those that a sample of `skip` windows with that seed takes.
     """
     chosen = consecutive_windows(stream, window, count, name, skip)  # or refuses a short text
     if seed is None or count is None:
