@@ -8,13 +8,11 @@ from scipy import stats
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
-from dynslice.report.sentences import say
 from dynslice.report.statistics import columns
 
 OF_SCORES = {"angular": "angular distance", "update": "update norm"}  # what a score is made of
 
 BY_LR, BY_SIZE = "against LR order (%)", "against constant of equal size (%)"
-
 CURVE, NEAREST = ("against the curve (%)", "{}, curve"), ("against the nearest (%)", "{}, nearest")
 
 
@@ -152,9 +150,9 @@ def ablation_table(study: Study) -> pd.DataFrame:
 def curve_phrase(row: dict | pd.Series) -> str:
     """How a row of `ablation_table` compares with constant slicing of its size; ends a sentence."""
     if not pd.isna(row[CURVE[0]]):
-        return say("curve", change=statistics.of_row(row, *CURVE).format("%"))
+        return style.say("curve", change=statistics.of_row(row, *CURVE).format("%"))
     change = statistics.of_row(row, *NEAREST).format("%")
-    return say("beyond_the_curve", size=row["nearest (M)"], change=change)
+    return style.say("beyond_the_curve", size=row["nearest (M)"], change=change)
 
 
 def seed_table(study: Study) -> pd.DataFrame:
@@ -187,8 +185,8 @@ def seed_prose(table: pd.DataFrame) -> str:
         return style.NONE
     changes = table["change (%)"].iloc[:-2]  # without the mean and the deviation
     same = len(set(np.sign(changes))) == 1
-    sign = say("seeds_same" if same else "seeds_differ")
-    return say("seeds", changes=changes.describe(), sign=sign)
+    sign = style.say("seeds_same" if same else "seeds_differ")
+    return style.say("seeds", changes=changes.describe(), sign=sign)
 
 
 def overfit_table(study: Study) -> pd.DataFrame:
@@ -247,8 +245,8 @@ def shuffle_prose(table: pd.DataFrame) -> str:
     orders = table[table["order of the widths"].str.startswith("shuffled")]
     worse, better = int((orders["low, LR"] > 0).sum()), int((orders["high, LR"] < 0).sum())
     verdicts = {worse: "shuffled_worse", better: "shuffled_better"}
-    verdict = say(verdicts.get(len(orders), "shuffled_neither"), networks=len(orders) + 1)
-    found = say(
+    verdict = style.say(verdicts.get(len(orders), "shuffled_neither"), networks=len(orders) + 1)
+    found = style.say(
         "shuffled",
         orders=f"{len(orders)} random order{'s' * (len(orders) > 1)}",
         worse=worse,
@@ -261,7 +259,7 @@ def shuffle_prose(table: pd.DataFrame) -> str:
         change = statistics.of_row(row, BY_LR, "{}, LR")
         sizes = {"size": row["parameters (M)"], "by_lr": table["parameters (M)"][0]}
         of = {"change": change.format("%"), "direction": change.direction}
-        found += f" {say('shuffled_embedding', **sizes, **of)}"
+        found += f" {style.say('shuffled_embedding', **sizes, **of)}"
     return found
 
 

@@ -6,14 +6,11 @@ import pandas as pd
 
 from dynslice.core import paths
 from dynslice.experiment.study import Study
-from dynslice.report import ablations, perplexity, single_layer, statistics
-from dynslice.report.sentences import say
+from dynslice.report import ablations, perplexity, single_layer, statistics, style
 from dynslice.report.statistics import BASES, Estimate, Pair
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
-
 NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
-
 ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
 
@@ -134,13 +131,13 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
 def findings(study: Study) -> str:
     """What a record says of the paper's idea: the claims, then what the ablations say of it."""
     lines = [_finding(outcome) for outcome in outcomes(study) if outcome["change"]]
-    lines = lines or [say("finding_none", verdict=NOT_TESTED.capitalize())]
+    lines = lines or [style.say("finding_none", verdict=NOT_TESTED.capitalize())]
     # On a text that nothing was calibrated on, how far a network is from dense says more.
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
     others = [perplexity.size_prose(perplexity.perplexity_table(study))]
     others += [_levels(study, text) for text in foreign] + _ablation_findings(study)
     claims, more = ("\n".join(f"- {line}" for line in part) for part in (lines, others))
-    return f"{say('findings')}\n\n{claims}\n\n{say('findings_more')}\n\n{more}"
+    return f"{style.say('findings')}\n\n{claims}\n\n{style.say('findings_more')}\n\n{more}"
 
 
 def _finding(outcome: dict) -> str:
@@ -150,7 +147,7 @@ def _finding(outcome: dict) -> str:
     else:
         word = "Not shown" if change.low <= 0 <= change.high else "Does not hold"
     claimed = "lower" if outcome["value"] < 0 else "higher"
-    return say("finding", word=word, claimed=claimed, o=outcome)
+    return style.say("finding", word=word, claimed=claimed, o=outcome)
 
 
 def _levels(study: Study, text: str) -> str:
@@ -164,7 +161,7 @@ def _levels(study: Study, text: str) -> str:
     ]
     shown += ablations.variants(study, "calibration text")
     levels = "; ".join(f"{point.label}: {study.perplexity(point, text):.1f}" for point in shown)
-    return say("levels", text=text, levels=levels)
+    return style.say("levels", text=text, levels=levels)
 
 
 def _ablation_findings(study: Study) -> list[str]:
@@ -176,4 +173,6 @@ def _ablation_findings(study: Study) -> list[str]:
         "shuffles": ablations.shuffle_prose(ablations.shuffle_table(study)),
         "calibrations": ablations.seed_prose(ablations.seed_table(study)),
     }
-    return [say(question, network=network, answer=answer) for question, answer in found.items()]
+    return [
+        style.say(question, network=network, answer=answer) for question, answer in found.items()
+    ]

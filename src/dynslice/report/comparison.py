@@ -8,11 +8,9 @@ from matplotlib.ticker import MaxNLocator
 
 from dynslice.experiment.profile import percent
 from dynslice.report import statistics, style
-from dynslice.report.sentences import say
 from dynslice.report.style import MARKERS
 
 BY = "against constant at"  # the column of the basis of a comparison
-
 SAYS = "dynamic is"  # that of the direction of a change
 
 
@@ -22,18 +20,20 @@ def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
     Of a table with tasks, what it says of their average.
     """
     if comparison.empty:
-        return say("paired_none", quantity=quantity)
+        return style.say("paired_none", quantity=quantity)
     if "task" in comparison:
         comparison = comparison[comparison["task"] == "average"]
     lines = []
     for basis, rows in comparison.groupby(BY, sort=False):
         words = rows[SAYS].value_counts().items()
         low, high = (f"{x:+.1f}" for x in (rows[column].min(), rows[column].max()))
-        found = say(
+        found = style.say(
             "paired",
             basis=basis,
             comparisons=f"{len(rows)} comparison{'s' * (len(rows) > 1)}",
-            found=", ".join(say(word, quantity=quantity, count=count) for word, count in words),
+            found=", ".join(
+                style.say(word, quantity=quantity, count=count) for word, count in words
+            ),
             changes=f"change is {low}" if low == high else f"changes are {low} to {high}",
             unit=column.partition("(")[2].rstrip(")"),
         )
@@ -102,17 +102,15 @@ def forest(
     axis.set_ylim(-0.6, len(names) - 0.4)
 
 
-def constant_and_dynamic(
-    axis: plt.Axes, table: pd.DataFrame, x: str, y: str, factor: float = 1.0
-) -> None:
-    """y with its interval (low, high) against factor * x: constant as a curve, dynamic as marks."""
+def constant_and_dynamic(axis: plt.Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """y with its interval (low, high) against x: constant as a curve, dynamic as marks."""
     dense = table[table["schedule"] == "dense"].iloc[0]
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.axhline(dense[y], color="0.5", linestyle=":", label="dense")
     constant = table[table["schedule"].isin(["constant", "matched"])]
-    style.points_with_intervals(axis, factor * constant[x], constant, y, "o-", "C0", "constant")
+    style.points_with_intervals(axis, constant[x], constant, y, "o-", "C0", "constant")
     dynamic = table[table["schedule"] == "dynamic"].groupby("SB")
     looks = cycle(product(("C1", "C3", "C4", "C2"), MARKERS))  # as many as there are SB
     for (colour, marker), (sb, rows) in zip(looks, dynamic, strict=False):
         label = f"dynamic, SB {percent(sb)}"
-        style.points_with_intervals(axis, factor * rows[x], rows, y, marker, colour, label)
+        style.points_with_intervals(axis, rows[x], rows, y, marker, colour, label)

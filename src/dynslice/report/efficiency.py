@@ -11,7 +11,6 @@ from dynslice.core import paths
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import style
-from dynslice.report.sentences import say
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,7 +56,7 @@ def time_prose(study: Study, table: pd.DataFrame) -> str:
         "calibration": p.calibration_windows * p.calibration_window,
     }
     rates = {"rate": read["tokens"] / lr.seconds, "sliced": read["calibration"] / slicing["50%"]}
-    return say("slicing_time", lr=lr, slicing=slicing, **read, **rates)
+    return style.say("slicing_time", lr=lr, slicing=slicing, **read, **rates)
 
 
 def speed_table(study: Study) -> pd.DataFrame:
@@ -113,10 +112,10 @@ def dense_prose(study: Study) -> str:
     """The dense model's own figures, and what was run."""
     p, points = study.profile, study.design.speed_points()
     if not points:
-        return say("no_speed", p=p)
+        return style.say("no_speed", p=p)
     value = study.get(study.design.speed_request(points[0])).value
     flops, read, peak = (of(value, "dense") for of in (_flops, _read, _peak))
-    return say("dense_speed", p=p, flops=flops, read=read, peak=peak)
+    return style.say("dense_speed", p=p, flops=flops, read=read, peak=peak)
 
 
 def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
@@ -133,7 +132,7 @@ def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
         "size": pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1,
     }
     reach = {name: f"{100 * x.min():+.1f} to {100 * x.max():+.1f} %" for name, x in gaps.items()}
-    return say("work", **reach)
+    return style.say("work", **reach)
 
 
 def speed_figure(table: pd.DataFrame) -> plt.Figure:
@@ -143,16 +142,15 @@ def speed_figure(table: pd.DataFrame) -> plt.Figure:
     figure, axes = style.panels(1, 2, sharey=True)
     names = {"prefill": "prefill, FLOP counted (x)", "decode": "decoding, bytes counted (x)"}
     for axis, (step, name) in zip(axes, names.items(), strict=True):
-        rows = table[table["step"] == step]
+        rows = table[table["step"] == step].rename(columns={"least (x)": "low", "most (x)": "high"})
         ends = np.array([min(1.0, rows["counted (x)"].min()), rows["counted (x)"].max()])
         ends = ends + np.array([-0.02, 0.02])
         axis.plot(ends, ends, color="0.5", linestyle="--", linewidth=1, label="as counted")
         axis.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", linewidth=0)
         for schedule, marker, colour in (("constant", "o", "C0"), ("dynamic", "^", "C1")):
-            here, reach = rows[rows["schedule"] == schedule], ("least (x)", "most (x)")
-            style.points_with_intervals(
-                axis, here["counted (x)"], here, "gain (x)", marker, colour, schedule, reach
-            )
+            here = rows[rows["schedule"] == schedule]
+            look = (marker, colour, schedule)
+            style.points_with_intervals(axis, here["counted (x)"], here, "gain (x)", *look)
         axis.set(xlabel=name)
     axes[0].set(ylabel="measured gain over dense (x)")
     axes[0].legend()
@@ -177,7 +175,7 @@ def bench_prose(name: str, bench: dict) -> str:
     """What a benchmark ran on, and which of its limits it met."""
     met = [row["met"] for row in bench["rows"] if row["met"] is not None]
     counts, where = {"met": sum(met), "count": len(met)}, bench["provenance"]
-    return say("bench", name=name[0].upper() + name[1:], bench=bench, where=where, **counts)
+    return style.say("bench", name=name[0].upper() + name[1:], bench=bench, where=where, **counts)
 
 
 def unmeasured_prose() -> str:

@@ -13,7 +13,6 @@ from dynslice.experiment.study import Study
 from dynslice.method.scores import rises
 from dynslice.report import statistics, style
 from dynslice.report.comparison import forest
-from dynslice.report.sentences import say
 from dynslice.report.statistics import ACCURACY, PERPLEXITY, columns
 
 COLOURS = ("C0", "C1", "C2", "C3")
@@ -26,8 +25,7 @@ def contests(study: Study) -> dict[float, list[Point]]:
 
 def name(point: Point) -> str:
     """A network by its schedule and what was done to it, the size left out."""
-    parts = point.label.split(", ")
-    return ", ".join(part for part in parts if not part.startswith("size of SP"))
+    return ", ".join(x for x in point.label.split(", ") if not x.startswith("size of SP"))
 
 
 def contest_table(study: Study) -> pd.DataFrame:
@@ -113,33 +111,34 @@ def question_prose(study: Study) -> str:
     if not contests(study):
         return style.NONE
     ours = "constant, compensated"
-    pairs = {say("compensation"): (ours, "constant")}
+    asked = [(style.say("compensation"), ours, "constant")]
     for schedule in study.profile.beyond_schedules:
-        pairs[say("schedule", schedule=schedule)] = (f"{schedule}, compensated", ours)
+        said = style.say("schedule", schedule=schedule)
+        asked.append((said, f"{schedule}, compensated", ours))
     lines = []
-    for said, names in pairs.items():
-        found = []
-        for sp, contest in contests(study).items():
-            named = {name(point): point for point in contest}
-            found.append(f"at SP {percent(sp)} {_difference(study, *map(named.get, names))}")
-        lines.append(f"- {said}: {'; '.join(found)}.")
+    for said, *pair in asked:
+        found = "; ".join(_difference(study, sp, *pair) for sp in contests(study))
+        lines.append(f"- {said}: {found}.")
     return "\n".join(lines)
 
 
-def _difference(study: Study, a: Point, b: Point) -> str:
+def _difference(study: Study, sp: float, *names: str) -> str:
     """How two networks of a size differ in perplexity on each text, and in accuracy."""
+    named = {name(point): point for point in contests(study)[sp]}
+    a, b = map(named.get, names)
     found = [
         (f"perplexity on {text}", statistics.perplexity_change(study, a, b, text), "%")
         for text in study.profile.eval_texts
     ]
     if tasks := statistics.choice_tasks(study):
         found.append(("accuracy", statistics.accuracy_change(study, a, b, tasks), "points"))
-    return ", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found)
+    changes = ", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found)
+    return f"at SP {percent(sp)} {changes}"
 
 
 def readme_prose(study: Study) -> str:
     """The same under a heading that says what is compared; nothing where nothing is."""
-    heading = say("beyond", profile=study.profile.name)
+    heading = style.say("beyond", profile=study.profile.name)
     return f"{heading}\n\n{question_prose(study)}" if contests(study) else ""
 
 
@@ -176,8 +175,8 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     ranked = table.sort_values("validation perplexity", ignore_index=True)
     compared = ranked[ranked["network"].isin(map(name, contest))]
     best, first = ranked.iloc[0], compared.iloc[0]
-    ours = say("choice_ours" if compared.index[0] == 0 else "choice_other", first=first)
-    return say("choice", count=len(table), share=percent(sp), best=best, ours=ours)
+    ours = style.say("choice_ours" if compared.index[0] == 0 else "choice_other", first=first)
+    return style.say("choice", count=len(table), share=percent(sp), best=best, ours=ours)
 
 
 def widths_figure(study: Study) -> plt.Figure:

@@ -7,7 +7,6 @@ import pandas as pd
 from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import style
-from dynslice.report.sentences import say
 
 
 def redundancy_table(study: Study) -> pd.DataFrame:
@@ -26,7 +25,7 @@ def redundancy_table(study: Study) -> pd.DataFrame:
 
 def last_layer_prose(study: Study) -> str:
     """What the last layer is compared by, as Markdown."""
-    return say(f"last_layer_{study.profile.lr_last_layer}")
+    return style.say(f"last_layer_{study.profile.lr_last_layer}")
 
 
 def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:

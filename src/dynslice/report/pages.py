@@ -6,7 +6,6 @@ from dynslice.core import paths
 from dynslice.experiment.study import Study
 from dynslice.report import ablations, equal_size, perplexity, statistics, style
 from dynslice.report.claims import findings
-from dynslice.report.sentences import say
 from dynslice.report.statistics import EQUAL_SIZE, EQUAL_SLICE
 
 
@@ -17,9 +16,9 @@ def claims_block(study: Study) -> str:
         changes = perplexity.perplexity_comparison(study)
         shown = style.markdown(changes.drop(columns="text", errors="ignore"))
     else:
-        shown = f"{say('figure', profile=p.name)}\n\n{findings(study)}"
+        shown = f"{style.say('figure', profile=p.name)}\n\n{findings(study)}"
     seconds = [study.store.get(request).seconds for request in study.requests()]
-    source = say(
+    source = style.say(
         "claims",
         p=p,
         texts="`, `".join(p.eval_texts),
@@ -42,6 +41,8 @@ def deviations_block(study: Study) -> str:
     networks = ablations.ablation_table(study).drop_duplicates("varied").set_index("varied")
     dynamic = [point for point in study.points() if point.schedule == "dynamic"]
     plans = [study.get(study.slice_request(point)).value for point in dynamic]
+    matched = statistics.pairs(study.points(), EQUAL_SIZE)
+    chosen, *_ = statistics.chosen(study, EQUAL_SLICE)
     numbers = {
         "p": p,
         "texts": ", ".join(p.eval_texts),
@@ -56,8 +57,15 @@ def deviations_block(study: Study) -> str:
         "last_layer_change": _ablated(networks.loc["last layer"]),
         "rounding_change": _ablated(networks.loc["rounding"]),
         "inflation": perplexity.selection_prose(perplexity.selection_table(study), study),
-        **_closeness(study),
-        **_two_bases(study),
+        "pairs": len(matched),
+        "largest_gap": max(abs(study.size(a) / study.size(b) - 1) for a, b, _ in matched),
+        "chosen": chosen,
+        "on_both_bases": ", ".join(
+            f"at {basis} {statistics.perplexity_change(study, a, b, text).format('%')} ({text})"
+            for a, b, basis in statistics.pairs(study.points())
+            for text in p.eval_texts
+            if a == chosen
+        ),
     }
     table = pd.read_csv(paths.ROOT / "docs" / "deviations.csv")
     return (
@@ -70,22 +78,3 @@ def deviations_block(study: Study) -> str:
 def _ablated(row: pd.Series) -> str:
     """What a variant changes, ends a sentence."""
     return statistics.of_row(row, "change (%)").format("%") + ablations.curve_phrase(row)
-
-
-def _closeness(study: Study) -> dict:
-    """How far sizes of matched constants lie from those of their dynamic networks."""
-    pairs = statistics.pairs(study.points(), EQUAL_SIZE)
-    gaps = [abs(study.size(a) / study.size(b) - 1) for a, b, _ in pairs]
-    return {"pairs": len(gaps), "largest_gap": max(gaps)}
-
-
-def _two_bases(study: Study) -> dict:
-    """One network against both of its constants."""
-    dynamic, *_ = statistics.chosen(study, EQUAL_SLICE)
-    changes = [
-        f"at {basis} {statistics.perplexity_change(study, a, b, text).format('%')} ({text})"
-        for a, b, basis in statistics.pairs(study.points())
-        for text in study.profile.eval_texts
-        if a == dynamic
-    ]
-    return {"dynamic": dynamic, "on_both_bases": ", ".join(changes)}

@@ -10,7 +10,6 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.comparison import BY, SAYS
-from dynslice.report.sentences import say
 from dynslice.report.statistics import PERPLEXITY, columns
 
 LEGEND_COLUMNS = 4
@@ -63,9 +62,9 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
     height = 2.1 * len(texts) + 0.2 * math.ceil((2 + bases) / LEGEND_COLUMNS)
     figure, axes = style.panels(len(texts), 2, height, squeeze=False, sharey="row")
     for row, text in zip(axes, texts, strict=True):
-        here = table[table["text"] == text]
-        for axis, x, factor in ((row[0], "mean slice", 100), (row[1], "parameters (M)", 1)):
-            comparison.constant_and_dynamic(axis, here, x, "perplexity", factor)
+        here = table[table["text"] == text].assign(percent=100 * table["mean slice"])
+        for axis, x in zip(row, ("percent", "parameters (M)"), strict=True):
+            comparison.constant_and_dynamic(axis, here, x, "perplexity")
         row[0].set(xlabel="mean slice (% of the width)", ylabel=f"perplexity ({text})")
         row[1].set(xlabel="stored parameters (millions)")
     handles = axes[0, 0].get_legend_handles_labels()
@@ -78,7 +77,7 @@ def size_prose(table: pd.DataFrame) -> str:
     networks = table.drop_duplicates("network").set_index("schedule")["parameters (M)"]
     dense, sliced = networks["dense"], networks.drop("dense")
     name = "size_of_one" if len(sliced) == 1 else "size_of_several"
-    return say(name, dense=dense, sliced=sliced.describe(), more=int((sliced > dense).sum()))
+    return style.say(name, dense=dense, sliced=sliced.describe(), more=int((sliced > dense).sum()))
 
 
 # Choosing the slice base
@@ -143,4 +142,4 @@ def selection_prose(table: pd.DataFrame, study: Study) -> str:
     if table.empty:
         return "This profile chooses no SB: it has no dynamic network."
     gaps = table[PERPLEXITY] - table["in hindsight (%)"]
-    return say("hindsight", gaps=gaps.describe(), differ=int((gaps > 0).sum()))
+    return style.say("hindsight", gaps=gaps.describe(), differ=int((gaps > 0).sum()))

@@ -17,10 +17,8 @@ from dynslice.experiment.requests import Point, split_for
 from dynslice.experiment.study import Study
 from dynslice.inputs.texts import SPLITS
 from dynslice.report import style
-from dynslice.report.sentences import say
 
 CLAIMS = "claims.csv"  # the headline claims, which claims.py reads; every other CSV holds cells
-
 GUIDE = "data/published/README.md"
 
 PERPLEXITY, ACCURACY = ("perplexity",), ("acc", "acc_norm")
@@ -74,8 +72,9 @@ class Cell(BaseModel):
 
     @property
     def models(self) -> list[str]:
-        """Its model, and those without published numbers for which this one is the nearest."""
-        return [self.model, *(model.strip() for model in (self.nearest_for or "").split(";"))]
+        """Its model and those that have no numbers and are nearest to it, in lower case."""
+        others = (self.nearest_for or "").split(";")
+        return [model.strip().lower() for model in (self.model, *others)]
 
     def shown(self) -> dict[str, Any]:
         """Its fields by the names that tables and settings have, and the stated ones in words."""
@@ -122,11 +121,11 @@ def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXIT
         models = [cell.model for cell in read() if cell.metric in metrics]
         held = {"count": len(models), "others": ", ".join(dict.fromkeys(models)), "guide": GUIDE}
         name = "published_of_others" if models else "published_of_none"
-        return say(name, what=what, ours=study.profile.model, **held)
+        return style.say(name, what=what, ours=study.profile.model, **held)
     joined = found[found["ours"].notna()]
     equal = (joined["settings"] == "equal").sum()
     counts = {"joined": len(joined), "every": len(found), "equal": equal}
-    return f"{say('published', what=what, **counts)}\n\n{style.markdown(found)}"
+    return f"{style.say('published', what=what, **counts)}\n\n{style.markdown(found)}"
 
 
 # Reading
@@ -179,9 +178,9 @@ def _joined(study: Study, metrics: tuple[str, ...]) -> pd.DataFrame:
     of_tasks = metrics == ACCURACY
     points = study.task_points() if of_tasks else study.points()
     measured = _accuracies if of_tasks else _perplexities
-    cells = [cell for cell in read() if cell.metric in metrics]
+    cells, model = [cell for cell in read() if cell.metric in metrics], study.profile.model.lower()
     rows = []
-    for cell in (cell for cell in cells if _is_any(study.profile.model, cell.models)):
+    for cell in (cell for cell in cells if model in cell.models):
         networks = _networks(cell, points)
         found = [
             {"ours": value, "settings": _compared(cell, study, point, here, value)}
@@ -232,7 +231,7 @@ def _compared(cell: Cell, study: Study, point: Point, here: dict, value: float |
     p, (dataset, split) = study.profile, _text(cell.dataset)
     calibration = cell.calibration and _text(cell.calibration)[0]
     there = {**cell.shown(), "split": split, "calibration": calibration}
-    if not _is_any(p.model, [cell.model]):
+    if p.model.lower() != cell.model.lower():
         here = {"model": p.model, **here}
     if point.schedule == "dynamic":
         here["SB"] = point.slice_base
@@ -274,7 +273,3 @@ def _text(name: str) -> tuple[str, str | None]:
     name = Path(name).stem if Path(name).is_file() else name
     found = re.fullmatch(rf"(.+)[ _-]({'|'.join(SPLITS)})", name.lower())
     return (found[1], found[2]) if found else (name.lower(), None)
-
-
-def _is_any(model: str, others: list[str]) -> bool:
-    return model.lower() in [other.lower() for other in others]

@@ -9,7 +9,6 @@ from scipy import stats
 from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import statistics, style
-from dynslice.report.sentences import say
 from dynslice.report.statistics import PERPLEXITY as LOSS
 from dynslice.report.statistics import Estimate
 
@@ -52,20 +51,15 @@ def prose(losses: pd.DataFrame, study: Study) -> str:
     inner = losses.iloc[1:-1]
     if len(inner) < FEWEST_LAYERS:
         return f"{len(losses)} layers are too few for a rank correlation."
-    rho, within = rank_correlation(losses), rank_correlation(inner)
-    return say(
-        "single_layer",
-        p=study.profile,
-        share=percent(study.profile.single_layer_slice),
-        inner=len(inner),
-        within=within.format(digits=2),
-        within_says=say(f"single_layer_{within.direction}"),
-        layers=len(losses),
-        rho=rho.format(digits=2),
-        rho_says=say(f"single_layer_{rho.direction}"),
-        worst=losses.loc[losses[LOSS].idxmax()],
-        mildest=losses.loc[losses[LOSS].idxmin()],
-    )
+    found = {}
+    for name, layers in {"within": inner, "over_all": losses}.items():
+        rho = rank_correlation(layers)
+        says = style.say(f"single_layer_{rho.direction}")
+        found[name] = {"layers": len(layers), "rho": rho.format(digits=2), "says": says}
+    for name, layer in {"worst": losses[LOSS].idxmax(), "mildest": losses[LOSS].idxmin()}.items():
+        found[name] = losses.loc[layer]
+    p = study.profile
+    return style.say("single_layer", p=p, share=percent(p.single_layer_slice), **found)
 
 
 def figure(losses: pd.DataFrame) -> plt.Figure:

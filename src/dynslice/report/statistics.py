@@ -12,14 +12,10 @@ from dynslice.experiment.requests import Point
 from dynslice.experiment.store import Request
 from dynslice.experiment.study import Study
 
-CONFIDENCE = 0.95
-
-RESAMPLES = 9999
-
+CONFIDENCE, RESAMPLES = 0.95, 9999
 INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap interval, {RESAMPLES:,} resamples, seed 0"
 
 PERPLEXITY, ACCURACY = "perplexity (%)", "accuracy (points)"  # the columns of changes
-
 EQUAL_SLICE, EQUAL_SIZE = BASES = ("equal mean slice", "equal stored parameters")
 
 Pair = tuple[Point, Point, str]

@@ -1,6 +1,6 @@
-"""How tables and figures look, and where they are written; nothing is measured here."""
+"""How tables, figures and sentences look, and where they are written; nothing is measured here."""
 
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import yaml
 from matplotlib.ticker import MaxNLocator
 
 from dynslice.core import files, paths
@@ -16,7 +17,7 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import statistics
 
-COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
+COLUMN_WIDTH, PAGE_WIDTH = 3.4, 6.8  # inches, of a page with two columns
 
 MARKERS = "D^vsP*<>"
 
@@ -26,11 +27,7 @@ NONE = "This profile asks for no such measurement."
 
 
 def panels(
-    rows: int = 1,
-    columns: int = 1,
-    height: float = 2.5,
-    width: float = 2 * COLUMN_WIDTH,
-    **grid: Any,
+    rows: int = 1, columns: int = 1, height: float = 2.5, width: float = PAGE_WIDTH, **grid: Any
 ) -> tuple[plt.Figure, Any]:
     """An empty figure and its axes, in the one look of all; width and height in inches."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=0.8)
@@ -110,20 +107,24 @@ def markdown(table: pd.DataFrame, digits: int = 2) -> str:
     return rounded(table, digits).to_markdown(index=False, disable_numparse=True)
 
 
+def say(name: str, /, **values: object) -> str:
+    """A sentence of sentences.yaml with values in its places."""
+    return _sentences()[name].format(**values)
+
+
+@cache
+def _sentences() -> dict[str, str]:
+    text = Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
 def points_with_intervals(
-    axis: plt.Axes,
-    x: pd.Series,
-    rows: pd.DataFrame,
-    y: str,
-    form: str,
-    colour: str,
-    label: str,
-    bounds: tuple[str, str] = ("low", "high"),
+    axis: plt.Axes, x: pd.Series, rows: pd.DataFrame, y: str, form: str, colour: str, label: str
 ) -> None:
-    """rows[y] at x, with bars between the columns `bounds`; a line where `form` has one."""
+    """rows[y] at x, with bars from `low` to `high`; a line where `form` has one."""
     order = np.argsort(x.to_numpy(), kind="stable")
     rows, x = rows.iloc[order], x.iloc[order]
-    reach = [(rows[y] - rows[bounds[0]]).clip(0), (rows[bounds[1]] - rows[y]).clip(0)]
+    reach = [(rows[y] - rows["low"]).clip(0), (rows["high"] - rows[y]).clip(0)]
     look = {"color": colour, "markerfacecolor": "w" if "-" in form else colour, "markersize": 4}
     artist = axis.errorbar(
         x, rows[y], yerr=reach, fmt=form, linewidth=1, capsize=2, label=label, **look

@@ -12,7 +12,6 @@ from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.comparison import BY, SAYS
-from dynslice.report.sentences import say
 from dynslice.report.statistics import ACCURACY, columns
 
 MARGIN = ("margin", "margin {}")  # the columns of a margin and of its interval
@@ -69,10 +68,10 @@ def task_prose(study: Study) -> str:
     titles = tasks.groupby("split", sort=False)["title"]
     generated = ", or the metric that stands next to a task" * bool(any(tasks["metric"]))
     sources = [f"the {split} split for {_listed(names)}" for split, names in titles]
-    found = say("tasks", generated=generated, sources=_listed(sources))
+    found = style.say("tasks", generated=generated, sources=_listed(sources))
     titles = tasks.groupby("choices", sort=False)["title"]
     chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in titles]
-    return f"{found} {say('guessing', chances=_listed(chances))}" if chances else found
+    return f"{found} {style.say('guessing', chances=_listed(chances))}" if chances else found
 
 
 def _listed(names: Iterable[str]) -> str:
