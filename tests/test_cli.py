@@ -12,7 +12,7 @@ from prose import paragraphs
 from safetensors import safe_open
 
 from dynslice.core import assets, paths
-from dynslice.evaluate import harness
+from dynslice.evaluate import harness, task_table
 
 MODEL = ["--model", "embedded:tiny-random"]
 
@@ -332,3 +332,19 @@ def test_task_files_that_were_altered_are_written_anew(result, tmp_path, monkeyp
     path.unlink()
     result("assets", "fetch")
     assert path.read_text() == before
+
+
+def test_a_changed_table_of_tasks_makes_new_task_files(result, tmp_path, monkeypatch):
+    """Or any other file of the definitions that are this package's own."""
+    for module in (harness, paths):
+        monkeypatch.setattr(module, "TASK_FILES", tmp_path / "tasks")
+    own = shutil.copytree(task_table.OWN, tmp_path / "own")
+    monkeypatch.setattr(task_table, "OWN", own)
+    stamps = []
+    for changed in (None, "table.yaml", "xlsum_en.yaml"):
+        if changed:
+            with (own / changed).open("a") as file:
+                file.write("# changed\n")
+        result("assets", "fetch")
+        stamps.append((tmp_path / "tasks" / "made-by").read_text())
+    assert len(set(stamps)) == 3

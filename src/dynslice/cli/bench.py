@@ -19,10 +19,10 @@ from dynslice.method.redundancy import layer_redundancy
 def run(
     subject: Subject, text: str, count: int, window: int, slice_percentage: float, repeats: int
 ) -> dict:
-    """Measure all rows; `count` windows of `window` tokens are what slicing and LR work on.
+    """What was measured on what, and `rows` in the order in which a reader wants them.
 
-    text: corpus or file of the windows; models of random weights take random tokens.
-    Returns what was measured on what, and `rows`, in the order in which a reader wants them.
+    Slicing and LR work on `count` windows of `window` tokens of a corpus or file `text`, or on
+    random tokens where the weights are random.
     """
     device, tokenizer = subject.device, subject.tokenizer()
     dtype = str(subject.dtype).removeprefix("torch.")

@@ -1,7 +1,6 @@
 """The rows of `dynslice bench`: each step with its physical yardstick, each result with an oracle.
 
-The steps of a ratio are taken in turn within one run, and their medians compared: times of two
-runs, or of two machines, are not.
+The steps of a ratio take turns in one run; times of two runs or machines are never compared.
 """
 
 import multiprocessing
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dynslice.core import paths
 from dynslice.core.tensors import batches, free_memory, peak_memory_bytes, reset_peak_memory
 from dynslice.evaluate import harness, speed
-from dynslice.evaluate.speed import alternate, seconds_of
 from dynslice.experiment.profile import load
 from dynslice.experiment.store import unique
 from dynslice.experiment.study import Store, Study
@@ -32,7 +30,6 @@ from dynslice.inputs.windows import token_windows
 from dynslice.method import footprint, slicing, streaming
 from dynslice.method.activations import Activations, residual_stream
 from dynslice.method.architectures import dims_of, family_of
-from dynslice.method.footprint import extra_memory, shown_bytes, stored_bytes
 from dynslice.method.modeling_sliced import block_output
 from dynslice.method.numerics import principal_basis
 from dynslice.method.plan import SlicePlan, constant
@@ -43,18 +40,14 @@ SMALL_GPU = 24 * 2**30  # the memory within which a model of eight billion param
 
 @dataclass(frozen=True)
 class Row:
-    """One step: its time, its rate, and how far it is from what it is measured by.
-
-    seconds: median over repeats. ratio: what `yardstick` says. low, high: what the ratio should
-    lie between, None where nothing is asked.
-    """
+    """One step: its time, its rate, and how far it is from what it is measured by."""
 
     step: str
-    seconds: float | None
+    seconds: float | None  # median over repeats
     rate: str
     ratio: float | None
-    yardstick: str
-    low: float | None = None
+    yardstick: str  # what the ratio is
+    low: float | None = None  # what the ratio should lie between; None where nothing is asked
     high: float | None = None
 
     @property
@@ -112,7 +105,7 @@ def random_tokens(model: PreTrainedModel, count: int, window: int, seed: int) ->
 
 def medians(steps: dict[str, Callable], device: torch.device, *how: int) -> dict[str, float]:
     """Median seconds of steps that take turns; how: see `alternate`."""
-    return {name: median(seconds) for name, seconds in alternate(steps, device, *how).items()}
+    return {name: median(seconds) for name, seconds in speed.alternate(steps, device, *how).items()}
 
 
 @torch.inference_mode()
@@ -151,14 +144,14 @@ def memory_row(subject: Subject, dense: PreTrainedModel, windows: Tensor, widths
     On a CPU in a process of its own, where nothing else adds to the resident set.
     """
     size, d = dense.dtype.itemsize, widths.shape.hidden_size
-    held = stored_bytes(dense) + widths.parameters * size + windows.numel() * d * size
+    held = footprint.stored_bytes(dense) + widths.parameters * size + windows.numel() * d * size
     one = next(iter(batches(windows[:1], "workspace", subject.device)))
     stream = [torch.zeros(*one.shape, d, device=one.device)]
     for step in (lambda: _pass(dense, one), lambda: principal_basis(stream)):
-        held += extra_memory(step, subject.device)
+        held += footprint.extra_memory(step, subject.device)
     if subject.device.type == "cuda":
-        extra = extra_memory(lambda: slicing.slice_model(dense, windows, widths), subject.device)
-        peak = stored_bytes(dense) + extra
+        step = partial(slicing.slice_model, dense, windows, widths)
+        peak = footprint.stored_bytes(dense) + footprint.extra_memory(step, subject.device)
     else:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(_slicing_peak, subject, windows, widths).result()
@@ -200,11 +193,11 @@ def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[
     workspace = footprint.slicing_workspace(config, widths, window, device, dtype)
     activations = footprint.activation_bytes(widths, windows.numel(), dtype)
     predicted = workspace + min(activations, max(0, SMALL_GPU - workspace))
-    label = f"{windows.numel() / seconds:,.0f} tokens/s, {shown_bytes(peak)}"
-    small = f"streamed slicing within {shown_bytes(SMALL_GPU)}"
+    label = f"{windows.numel() / seconds:,.0f} tokens/s, {footprint.shown_bytes(peak)}"
+    small = f"streamed slicing within {footprint.shown_bytes(SMALL_GPU)}"
     return [
         Row("streamed slicing", seconds, label, peak / predicted, "peak over prediction", 0.8, 1.2),
-        Row(small, None, shown_bytes(peak), peak / SMALL_GPU, "of that memory", high=1.0),
+        Row(small, None, footprint.shown_bytes(peak), peak / SMALL_GPU, "of that memory", high=1.0),
     ]
 
 
@@ -224,8 +217,7 @@ def throughput_rows(
         gain, expected = median(times["dense"]) / seconds, counted["dense"] / counted["sliced"]
         rate = f"{value[f'{step}_tokens'] / seconds:,.0f} tokens/s, {gain:.2f} x dense"
         yardstick = f"gain over that of {what} ({expected:.2f} x)"
-        ratio = (gain / expected, yardstick, 0.9, 1.1)
-        rows.append(Row(f"{step}, {label}", seconds, rate, *ratio))
+        rows.append(Row(f"{step}, {label}", seconds, rate, gain / expected, yardstick, 0.9, 1.1))
     return rows
 
 
@@ -241,7 +233,7 @@ def sweep_row(subject: Subject) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(load("quick", asked), Store(Path(folder)), str(subject.device))
         requests = unique([*study.design.perplexity_requests(), *study.design.task_requests()])
-        wall = seconds_of(lambda: study.ensure(requests), subject.device)
+        wall = speed.seconds_of(lambda: study.ensure(requests), subject.device)
         spent = sum(study.store.get(request).seconds for request in requests)
     points = len(study.points())
     step, rate = f"sweep of {points} points, dense one included", f"{points / wall:.2f} points/s"
@@ -254,8 +246,7 @@ def task_rows(subject: Subject, tokenizer: PreTrainedTokenizerBase, repeats: int
     dense, scores, items = subject.load(), {}, 16
 
     def score(by: str) -> None:
-        amounts = (["hellaswag"], items)
-        value = harness.tasks(dense, tokenizer, *amounts, share_contexts=by == "ours")
+        value = harness.tasks(dense, tokenizer, ["hellaswag"], items, share_contexts=by == "ours")
         scores[by] = value["hellaswag"]
 
     times = medians({by: partial(score, by) for by in ("ours", "lm-eval")}, subject.device, repeats)

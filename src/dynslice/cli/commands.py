@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from dynslice.cli import common
-from dynslice.cli.common import check_output, dims, given, is_sampled, loaded, windows_of
+from dynslice.cli.common import check_output, dims, given, is_sampled, loaded, placed, windows_of
 from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
@@ -69,8 +69,7 @@ def assets_command(options) -> tuple[dict, list[str]]:
     rows = {
         name: {
             "package": f"{asset.package}=={asset.version}",
-            "holds": asset.holds,
-            "licence": asset.licence,
+            **given(asset, "holds", "licence"),
             "fetched": asset.folder.is_dir(),
         }
         for name, asset in assets.manifest().items()
@@ -185,7 +184,7 @@ def sensitivity_command(options) -> tuple[dict, list[str]]:
 
 def search_command(options) -> tuple[dict, list[str]]:
     """A plan of equal size by coordinate search on validation windows."""
-    from dynslice.evaluate import perplexity
+    from dynslice.evaluate.perplexity import perplexity
     from dynslice.extensions.schedules import Evidence, budget_of, search
     from dynslice.method.slicing import slice_model
 
@@ -196,8 +195,7 @@ def search_command(options) -> tuple[dict, list[str]]:
     model, calibration, windows = _with_validation(options)
 
     def loss(candidate) -> float:
-        network = slice_model(model, calibration, candidate).model
-        return perplexity.perplexity(network, windows)["nll_mean"]
+        return perplexity(slice_model(model, calibration, candidate).model, windows)["nll_mean"]
 
     plan, tried = search(Evidence(shape, round_to), budget, loss, options.evaluations)
     common.write_json(options.out, plan.to_dict())
@@ -213,10 +211,9 @@ def _with_validation(options):
     """The model, the calibration windows and the validation windows."""
     from dynslice.inputs import texts
 
-    sources = [
-        (text, texts.checked_split(text, None, default))
-        for text, default in ((options.calibration, "train"), (options.text, "validation"))
-    ]
+    calibration = texts.checked_split(options.calibration, None, "train")
+    validation = texts.checked_split(options.text, None, "validation")
+    sources = ((options.calibration, calibration), (options.text, validation))
     # The files, so that another way to write a path is no other text.
     read = [{p.resolve() for p in texts.files_of(*source)} or {source[0]} for source in sources]
     if read[0] & read[1]:
@@ -284,23 +281,16 @@ def bench_command(options) -> tuple[dict, list[str]]:
     text = options.calibration or "sotu"
     if options.shape:
         shape = dims_of(config_of(options.shape))
-        for name in ("model", "revision", "calibration"):
-            if getattr(options, name) is not None:
-                raise RequestError(
-                    f"--shape means random weights and random tokens; leave --{name} out"
-                )
+        for name, value in given(options, "model", "revision", "calibration").items():
+            if value is not None:
+                what = "--shape means random weights and random tokens"
+                raise RequestError(f"{what}; leave --{name} out")
     else:
         options.model = options.model or "embedded:smollm2-135m"
         texts.checked_split(text, None, "train")
         shape = dims(options, dense_for="the benchmark")
     constant(shape, options.slice_percentage)  # refuses a share that no plan has
-    source = (
-        options.model,
-        options.shape,
-        *common.placed(options),
-        options.revision,
-        options.seed or 0,
-    )
+    source = (options.model, options.shape, *placed(options), options.revision, options.seed or 0)
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
     result = bench.run(bench_rows.Subject(*source), text, *amounts)
     common.write_json(options.out, result)

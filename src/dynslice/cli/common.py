@@ -1,7 +1,4 @@
-"""What several commands do with their options.
-
-torch and transformers are imported where they are needed, so that `--help` takes no seconds.
-"""
+"""What several commands do with their options; torch loads where it is needed, not for --help."""
 
 import json
 import os
@@ -53,8 +50,7 @@ def windows_of(options, text: str, split: str | None, tokenizer) -> Any:
     """The token windows of a text that are asked for."""
     from dynslice.inputs.windows import token_windows
 
-    amounts = (options.window, options.windows, options.seed)
-    return token_windows(text, split, tokenizer, *amounts)
+    return token_windows(text, split, tokenizer, options.window, options.windows, options.seed)
 
 
 def is_sampled(options) -> bool:

@@ -10,10 +10,7 @@ import yaml
 
 
 def parser(runs: dict[str, Callable], description: str) -> argparse.ArgumentParser:
-    """The parser of all commands; `options.run` is that of the command, with its docstring as help.
-
-    runs: what runs each command.
-    """
+    """The parser of commands and what `runs` them, with its docstring as help, as `options.run`."""
     parser = _Parser(prog="dynslice", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     table = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))

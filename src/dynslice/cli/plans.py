@@ -13,8 +13,8 @@ from dynslice.method.scores import lr_of, read_rises
 # What each schedule takes next to --slice-percentage.
 TAKES = dict.fromkeys(("constant", "first", "embedding"), ())
 TAKES |= {"dynamic": ("slice_base", "lr"), "lr": ("lr",), "sensitivity": ("sensitivity",)}
-
 FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
+AMOUNTS = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")  # what makes a plan
 
 
 def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
@@ -24,8 +24,7 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     that are missing, contradict each other or mean nothing together, and values of another model.
     """
     if getattr(options, "match_parameters", None):
-        others = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")
-        refuse_next_to(options, "--match-parameters", *others, "model", "revision")
+        refuse_next_to(options, "--match-parameters", *AMOUNTS, "model", "revision")
         return matched(SlicePlan.read(options.match_parameters))
     schedule = _schedule(options)
     lr = read_json(options.lr, "LR") if options.lr else None
@@ -46,7 +45,20 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
         measured_lr = lr_of(lr)
     if schedule == "dynamic":
         return dynamic(shape, measured_lr, share, options.slice_base or 0.0, round_to)
-    rises = _rises(options, losses) if schedule == "sensitivity" else None
+    rises = None
+    if schedule == "sensitivity":
+        if losses is None:
+            raise RequestError(
+                "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity "
+                "--out losses.json` and give --sensitivity losses.json"
+            )
+        measured = losses.get("slice_percentage", share)
+        if measured != share:
+            raise RequestError(
+                f"the losses of --sensitivity {options.sensitivity} were measured at slice "
+                f"percentage {measured}, and the plan is for {share}; measure them anew"
+            )
+        rises = read_rises(losses)
     known = Evidence(shape, round_to, measured_lr, rises)
     return within(schedule, known, budget_of(shape, share, round_to))
 
@@ -109,21 +121,6 @@ def _shape(options, schedule: str, values: dict | None) -> ModelDims:
         return ModelDims.from_dict(values.get("shape"))
     file = f" or {_flag(TAKES[schedule][-1])}" if TAKES[schedule] else ""
     raise RequestError(f"a plan needs --model{file} to know the widths of the model")
-
-
-def _rises(options, losses: dict | None) -> list[dict[float, float]]:
-    if losses is None:
-        raise RequestError(
-            "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity --out "
-            "losses.json` and give --sensitivity losses.json"
-        )
-    measured = losses.get("slice_percentage", options.slice_percentage)
-    if measured != options.slice_percentage:
-        raise RequestError(
-            f"the losses of --sensitivity {options.sensitivity} were measured at slice percentage "
-            f"{measured}, and the plan is for {options.slice_percentage}; measure them anew"
-        )
-    return read_rises(losses)
 
 
 def _flag(name: str) -> str:

@@ -102,9 +102,9 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
             apart = abs(value - wanted[name])
             deviation = apart / max(abs(wanted[name]), 1e-12)
             deviations[f"{name} in {request.key}"] = deviation
+            within = deviation <= (1e-3 if same_class else 1e-2)
             of_task = request.kind == "task" and not same_class
-            within = apart <= 0.02 if of_task else deviation <= (1e-3 if same_class else 1e-2)
-            agreeing.append(within)
+            agreeing.append(apart <= 0.02 if of_task else within)
     if not agreeing:
         return None
     where = max(deviations, key=deviations.get)

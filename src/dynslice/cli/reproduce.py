@@ -15,8 +15,7 @@ from dynslice.core import files, interrupt, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.core.paths import shown_path
 from dynslice.experiment.executor import check_executor
-from dynslice.experiment.profile import by_model
-from dynslice.experiment.profile import load as load_profile
+from dynslice.experiment.profile import by_model, load
 from dynslice.experiment.store import Request, unique
 from dynslice.experiment.study import Study
 from dynslice.experiment.validate import check_settings, check_study
@@ -49,7 +48,7 @@ def run(
     RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
     how = (executor, address)
-    check_executor(*how, load_profile(profile, overrides).placement)
+    check_executor(*how, load(profile, overrides).placement)
     runs, notebooks = [], _notebooks(only)
     for chosen in by_model(profile, overrides):
         study = Study.open(profile, from_record, device, **chosen)
@@ -59,10 +58,9 @@ def run(
     for study, _, requests in runs:
         name = study.profile.name
         results = [] if from_record else [study.store.folder]
+        hint = "let it be written, or set DYNSLICE_OUTPUT to another place"
         for place in (*results, paths.figures(name), paths.rendered(name)):
-            files.check_writable(
-                place, "let it be written, or set DYNSLICE_OUTPUT to another place"
-            )
+            files.check_writable(place, hint)
         if not from_record:
             _prepare(study, requests, *how)
     outcomes, failed = [], []
@@ -85,8 +83,7 @@ def _dry_run(study: Study, requests: list[Request], *how: str | None) -> tuple[d
 
 def _prepare(study: Study, requests: list[Request], *how: str | None) -> None:
     """Refuse what cannot run, before anything heavy starts. Raises RequestError."""
-    missing = study.missing(requests)
-    if not missing:
+    if not (missing := study.missing(requests)):
         return
     from dynslice.core import assets
     from dynslice.experiment import preflight
@@ -194,10 +191,9 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             ) from error
         content = json.loads(unfinished.read_text(encoding="utf-8"))
         # Paths and clock times of this machine do not belong in a rendered notebook.
-        content["metadata"].pop("papermill", None)
-        for cell in content["cells"]:
-            cell["metadata"].pop("papermill", None)
-            cell["metadata"].pop("execution", None)
+        for part in (content, *content["cells"]):
+            part["metadata"].pop("papermill", None)
+            part["metadata"].pop("execution", None)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, target)
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynslice.cli import common
-from dynslice.cli.common import check_output, given, is_sampled, windows_of, write_json
-from dynslice.cli.plans import measures_lr, plan_of, refuse_next_to
+from dynslice.cli.plans import AMOUNTS, measures_lr, plan_of, refuse_next_to
 from dynslice.core.errors import RequestError
 
 
@@ -19,13 +18,13 @@ def slice_command(options) -> tuple[dict, list[str]]:
     start, recovery = _compensation(options), _recovery(options)
     if Path(options.out).exists():
         raise RequestError(f"output {options.out!r} exists already; name a new directory")
-    check_output(options.out)
+    common.check_output(options.out)
     split = texts.checked_split(options.calibration, None, "train")
     plan = _plan(options)
     device, dtype = common.placed(options)
     budget = _budget(options, device)
     tokenizer = models.load_tokenizer(options.model, options.revision)
-    windows = windows_of(options, options.calibration, split, tokenizer)
+    windows = common.windows_of(options, options.calibration, split, tokenizer)
     with saving(Path(options.out)) as folder:
         if options.stream:
             source = (options.model, windows, plan, device, dtype, options.revision)
@@ -47,8 +46,8 @@ def slice_command(options) -> tuple[dict, list[str]]:
             "recovery": recovery and asdict(recovery),
             "peak_memory_bytes": peak_memory_bytes(device),
         }
-        write_json(folder / "plan.json", sliced.plan.to_dict())
-        write_json(folder / "slice.json", _recipe(options, result))
+        common.write_json(folder / "plan.json", sliced.plan.to_dict())
+        common.write_json(folder / "slice.json", _recipe(options, result))
     how = "sampled" if result["sampled"] else "consecutive"
     line = (
         f"wrote {options.out}: {result['parameters']:,} stored parameters in {result['dtype']} "
@@ -66,13 +65,10 @@ def _plan(options) -> Any:
     from dynslice.method.plan import SlicePlan
 
     if options.plan:
-        others = ("slice_percentage", "slice_base", "lr", "sensitivity", "round_to", "schedule")
-        refuse_next_to(options, "--plan", *others)
-        plan = SlicePlan.read(options.plan)
+        refuse_next_to(options, "--plan", *AMOUNTS)
     elif measures_lr(options):
         return None
-    else:
-        plan = plan_of(options)
+    plan = SlicePlan.read(options.plan) if options.plan else plan_of(options)
     check_plan(models.load_config(options.model, options.revision), plan)
     return plan
 
@@ -99,11 +95,10 @@ def _facts(options, sliced) -> dict:
         "parameters_dense": plan.shape.dense_parameters,
         "mean_slice": plan.mean_slice,
         "window": options.window,
-        "sampled": is_sampled(options),
+        "sampled": common.is_sampled(options),
         "streamed": options.stream,
         "schedule": plan.schedule,
-        "rotation_error": sliced.rotation_error,
-        "basis_error": sliced.basis_error,
+        **common.given(sliced, "rotation_error", "basis_error"),
         "seconds": round(sliced.seconds, 3),
         "recovery_seconds": round(sliced.recovery_seconds, 3),
     }
@@ -111,9 +106,9 @@ def _facts(options, sliced) -> dict:
 
 def _recipe(options, result: dict) -> dict:
     """How a slice was made, which is saved with it: no places of this machine, only names."""
-    names = given(options, "model", "calibration").items()
+    names = common.given(options, "model", "calibration").items()
     recipe = {key: Path(x).name if Path(x).exists() else x for key, x in names}
-    recipe |= given(options, "revision", "seed") | result
+    recipe |= common.given(options, "revision", "seed") | result
     del recipe["out"]
     return recipe
 
