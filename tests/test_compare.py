@@ -349,7 +349,7 @@ def test_a_size_outside_the_curve_is_compared_with_the_nearest_constant(invented
     embedding = next(a.point for a in invented.ablation.variants() if a.question == "embedding")
     alter(invented, invented.slice_request(embedding), lambda v: {**v, "parameters": 10**6})
     rows = ablations.ablation_table(invented)
-    phrase = ablations.curve_phrase(rows[rows["network"] == embedding.label].iloc[0])
+    phrase = ablations.phrase(rows[rows["network"] == embedding.label].iloc[0])
     assert "outside the constant curve, against the nearest constant network, of 140.0 M" in phrase
 
 

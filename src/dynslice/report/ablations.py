@@ -147,12 +147,13 @@ def ablation_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def curve_phrase(row: dict | pd.Series) -> str:
-    """How a row of `ablation_table` compares with constant slicing of its size; ends a sentence."""
-    if not pd.isna(row[CURVE[0]]):
-        return style.say("curve", change=statistics.of_row(row, *CURVE).format("%"))
-    change = statistics.of_row(row, *NEAREST).format("%")
-    return style.say("beyond_the_curve", size=row["nearest (M)"], change=change)
+def phrase(row: pd.Series) -> str:
+    """What a row of `ablation_table` changes, also against constant slicing of its size."""
+    outside = pd.isna(row[CURVE[0]])
+    fair = statistics.of_row(row, *(NEAREST if outside else CURVE)).format("%")
+    change = statistics.of_row(row, "change (%)").format("%")
+    name = "beyond_the_curve" if outside else "on_the_curve"
+    return style.say(name, change=change, fair=fair, size=row["nearest (M)"])
 
 
 def seed_table(study: Study) -> pd.DataFrame:

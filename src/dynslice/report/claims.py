@@ -44,6 +44,7 @@ def outcomes(study: Study) -> list[dict]:
     accuracy where that is not zero.
     """
     measure = {"perplexity": _perplexities, "accuracy": _accuracy}
+    claims = pd.read_csv(paths.PUBLISHED / "claims.csv").itertuples()
     return [
         {
             "claim": claim.claim,
@@ -57,10 +58,11 @@ def outcomes(study: Study) -> list[dict]:
             "source": claim.source,
             "metric": claim.metric,
             "value": claim.value,
+            "models": claim.models.split(";"),
             "change": change,
             "ratio": ratio,
         }
-        for claim, basis in product(_claims().itertuples(), BASES)
+        for claim, basis in product(claims, BASES)
         for on, network, how, change, ratio in measure[claim.metric](study, basis)
     ]
 
@@ -74,21 +76,18 @@ def _measured(metric: str, change: Estimate | None, ratio: Estimate | None) -> s
 
 def claims_table(study: Study) -> pd.DataFrame:
     """The outcomes as a table; on models that the study did not run, `not tested here`."""
-    table = pd.DataFrame(outcomes(study)).loc[:, :"source"]
-    for model in dict.fromkeys(";".join(_claims()["models"]).split(";")):
+    every = pd.DataFrame(outcomes(study))
+    table, sources = every.loc[:, :"verdict on this model"], every["source"]
+    for model in dict.fromkeys(every["models"].sum()):
         here = table["verdict on this model"] if model == study.profile.model else NOT_TESTED
-        table.insert(table.shape[1] - 1, f"on {model}", here)
-    return table
+        table = table.assign(**{f"on {model}": here})
+    return table.assign(source=sources)
 
 
 # A text or tasks, the network that speaks and how it was chosen, then the changes of an outcome.
 Measured = tuple[str, str, str, Estimate | None, Estimate | None]
 
 NOTHING = ("-", "-", None, None)
-
-
-def _claims() -> pd.DataFrame:
-    return pd.read_csv(paths.PUBLISHED / "claims.csv")
 
 
 def _how(study: Study) -> str:

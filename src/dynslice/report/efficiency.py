@@ -17,13 +17,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STEPS = {"prefill": "prefill_flops", "decode": "decode_bytes"}  # and what bounds each
 
 # The benchmark of each machine: its file, and the command that measures it there.
+_SMALL = "dynslice bench --device cuda --windows 128 --window 2048"
 _LARGE = "dynslice bench --device cuda --shape {} --windows 128 --window 2048 --repeats 1"
 BENCHES = {
     "SmolLM2-135M on a CPU": ("smollm2-135m-cpu", "dynslice bench --device cpu --repeats 5"),
-    "SmolLM2-135M on a GPU": (
-        "smollm2-135m-cuda",
-        "dynslice bench --device cuda --windows 128 --window 2048",
-    ),
+    "SmolLM2-135M on a GPU": ("smollm2-135m-cuda", _SMALL),
     "the shape of Llama-3-8B on a GPU": ("llama-3-8b-cuda", _LARGE.format("llama-3-8b")),
     "the shape of Mistral-7B on a GPU": ("mistral-7b-cuda", _LARGE.format("mistral-7b")),
 }
@@ -51,12 +49,12 @@ def size_table(study: Study) -> pd.DataFrame:
 def time_prose(study: Study, table: pd.DataFrame) -> str:
     """How long LR and slicing took."""
     p, lr, slicing = study.profile, study.get(study.lr_request()), table["slicing (s)"].describe()
-    read = {
-        "tokens": lr.value["windows"] * lr.value["window"],
-        "calibration": p.calibration_windows * p.calibration_window,
-    }
-    rates = {"rate": read["tokens"] / lr.seconds, "sliced": read["calibration"] / slicing["50%"]}
-    return style.say("slicing_time", lr=lr, slicing=slicing, **read, **rates)
+    counts = (
+        lr.value["windows"] * lr.value["window"],
+        p.calibration_windows * p.calibration_window,
+    )
+    rates = (counts[0] / lr.seconds, counts[1] / slicing["50%"])
+    return style.say("slicing_time", lr=lr, slicing=slicing, tokens=counts, rates=rates)
 
 
 def speed_table(study: Study) -> pd.DataFrame:
@@ -143,8 +141,8 @@ def speed_figure(table: pd.DataFrame) -> plt.Figure:
     names = {"prefill": "prefill, FLOP counted (x)", "decode": "decoding, bytes counted (x)"}
     for axis, (step, name) in zip(axes, names.items(), strict=True):
         rows = table[table["step"] == step].rename(columns={"least (x)": "low", "most (x)": "high"})
-        ends = np.array([min(1.0, rows["counted (x)"].min()), rows["counted (x)"].max()])
-        ends = ends + np.array([-0.02, 0.02])
+        counted = rows["counted (x)"]
+        ends = np.array([min(1.0, counted.min()) - 0.02, counted.max() + 0.02])
         axis.plot(ends, ends, color="0.5", linestyle="--", linewidth=1, label="as counted")
         axis.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", linewidth=0)
         for schedule, marker, colour in (("constant", "o", "C0"), ("dynamic", "^", "C1")):

@@ -15,12 +15,13 @@ def redundancy_table(study: Study) -> pd.DataFrame:
     requests = study.lr_requests()
     table = pd.DataFrame({f"LR ({r.config['text']})": study.lr(r) for r in requests})
     plan = study.get(study.design.figure_request()).value
-    table["n"] = [x["normalised"] for x in study.get(requests[0]).value["layers"]]
-    table["SLR"] = np.array(plan["final_slice"]) - study.profile.figure_slice_base
-    table["FS"] = plan["final_slice"]
-    table["width"] = plan["widths"]
-    table.index.name = "layer"
-    return table
+    columns = {
+        "n": [x["normalised"] for x in study.get(requests[0]).value["layers"]],
+        "SLR": np.array(plan["final_slice"]) - study.profile.figure_slice_base,
+        "FS": plan["final_slice"],
+        "width": plan["widths"],
+    }
+    return table.assign(**columns).rename_axis("layer")
 
 
 def last_layer_prose(study: Study) -> str:

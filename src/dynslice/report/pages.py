@@ -54,8 +54,8 @@ def deviations_block(study: Study) -> str:
         "shortcuts": sliced["shortcut_parameters"] / 1e6,
         "largest": max(max(plan["final_slice"]) for plan in plans),
         "last_layer": dict(zip(("raw", "normed"), last_layers, strict=True)),
-        "last_layer_change": _ablated(networks.loc["last layer"]),
-        "rounding_change": _ablated(networks.loc["rounding"]),
+        "last_layer_change": ablations.phrase(networks.loc["last layer"]),
+        "rounding_change": ablations.phrase(networks.loc["rounding"]),
         "inflation": perplexity.selection_prose(perplexity.selection_table(study), study),
         "pairs": len(matched),
         "largest_gap": max(abs(study.size(a) / study.size(b) - 1) for a, b, _ in matched),
@@ -73,8 +73,3 @@ def deviations_block(study: Study) -> str:
         f"text `{p.eval_texts[0]}` where no other is named. {style.device_line(study)} "
         f"Intervals: {statistics.INTERVAL}."
     )
-
-
-def _ablated(row: pd.Series) -> str:
-    """What a variant changes, ends a sentence."""
-    return statistics.of_row(row, "change (%)").format("%") + ablations.curve_phrase(row)

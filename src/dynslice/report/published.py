@@ -79,11 +79,10 @@ class Cell(BaseModel):
     def shown(self) -> dict[str, Any]:
         """Its fields by the names that tables and settings have, and the stated ones in words."""
         cells = self.model_dump(by_alias=True)
-        cells["items"] = cells["windows"] if self.metric in ACCURACY else None
-        cells["windows"] = cells["windows"] if self.metric in PERPLEXITY else None
+        cells["items" if self.metric in ACCURACY else "windows"] = cells.pop("windows")
         named = ("calibration", "calibration windows", "calibration window")
         named += ("windows", "items", "window")
-        stated = (f"{name} {cells[name]}" for name in named if cells[name] is not None)
+        stated = (f"{name} {cells[name]}" for name in named if cells.get(name) is not None)
         return {**cells, "stated settings": "; ".join(stated) or "-"}
 
 

@@ -113,7 +113,8 @@ def task_comparison(study: Study) -> pd.DataFrame:
     Next to it McNemar's exact p, and the change of the mean margin in nats.
     """
     study.ensure(study.design.task_requests())
-    groups, rows = _groups(*[statistics.choice_tasks(study)] * 2), []
+    every, rows = statistics.choice_tasks(study), []
+    groups = _groups(every, every)
     for (dynamic, other, basis), name in product(statistics.pairs(study.task_points()), groups):
         what = (study, dynamic, other, groups[name])
         change, margin = statistics.accuracy_change(*what), statistics.margin_change(*what)
