@@ -218,8 +218,7 @@ def shuffle_table(study: Study) -> pd.DataFrame:
     """
     if not (controls := variants(study, "shuffled")):
         return pd.DataFrame()
-    constant = [a.point for a in study.ablation.variants() if a.point.schedule == "constant"]
-    controls += [point for point in constant if "embedding" in point.variant]
+    controls += [point for point in variants(study, "embedding") if point.schedule == "constant"]
     text, dynamic = study.profile.eval_texts[0], study.ablation.ablated()[1]
     rows = []
     for point in [dynamic, *controls]:

@@ -151,13 +151,9 @@ def _finding(outcome: dict) -> str:
 
 def _levels(study: Study, text: str) -> str:
     """How far from the dense model the networks of the largest SP are on a text."""
-    largest = max(study.profile.slice_percentages)
-    shown = [
-        point
-        for point in study.points()
-        if point.network is None
-        or (point.slice_percentage == largest and point.schedule in ("constant", "dynamic"))
-    ]
+    p = study.profile
+    points = study.design.points_at([max(p.slice_percentages)], p.slice_bases)
+    shown = [point for point in points if point.schedule != "matched"]
     shown += ablations.variants(study, "calibration text")
     levels = "; ".join(f"{point.label}: {study.perplexity(point, text):.1f}" for point in shown)
     return style.say("levels", text=text, levels=levels)

@@ -58,8 +58,7 @@ def figure(comparison: pd.DataFrame, column: str) -> plt.Figure:
         averages = [name for name in rows["name"] if name.startswith("average")]
         forest(axis, rows, column, "name", filled=averages)
         axis.set_title(f"against constant at {basis}")
-        quantity, _, unit = column.rstrip(")").partition(" (")
-        axis.set_xlabel(f"change of {quantity} ({unit})")
+        axis.set_xlabel(f"change of {column}")
     if not comparison[[column, "low", "high"]].to_numpy(dtype=float).any():
         axes[0, 0].set_xlim(-1, 1)  # nothing but zeros gives no scale
     return fig

@@ -125,12 +125,9 @@ def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
     pairs = of["dynamic"].merge(of["constant"], on=["SP", "step"], suffixes=("", ", constant"))
     if pairs.empty:
         return ""
-    gaps = {
-        "work": pairs["counted (x), constant"] / pairs["counted (x)"] - 1,
-        "size": pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1,
-    }
-    reach = {name: f"{100 * x.min():+.1f} to {100 * x.max():+.1f} %" for name, x in gaps.items()}
-    return style.say("work", **reach)
+    work = pairs["counted (x), constant"] / pairs["counted (x)"] - 1
+    size = pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1
+    return style.say("work", work=(100 * work).describe(), size=(100 * size).describe())
 
 
 def speed_figure(table: pd.DataFrame) -> plt.Figure:
@@ -185,9 +182,8 @@ def unmeasured_prose() -> str:
     ]
     if not lines:
         return "Every benchmark has been measured."
-    heading = f"**Not measured yet** ({len(lines)} of {len(BENCHES)}):"
-    tool = "All of them, the tests on CUDA and the profile `full`: `tools/measure_gpu.sh`"
-    return "\n".join([heading, "", *lines, "", tool])
+    counts = {"missing": len(lines), "every": len(BENCHES)}
+    return style.say("unmeasured", commands="\n".join(lines), **counts)
 
 
 def bench_block(name: str = "SmolLM2-135M on a CPU") -> str:

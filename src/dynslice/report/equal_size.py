@@ -145,15 +145,11 @@ def readme_prose(study: Study) -> str:
 # What else was tried at the last of the sizes
 
 
-def _last(study: Study) -> tuple[float, list[Point]]:
-    return list(contests(study).items())[-1]
-
-
 def variant_table(study: Study) -> pd.DataFrame:
     """Perplexity on validation windows of everything that was tried at the last of the sizes."""
     if not contests(study) or study.profile.selection_windows is None:
         return pd.DataFrame()
-    sp, contest = _last(study)
+    *_, (sp, contest) = contests(study).items()
     return pd.DataFrame(
         {
             "network": name(point),
@@ -171,7 +167,7 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
         return style.NONE
     if table.empty:
         return "This profile has no validation windows, so nothing is chosen in it."
-    sp, contest = _last(study)
+    *_, (sp, contest) = contests(study).items()
     ranked = table.sort_values("validation perplexity", ignore_index=True)
     compared = ranked[ranked["network"].isin(map(name, contest))]
     best, first = ranked.iloc[0], compared.iloc[0]
@@ -183,7 +179,7 @@ def widths_figure(study: Study) -> plt.Figure:
     """The width of the stream at each place, by schedule, at the last of the sizes."""
     if not contests(study):
         return style.nothing()
-    sp, contest = _last(study)
+    *_, (sp, contest) = contests(study).items()
     own = contest[0].network
     figure, axis = style.panels(height=2.2)
     looks = zip(cycle(["-", "--", ":", "-."]), cycle(COLOURS), strict=False)
@@ -210,7 +206,7 @@ def places_figure(study: Study) -> plt.Figure | None:
     schedules = (*study.profile.beyond_schedules, *study.profile.beyond_candidates)
     if not contests(study) or "sensitivity" not in schedules:
         return None
-    value = study.get(study.beyond.places_request(_last(study)[0])).value
+    value = study.get(study.beyond.places_request([*contests(study)][-1])).value
     table = pd.DataFrame(rises(value))
     figure, axis = style.panels(height=2.2)
     for share, form in zip(value["shares"], ("oC0", "vC1"), strict=True):
@@ -229,7 +225,7 @@ def recovery_table(study: Study) -> pd.DataFrame:
     """Closed form and fine-tuning: minutes, perplexity, and its change from plain slicing."""
     if not contests(study) or not study.profile.recovery_steps:
         return pd.DataFrame()
-    sp, contest = _last(study)
+    *_, (sp, contest) = contests(study).items()
     constant = [p for p in contest if p.schedule == "constant"]
     return pd.DataFrame(
         {

@@ -137,9 +137,8 @@ def selection_table(study: Study) -> pd.DataFrame:
 
 def selection_prose(table: pd.DataFrame, study: Study) -> str:
     """What choosing on validation windows changes, as Markdown."""
-    if study.profile.selection_windows is None:
-        return "This profile chooses no SB: its `selection_windows` is null."
     if table.empty:
-        return "This profile chooses no SB: it has no dynamic network."
+        chooses = study.profile.selection_windows is not None
+        return style.say("no_dynamic" if chooses else "no_selection")
     gaps = table[PERPLEXITY] - table["in hindsight (%)"]
     return style.say("hindsight", gaps=gaps.describe(), differ=int((gaps > 0).sum()))

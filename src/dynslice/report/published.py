@@ -216,11 +216,9 @@ def _accuracies(study: Study, cell: Cell, point: Point) -> Iterator[Ours]:
     # lm-eval's `limit` counts the first items of a task.
     sampled = limit is not None and p.task_subset != "first"
     here = {"items": f"{limit} drawn" if sampled else limit or "all"}
-    if result is None or (result.value["acc_norm"] is None and cell.metric == "acc_norm"):
-        yield here, None
-    else:
-        scores = {**result.value, "acc": fmean(result.value["correct"])}
-        yield here, 100 * scores[cell.metric]
+    scores = result and {**result.value, "acc": fmean(result.value["correct"])}
+    share = scores and scores[cell.metric]
+    yield here, None if share is None else 100 * share
 
 
 def _compared(cell: Cell, study: Study, point: Point, here: dict, value: float | None) -> str:
