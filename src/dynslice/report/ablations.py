@@ -26,17 +26,14 @@ def variants(study: Study, question: str) -> list[Point]:
 
 def _by_layer(study: Study) -> list[tuple[str, str, str, list[float]]]:
     """(what is varied, how, its name, values by layer), LR as the profile has it first."""
-    p, layers = study.profile, study.get(study.lr_request()).value["layers"]
+    p, layers = study.profile, pd.DataFrame(study.get(study.lr_request()).value["layers"])
     texts = {request.config["text"]: study.lr(request) for request in study.lr_requests()}
     ends = {end: study.lr(study.lr_request(last_layer=end)) for end in p.ablation_last_layers}
     scores = {score: OF_SCORES[score] for score in p.ablation_scores if score in OF_SCORES}
     return [
         *(("text", text, text, lr) for text, lr in texts.items()),
         *(("last layer", end, f"{p.lr_text}, last layer {end}", lr) for end, lr in ends.items()),
-        *(
-            ("score", score, name, [layer[name.replace(" ", "_")] for layer in layers])
-            for score, name in scores.items()
-        ),
+        *(("score", x, name, [*layers[name.replace(" ", "_")]]) for x, name in scores.items()),
     ]
 
 

@@ -49,11 +49,9 @@ def size_table(study: Study) -> pd.DataFrame:
 def time_prose(study: Study, table: pd.DataFrame) -> str:
     """How long LR and slicing took."""
     p, lr, slicing = study.profile, study.get(study.lr_request()), table["slicing (s)"].describe()
-    counts = (
-        lr.value["windows"] * lr.value["window"],
-        p.calibration_windows * p.calibration_window,
-    )
-    rates = (counts[0] / lr.seconds, counts[1] / slicing["50%"])
+    tokens = lr.value["windows"] * lr.value["window"]
+    calibration = p.calibration_windows * p.calibration_window
+    counts, rates = (tokens, calibration), (tokens / lr.seconds, calibration / slicing["50%"])
     return style.say("slicing_time", lr=lr, slicing=slicing, tokens=counts, rates=rates)
 
 

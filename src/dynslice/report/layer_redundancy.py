@@ -12,11 +12,10 @@ from dynslice.report import style
 def redundancy_table(study: Study) -> pd.DataFrame:
     """Per layer: LR on each text, and n, SLR, FS and width of the plan of the figure."""
     study.ensure(study.design.redundancy_requests())
-    requests = study.lr_requests()
-    table = pd.DataFrame({f"LR ({r.config['text']})": study.lr(r) for r in requests})
+    table = pd.DataFrame({f"LR ({r.config['text']})": study.lr(r) for r in study.lr_requests()})
     plan = study.get(study.design.figure_request()).value
     columns = {
-        "n": [x["normalised"] for x in study.get(requests[0]).value["layers"]],
+        "n": [x["normalised"] for x in study.get(study.lr_request()).value["layers"]],
         "SLR": np.array(plan["final_slice"]) - study.profile.figure_slice_base,
         "FS": plan["final_slice"],
         "width": plan["widths"],

@@ -210,9 +210,7 @@ def mean(*samples: np.ndarray) -> Estimate:
     return Estimate(estimate, *bootstrap(tuple(several), mean_of_means, paired=False))
 
 
-def bootstrap(
-    samples: tuple[np.ndarray, ...], statistic: Callable, paired: bool
-) -> tuple[float, float]:
+def bootstrap(samples: tuple, statistic: Callable, paired: bool) -> tuple[float, float]:
     """Low and high of the percentile interval that every table quotes, by scipy."""
     bounds = stats.bootstrap(
         samples,
