@@ -171,8 +171,7 @@ def seed_table(study: Study) -> pd.DataFrame:
         }
         for dynamic, matched in zip(points[::2], points[1::2], strict=True)
     )
-    numbers = table[["dynamic", "constant of equal size", "change (%)"]]
-    spread = pd.DataFrame([numbers.mean(), numbers.std()])
+    spread = table[["dynamic", "constant of equal size", "change (%)"]].agg(["mean", "std"])
     spread.insert(0, "calibration seed", ["mean", "standard deviation"])
     return pd.concat([table, spread], ignore_index=True)
 

@@ -13,7 +13,6 @@ from dynslice.experiment.study import Study
 from dynslice.report import style
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 _STEPS = {"prefill": "prefill_flops", "decode": "decode_bytes"}  # and what bounds each
 
 # The benchmark of each machine: its file, and the command that measures it there.
@@ -140,10 +139,11 @@ def speed_figure(table: pd.DataFrame) -> plt.Figure:
         ends = np.array([min(1.0, counted.min()) - 0.02, counted.max() + 0.02])
         axis.plot(ends, ends, color="0.5", linestyle="--", linewidth=1, label="as counted")
         axis.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", linewidth=0)
-        for schedule, marker, colour in (("constant", "o", "C0"), ("dynamic", "^", "C1")):
+        for *look, schedule in (("o", "C0", "constant"), ("^", "C1", "dynamic")):
             here = rows[rows["schedule"] == schedule]
-            look = (marker, colour, schedule)
-            style.points_with_intervals(axis, here["counted (x)"], here, "gain (x)", *look)
+            style.points_with_intervals(
+                axis, here["counted (x)"], here, "gain (x)", *look, schedule
+            )
         axis.set(xlabel=name)
     axes[0].set(ylabel="measured gain over dense (x)")
     axes[0].legend()

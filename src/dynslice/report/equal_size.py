@@ -113,8 +113,7 @@ def question_prose(study: Study) -> str:
     ours = "constant, compensated"
     asked = [(style.say("compensation"), ours, "constant")]
     for schedule in study.profile.beyond_schedules:
-        said = style.say("schedule", schedule=schedule)
-        asked.append((said, f"{schedule}, compensated", ours))
+        asked += [(style.say("schedule", schedule=schedule), f"{schedule}, compensated", ours)]
     lines = []
     for said, *pair in asked:
         found = "; ".join(_difference(study, sp, *pair) for sp in contests(study))
@@ -180,11 +179,10 @@ def widths_figure(study: Study) -> plt.Figure:
     if not contests(study):
         return style.nothing()
     *_, (sp, contest) = contests(study).items()
-    own = contest[0].network
     figure, axis = style.panels(height=2.2)
     looks = zip(cycle(["-", "--", ":", "-."]), cycle(COLOURS), strict=False)
     for point in [*contest, *study.beyond.variants(sp)]:
-        if point.network != {**own, "plan": point.network["plan"]}:
+        if point.network != {**contest[0].network, "plan": point.network["plan"]}:
             continue  # compensation and the calibration text leave the widths alone
         value = study.get(study.slice_request(point)).value
         attention = value.get("attention_widths", value["widths"])

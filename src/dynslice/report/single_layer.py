@@ -9,9 +9,9 @@ from scipy import stats
 from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import statistics, style
-from dynslice.report.statistics import PERPLEXITY, Estimate
 
 FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
+LOSS = statistics.PERPLEXITY
 
 
 def table(study: Study) -> pd.DataFrame:
@@ -25,24 +25,22 @@ def table(study: Study) -> pd.DataFrame:
         {
             "layer": layer["index"],
             "LR": lr[layer["index"]],
-            **statistics.columns(
-                statistics.relative_change(np.array(layer["nll"]), dense), PERPLEXITY
-            ),
+            **statistics.columns(statistics.relative_change(np.array(layer["nll"]), dense), LOSS),
         }
         for layer in value["layers"]
     )
 
 
-def rank_correlation(losses: pd.DataFrame) -> Estimate:
+def rank_correlation(losses: pd.DataFrame) -> statistics.Estimate:
     """Spearman's correlation of LR with the measured loss; the interval resamples layers."""
 
     def spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         ranks = (stats.rankdata(values, axis=axis) for values in (x, y))
         return stats.pearsonr(*ranks, axis=axis).statistic
 
-    samples = losses["LR"].to_numpy(), losses[PERPLEXITY].to_numpy()
+    samples = losses["LR"].to_numpy(), losses[LOSS].to_numpy()
     bounds = statistics.bootstrap(samples, spearman, paired=True)
-    return Estimate(float(spearman(*samples, axis=-1)), *bounds)
+    return statistics.Estimate(float(spearman(*samples, axis=-1)), *bounds)
 
 
 def prose(losses: pd.DataFrame, study: Study) -> str:
@@ -58,8 +56,8 @@ def prose(losses: pd.DataFrame, study: Study) -> str:
         says = style.say(f"single_layer_{rho.direction}")
         found[name] = {"layers": len(layers), "rho": rho.format(digits=2), "says": says}
     for name, layer in {
-        "worst": losses[PERPLEXITY].idxmax(),
-        "mildest": losses[PERPLEXITY].idxmin(),
+        "worst": losses[LOSS].idxmax(),
+        "mildest": losses[LOSS].idxmin(),
     }.items():
         found[name] = losses.loc[layer]
     p = study.profile
@@ -73,8 +71,8 @@ def figure(losses: pd.DataFrame) -> plt.Figure:
     fig, (left, right) = style.panels(1, 2, sharey=True)
     change = 1 - losses["LR"]
     for axis, x in ((left, change), (right, losses["layer"])):
-        style.points_with_intervals(axis, x, losses, PERPLEXITY, "o", "C0", "")
-    for x, y, layer in zip(change, losses[PERPLEXITY], losses["layer"], strict=True):
+        style.points_with_intervals(axis, x, losses, LOSS, "o", "C0", "")
+    for x, y, layer in zip(change, losses[LOSS], losses["layer"], strict=True):
         left.annotate(layer, (x, y), fontsize=5, xytext=(2, 2), textcoords="offset points")
     left.set(xlabel="1 - layer redundancy", ylabel="perplexity, layer cut alone (%)")
     left.set_xscale("log")
