@@ -87,7 +87,7 @@ def check_tokens(config, windows: torch.Tensor) -> None:
     if windows.numel() and (largest := int(windows.max())) >= config.vocab_size:
         raise RequestError(
             f"the tokenizer gives token {largest}, and the vocabulary of the model has "
-            f"{config.vocab_size}; save the tokenizer beside the model that it belongs to"
+            f"{config.vocab_size}; save the tokenizer with the model that it belongs to"
         )
 
 

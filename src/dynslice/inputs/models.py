@@ -137,7 +137,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
             return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision, **SAFE)
     except Exception as error:  # whatever the library says of files that are none
         raise RequestError(
-            f"model {name!r} has no tokenizer that transformers can load; save one beside the model"
+            f"model {name!r} has no tokenizer that transformers can load; save one with the model"
         ) from error
 
 
