@@ -465,7 +465,7 @@ def test_run_all_killed_at_25_moments_ends_with_the_same_values(tmp_path, runs, 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYNSLICE_OUTPUT": str(tmp_path)}
     environment |= {"VIRTUAL_ENV": sys.prefix, "DYNSLICE_CACHE": str(paths.CACHE)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [paths.ROOT / "run_all.sh", "--profile", "smoke"]
+    command = [paths.ROOT / "run_all.sh", *SMOKE]
 
     def start():
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
