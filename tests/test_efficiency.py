@@ -83,7 +83,7 @@ def test_decoding_generates_what_was_asked():
     assert calls == [8, 1, 1, 1, 1]
 
 
-def test_speed_puts_a_network_beside_its_dense_model(tokens):
+def test_speed_puts_a_network_next_to_its_dense_model(tokens):
     dense = TINY["llama"]()
     value = speed.speed(dense, sliced(dense, tokens), torch.randint(2, 97, (2, 40)), 3, 2)
     for name in ("prefill_seconds", "decode_seconds"):
@@ -224,7 +224,7 @@ def speeds():
     return pd.DataFrame(rows), pd.DataFrame(sizes)
 
 
-def test_a_gain_is_the_ratio_of_medians_and_stands_beside_what_was_counted():
+def test_a_gain_is_the_ratio_of_medians_and_stands_next_to_what_was_counted():
     prefill, decode = speeds()[0].to_dict("records")[:2]
     assert prefill["gain (x)"] == pytest.approx(1.6)
     assert prefill["counted (x)"] == pytest.approx(1.5)
