@@ -159,6 +159,7 @@ FACTS = {
     ("README.md", "3.11.5"): "the oldest Python, for the lock file",
     ("README.md", "3"): "gigabytes of disk, and hours of `standard`",
     ("README.md", "15"): "minutes of `quick`",
+    ("README.md", "10"): "minutes of the tests, at most",
     ("README.md", "2"): "the exit status of a refused request, which CLI tests check",
     ("README.md", "1"): "that of a run that failed, which tests of the executor check",
     ("README.md", "130"): "that of Ctrl-C, which tests of faults check",
