@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import lm_eval
+import lm_eval.utils
 import numpy as np
 import torch
 import yaml
@@ -209,6 +210,8 @@ def load(name: str) -> dict:
 @cache
 def _task_manager() -> TaskManager:
     write_task_files()
+    # lm-eval compiles the template of a task anew for each item, which takes longer than the rest.
+    lm_eval.utils.env.from_string = cache(lm_eval.utils.env.from_string)
     # Only what is needed: lm-eval takes many seconds to read all of its thousands of tasks. The
     # groups of MMLU are the official ones, their subjects come from our files, which win.
     official = OFFICIAL / TASKS["mmlu"].definition

@@ -3,6 +3,7 @@
 All look into the store first and put each result there, so workers and plain runs mix.
 """
 
+import gc
 import logging
 import os
 import subprocess
@@ -66,6 +67,7 @@ def _run_here(queue: WorkQueue, settings: Profile, store: Store, device: str) ->
     from dynslice.experiment.runner import Runner  # loads torch, which a report does not need
 
     runner = Runner(settings, store, device)
+    gc.freeze()  # collecting after each network need not pass through the libraries
     while job := queue.take(store.is_claimed):
         with store.claim(job.name, partial(queue.started, job.requests[0], by_another=True)):
             for request in job.requests:

@@ -242,13 +242,15 @@ def shuffle_prose(table: pd.DataFrame) -> str:
     worse, better = int((orders["low, LR"] > 0).sum()), int((orders["high, LR"] < 0).sum())
     verdicts = {worse: "shuffled_worse", better: "shuffled_better"}
     verdict = style.say(verdicts.get(len(orders), "shuffled_neither"), networks=len(orders) + 1)
+    layers, *kept = table["layers with the width by LR"][: len(orders) + 1]
     found = style.say(
         "shuffled",
         orders=f"{len(orders)} random order{'s' * (len(orders) > 1)}",
         worse=worse,
         better=better,
         changes=orders[BY_LR].describe(),
-        kept=orders["layers with the width by LR"].describe(),
+        kept=" to ".join(str(count) for count in sorted({min(kept), max(kept)})),
+        layers=layers,
         verdict=verdict,
     )
     for row in table[table["order of the widths"].str.contains("embedding")].to_dict("records"):
