@@ -266,8 +266,11 @@ def test_the_order_of_a_sweep_does_not_matter(runs, undisturbed):
         "jobs = agenda.jobs\n"
         "agenda.jobs = lambda requests: jobs(requests)[::-1]"
     )
-    assert runs.run("backwards", *REPRODUCE, patch=f"{UNRENDERED}\n{backwards}").status == 0
-    assert values(runs.folder / "backwards") == undisturbed[0]
+    some = ("reproduce", *SMOKE, "--only", "01", "02", "03", "07")
+    assert runs.run("backwards", *some, patch=f"{UNRENDERED}\n{backwards}").status == 0
+    found = values(runs.folder / "backwards")
+    assert len(found) > 50
+    assert found == {name: undisturbed[0][name] for name in found}
 
 
 # Notes the key of each result that is put, whoever does it.

@@ -146,7 +146,7 @@ def calibration(smollm2):
 
 @pytest.fixture(scope="module")
 def held_out(smollm2):
-    return token_windows("sotu", "test", smollm2[1], 256, 4, seed=1)
+    return token_windows("sotu", "test", smollm2[1], 256, 2, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from dynslice.method.footprint import decode_bytes, extra_memory, flops, stored_
 WARM_UP = 1  # calls of each step before any is timed
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of the library's product of two square matrices: the machine's own yardstick.
 
-    The best of the products: what the machine can do, not what it did on average.
+    The best of 10 products: what the machine can do, not what it did on average.
     """
-    size = 2048 if device.type == "cpu" else 8192
+    size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(alternate({"product": lambda: a @ b}, device, repeats)["product"])
+    return 2 * size**3 / min(alternate({"product": lambda: a @ b}, device, 10)["product"])
 
 
 def copy_rate(device: torch.device) -> float:

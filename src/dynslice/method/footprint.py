@@ -1,5 +1,6 @@
 """Memory, bytes and operations of slicing and of a network, counted without weights."""
 
+import copy
 import math
 import weakref
 from collections.abc import Callable
@@ -111,9 +112,10 @@ def layers_workspace(config: PretrainedConfig, dtype: torch.dtype, tokens: int) 
 
     Counted in rows of 16 tokens, as attention that never holds its scores takes them.
     """
-    rows = math.ceil(tokens / 16)
+    rows, few = math.ceil(tokens / 16), copy.deepcopy(config)
+    few.num_hidden_layers = min(2, config.num_hidden_layers)  # one after the other: no more at once
     stream = rows * 16 * config.hidden_size * dtype.itemsize
-    return extra_memory(_imagined(config, dtype, rows, 16, head=False), META) - stream
+    return extra_memory(_imagined(few, dtype, rows, 16, head=False), META) - stream
 
 
 def _imagined(
