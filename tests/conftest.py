@@ -34,7 +34,7 @@ LONGEST += ["test_preflight.py", "test_numbers.py", "test_efficiency.py", "test_
 LONGEST += ["test_study.py", "test_security.py", "test_leakage.py", "test_beyond.py"]
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file together in one worker, and start with the longest files."""
     groups = {item: GROUPS.get(item.path.name, item.path.name) for item in items}
@@ -42,6 +42,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(groups[item], len(order)))
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
+    return (yield)
 
 
 @pytest.fixture(scope="module", autouse=True)
