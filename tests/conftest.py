@@ -34,15 +34,25 @@ LONGEST += ["test_preflight.py", "test_numbers.py", "test_efficiency.py", "test_
 LONGEST += ["test_study.py", "test_security.py", "test_leakage.py", "test_beyond.py"]
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads the groups
+def _group(name):
+    return GROUPS.get(name, name)
+
+
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file together in one worker, and start with the longest files."""
-    groups = {item: GROUPS.get(item.path.name, item.path.name) for item in items}
+    """Start with the files that take longest."""
     order = {group: place for place, group in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(groups[item], len(order)))
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    return (yield)
+    items.sort(key=lambda item: order.get(_group(item.path.name), len(order)))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a group in one worker, which makes their fixtures once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group(nodeid.partition("::")[0].rpartition("/")[2])
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
