@@ -9,7 +9,7 @@ from conftest import CPU, TINY
 from dynslice.core.errors import RequestError, RunError
 from dynslice.extensions.compensation import Compensation, Regression
 from dynslice.inputs import models
-from dynslice.method import slicing
+from dynslice.method import activations, bases
 from dynslice.method.activations import Activations
 from dynslice.method.architectures import dims_of, empty_sliced, family_of
 from dynslice.method.numerics import RoundingAudit
@@ -95,7 +95,7 @@ def test_lost_directions_that_follow_from_the_kept_ones_come_back(name, monkeypa
                 for map_ in map(layer.get_submodule, (*block.reads, *block.writes)):
                     for parameter in map_.parameters():
                         parameter.zero_()
-    monkeypatch.setattr(slicing, "principal_basis", lambda x, centred: torch.eye(d).double())
+    monkeypatch.setattr(bases, "principal_basis", lambda x, centred: torch.eye(d).double())
     draw = torch.Generator().manual_seed(2)
     windows, unseen = (torch.randint(2, 97, (8, 24), generator=draw) for _ in range(2))
     plan = constant(dims_of(model.config), 0.5, 1)
@@ -122,13 +122,13 @@ def test_it_stores_what_the_plan_says_and_leaves_the_dense_model_alone(tiny, tok
 def test_it_costs_two_passes(monkeypatch, tokens):
     """Each block runs once for the dense stream and once for the sliced one, batch by batch."""
     model, runs = TINY["llama"](), []
-    block_output = slicing.block_output
+    block_output = activations.block_output
 
     def counted(layer, block, *given):
         runs.append((id(layer), block.name))
         return block_output(layer, block, *given)
 
-    monkeypatch.setattr(slicing, "block_output", counted)
+    monkeypatch.setattr(activations, "block_output", counted)
     slice_model(model, tokens, constant(dims_of(model.config), 0.25), OURS)
     assert all(runs.count(run) == 2 for run in set(runs))
     assert len(set(runs)) == 2 * model.config.num_hidden_layers

@@ -33,10 +33,10 @@ from dynslice.experiment.store import Request, Store
 from dynslice.extensions import compensation, schedules
 from dynslice.inputs import models
 from dynslice.inputs.windows import sample_windows, token_stream
-from dynslice.method import modeling_sliced, redundancy, slicing
+from dynslice.method import activations, modeling_sliced, redundancy, slicing
 from dynslice.method.activations import centring
 from dynslice.method.controls import _nearest, shuffled
-from dynslice.method.numerics import principal_basis
+from dynslice.method.numerics import covariance, principal_basis
 from dynslice.method.plan import SlicePlan, dynamic, final_slices, rounded_widths
 from dynslice.method.scores import normalise
 from dynslice.report import statistics
@@ -131,7 +131,7 @@ TABLE = {
         equals_projectors("llama"),
     ),
     "covariance of the last batch alone": (
-        mutation(principal_basis, "if covariance is None", "if True"),
+        mutation(covariance, "if total is None", "if True"),
         lambda _: test_slicing.test_basis_is_the_leading_eigenspace(),
     ),
     "RMS over the sliced width": (
@@ -151,7 +151,7 @@ TABLE = {
     "residual connection left out": (
         mutation(
             modeling_sliced.SlicedLayerMixin.forward,
-            'hidden_states @ getattr(self, f"{block.name}_shortcut") + output',
+            'hidden_states @ shortcut + output',
             "output",
         ),
         keeps_logits("llama"),
@@ -165,7 +165,7 @@ TABLE = {
         keeps_logits("llama"),
     ),
     "bases from the unsliced signals": (
-        mutation(slicing.run_block, "stream -= stream @ cut @ cut.T", "pass"),
+        mutation(activations.run_block, "stream -= stream @ cut @ cut.T", "pass"),
         equals_projectors("llama"),
     ),
     "offset of Gemma's norms forgotten": (

@@ -6,7 +6,7 @@ from conftest import TINY, decoder
 
 from dynslice.core.errors import RequestError
 from dynslice.method.architectures import dims_of
-from dynslice.method.numerics import principal_basis
+from dynslice.method.numerics import covariance, principal_basis
 from dynslice.method.plan import constant
 from dynslice.method.slicing import slice_model
 
@@ -54,12 +54,12 @@ def test_basis_is_orthonormal_ordered_and_the_same_every_time(name, centred, dty
     x = signals.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
     if centred:
         x = (x.double() - x.double().mean(dim=-1, keepdim=True)).float()
-    V = principal_basis([x[:30], x[30:]], centred=centred)
+    V = principal_basis(covariance([x[:30], x[30:]]), centred=centred)
     assert V.dtype == torch.float64
     torch.testing.assert_close(V.T @ V, torch.eye(D, dtype=torch.float64), atol=1e-10, rtol=0)
     energy = (x.double() @ V).pow(2).sum(dim=0)
     assert (energy.diff() <= 1e-10 * energy.sum()).all()
-    assert torch.equal(principal_basis([x[:30], x[30:]], centred=centred), V)
+    assert torch.equal(principal_basis(covariance([x[:30], x[30:]]), centred=centred), V)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -67,7 +67,7 @@ def test_basis_is_orthonormal_ordered_and_the_same_every_time(name, centred, dty
 def test_directions_beyond_the_rank_hold_nothing(name, centred):
     x, rank = SIGNALS[name]
     x = x.double() - x.double().mean(dim=-1, keepdim=True) if centred else x.double()
-    Q = principal_basis([x], centred=centred)[:, :rank]
+    Q = principal_basis(covariance([x]), centred=centred)[:, :rank]
     torch.testing.assert_close(x @ Q @ Q.T, x, atol=1e-7 * float(x.abs().max()), rtol=0)
     if rank:
         fewer = Q[:, :-1]
@@ -77,7 +77,7 @@ def test_directions_beyond_the_rank_hold_nothing(name, centred):
 @pytest.mark.parametrize("name", [name for name, (x, _) in SIGNALS.items() if x.any()])
 def test_direction_of_the_mean_comes_last(name):
     x = SIGNALS[name][0].double()
-    V = principal_basis([x - x.mean(dim=-1, keepdim=True)], centred=True)
+    V = principal_basis(covariance([x - x.mean(dim=-1, keepdim=True)]), centred=True)
     mean = torch.full((D,), D**-0.5, dtype=torch.float64)
     assert abs(V[:, -1] @ mean) == pytest.approx(1, abs=1e-9)
 
@@ -87,7 +87,7 @@ def test_signals_that_are_not_finite_have_no_basis(value):
     x = normal(80, D)
     x[40, 3] = NOT_FINITE[value]
     with pytest.raises(RequestError, match="not finite"):
-        principal_basis([x])
+        principal_basis(covariance([x]))
 
 
 # Networks

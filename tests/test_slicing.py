@@ -13,7 +13,7 @@ from dynslice.inputs import models
 from dynslice.inputs.windows import token_windows
 from dynslice.method.architectures import dims_of
 from dynslice.method.controls import single
-from dynslice.method.numerics import principal_basis
+from dynslice.method.numerics import covariance, principal_basis
 from dynslice.method.plan import SlicePlan, constant, dynamic
 from dynslice.method.redundancy import layer_redundancy
 from dynslice.method.slicing import dynamic_slicing, slice_model
@@ -116,7 +116,7 @@ def test_blocks_after_the_last_cut_do_not_run(tokens):
 
 def test_basis_is_the_leading_eigenspace():
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9.0)
-    V = principal_basis([x[:20], x[20:]])
+    V = principal_basis(covariance([x[:20], x[20:]]))
     Q = V[:, :3]
     _, _, right = torch.linalg.svd(x.double(), full_matrices=False)
     torch.testing.assert_close(Q @ Q.T, right[:3].T @ right[:3])

@@ -31,7 +31,7 @@ from dynslice.method import footprint, slicing, streaming
 from dynslice.method.activations import Activations, residual_stream
 from dynslice.method.architectures import dims_of, family_of
 from dynslice.method.modeling_sliced import block_output
-from dynslice.method.numerics import principal_basis
+from dynslice.method.numerics import covariance, principal_basis
 from dynslice.method.plan import SlicePlan, constant
 from dynslice.method.redundancy import layer_redundancy
 
@@ -147,7 +147,7 @@ def memory_row(subject: Subject, dense: PreTrainedModel, windows: Tensor, widths
     held = footprint.stored_bytes(dense) + widths.parameters * size + windows.numel() * d * size
     one = next(iter(batches(windows[:1], "workspace", subject.device)))
     stream = [torch.zeros(*one.shape, d, device=one.device)]
-    for step in (lambda: _pass(dense, one), lambda: principal_basis(stream)):
+    for step in (lambda: _pass(dense, one), lambda: principal_basis(covariance(stream))):
         held += footprint.extra_memory(step, subject.device)
     if subject.device.type == "cuda":
         step = partial(slicing.slice_model, dense, windows, widths)

@@ -12,12 +12,17 @@ from transformers import PreTrainedModel
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import check_finite, check_tokens
 from dynslice.evaluate.perplexity import has_plain_head, head_losses
-from dynslice.method.activations import Activations, centring, residual_stream
+from dynslice.method.activations import (
+    Activations,
+    BlockInPlace,
+    centring,
+    residual_stream,
+    run_block,
+)
 from dynslice.method.architectures import check_plan, family_of
 from dynslice.method.modeling_sliced import subtracts_mean
-from dynslice.method.numerics import principal_basis
+from dynslice.method.numerics import covariance, principal_basis
 from dynslice.method.plan import SlicePlan
-from dynslice.method.slicing import BlockInPlace, run_block
 
 
 @torch.inference_mode()
@@ -50,7 +55,7 @@ def place_losses(
     bases, planned = [], h.copied()
     both = zip(fitting, steps, plan.place_widths, strict=False)
     for fit, step, width in tqdm(both, total=len(steps), desc="bases", leave=False):
-        bases.append(principal_basis(x, centred=mean_free).float())
+        bases.append(principal_basis(covariance(x), centred=mean_free).float())
         run_block(x, bases[-1][:, width:], fit)
         run_block(planned, bases[-1][:, width:], step)
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from dynslice.core.errors import RequestError, RunError
 from dynslice.core.tensors import check_finite
-from dynslice.method.activations import Activations
-from dynslice.method.numerics import add_gram
-from dynslice.method.slicing import BlockInPlace, Step, run_block
+from dynslice.method.activations import Activations, BlockInPlace, run_block
+from dynslice.method.numerics import TINY, add_gram
+from dynslice.method.slicing import Step
 
 RIDGE = 0.1
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Regression:
     def add(self, inputs: Tensor, x: Tensor, h: Tensor) -> None:
         """A batch of tokens: the inputs [.., k], what the stream is and what it should be."""
         z, x, h = (part.flatten(0, -2).float() for part in (inputs, x, h))
-        size = h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=_TINY)
+        size = h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=TINY)
         z, e = z / size, (h - x) / size
         add_gram(self._gram, z)
         self._cross += z.T @ e
@@ -96,7 +95,7 @@ class Regression:
         check_finite(self._gram, "the inputs of a map that writes the residual stream")
         check_finite(self._cross, "what the sliced residual stream lacks")
         for part in self._gram.diagonal().split(self._sizes):
-            part += ridge * part.mean().clamp(min=_TINY)  # inputs that are zero take no correction
+            part += ridge * part.mean().clamp(min=TINY)  # inputs that are zero take no correction
         factor, failed = torch.linalg.cholesky_ex(self._gram, upper=True)
         if failed:
             raise RunError(

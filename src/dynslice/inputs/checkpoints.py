@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from dynslice.core import files
 from dynslice.core.errors import RequestError, in_one_line
 from dynslice.core.tensors import check_weight
 from dynslice.method.architectures import family_of, require_dense
+from dynslice.method.numerics import ROWS
 
 SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
 
@@ -48,6 +49,33 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
             f"({in_one_line(error)}); save the model anew with transformers"
         ) from error
     return {weight: folder / file for weight, file in parts.items()}
+
+
+def ties_head(folder: Path, name: str, config) -> bool:
+    """Whether head and embedding of a saved model are one table, which its config may not say.
+
+    As its config says, where the checkpoint lacks one of them. Raises RequestError as
+    `weight_files`.
+    """
+    stored, family = weight_files(folder, name), family_of(config)
+    tables = [_spelled(f"{part}.weight", stored) for part in (family.head, family.embedding)]
+    if None in tables:
+        return config.tie_word_embeddings
+    with ExitStack() as files:
+        both = [
+            files.enter_context(safe_open(stored[table], framework="pt")).get_slice(table)
+            for table in tables
+        ]
+        if both[0].get_shape() != both[1].get_shape():
+            return False
+        rows = range(0, both[0].get_shape()[0], ROWS)
+        return all(torch.equal(*(part[row : row + ROWS] for part in both)) for row in rows)
+
+
+def _spelled(name: str, stored: dict[str, Path]) -> str | None:
+    """How a checkpoint names a weight, which it may without the prefix of the base model."""
+    spellings = (name, name.partition(".")[2])
+    return next((spelling for spelling in spellings if spelling in stored), None)
 
 
 def save(
@@ -116,6 +144,9 @@ class Checkpoint:
     def use(self, path: str) -> Iterator[nn.Module]:
         """A module by its name, with its weights on the device until the context ends."""
         module = self.model.get_submodule(path)
+        if all(parameter.device.type != "meta" for parameter in module.parameters()):
+            yield module  # it is in use already
+            return
         names = [name for name, _ in module.named_parameters()]
         try:
             for name in names:
@@ -147,9 +178,8 @@ class Checkpoint:
         if config.tie_word_embeddings and name == "lm_head.weight":
             names.append(f"{family_of(config).embedding}.weight")
         for candidate in names:
-            for spelling in (candidate, candidate.removeprefix(f"{self.model.base_model_prefix}.")):
-                if spelling in self._files:
-                    return spelling
+            if spelling := _spelled(candidate, self._files):
+                return spelling
         raise RequestError(
             f"the checkpoint holds no weight {name!r}; load the model with transformers and save "
             "it anew, or slice it without streaming"

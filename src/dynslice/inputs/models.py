@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dynslice.core import files, hub, paths
 from dynslice.core.errors import RequestError, in_one_line
 from dynslice.core.tensors import check_weight
-from dynslice.inputs.checkpoints import SAFE, Checkpoint, check_shape, quiet, save, weight_files
+from dynslice.inputs.checkpoints import (
+    SAFE,
+    Checkpoint,
+    check_shape,
+    quiet,
+    save,
+    ties_head,
+    weight_files,
+)
 from dynslice.inputs.embedded_models import EMBEDDED
 from dynslice.method.architectures import check_family
 from dynslice.method.modeling_sliced import SLICED_CLASSES
@@ -40,7 +48,7 @@ def load(
     all GPUs, then host memory, then disk, instead of everything on `device`. Raises RequestError
     when there is no such model or it can't be sliced exactly.
     """
-    load_config(name, revision)
+    config = load_config(name, revision)
     tokenizer = load_tokenizer(name, revision)
     if spread and torch.cuda.is_available() and (device.type == "cpu" or device.index is not None):
         raise RequestError(
@@ -57,6 +65,7 @@ def load(
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
                 source,
+                config=config,
                 dtype=dtype,
                 revision=revision,
                 use_safetensors=True,
@@ -86,6 +95,8 @@ def load(
         )
     for key, weight in model.named_parameters():
         check_weight(weight, key, name)
+    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    model.config.tie_word_embeddings = tables[0] is tables[1]  # a config can be wrong
     return model.eval(), tokenizer
 
 
@@ -162,6 +173,10 @@ def load_config(name: str, revision: str | None = None):
             f"({in_one_line(error)}); save the model anew"
         ) from error
     check_family(config)
+    folder = Path(source) if Path(source).is_dir() else hub.snapshot(name, revision)
+    with suppress(RequestError):  # of weights that are not there, or cannot be read
+        if folder is not None:
+            config.tie_word_embeddings = ties_head(folder, name, config)
     return config
 
 

@@ -3,16 +3,17 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynslice.core.tensors import batches
 from dynslice.method.architectures import family_of
-from dynslice.method.modeling_sliced import Family, subtracts_mean
+from dynslice.method.modeling_sliced import Block, Family, block_output, subtracts_mean
 
 
 class Activations:
@@ -155,3 +156,36 @@ def residual_stream(model: PreTrainedModel, windows: Tensor, x: Activations) -> 
         for layer in layers:
             del layer.forward
     return arguments
+
+
+@dataclass(frozen=True)
+class BlockInPlace:
+    """A block of a dense layer with the layer's other arguments, as a function of the stream."""
+
+    layer: nn.Module
+    block: Block
+    arguments: dict
+    centred: Callable[[Tensor], Tensor]
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        """x [b, T, d] -> what the block adds to it."""
+        return self.centred(block_output(self.layer, self.block, stream, self.arguments))
+
+
+@torch.inference_mode()
+def run_block(x: Activations, R: Tensor | None, block: BlockInPlace) -> None:
+    """In place, batch by batch: x <- x P + block(x P) with P = Q Q^T = 1 - R R^T; 1 without R.
+
+    R [d, d - w] holds the directions that are cut, which are the fewer. x stays in the original
+    coordinates. The projected stream has the same RMS (divisor d) as its w coordinates in the
+    sliced network, so the dense block computes here what the sliced block will compute there.
+    """
+
+    def past(stream: Tensor) -> Tensor:
+        if R is not None:
+            cut = R.to(stream.dtype)
+            stream -= stream @ cut @ cut.T
+        stream += block(stream)
+        return stream
+
+    x.update(past)

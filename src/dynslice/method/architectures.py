@@ -69,19 +69,25 @@ def dims_of(config) -> ModelDims:
     in_layer = sum(p.numel() for p in layers[0].parameters())
     fixed = len(layers) * (fixed + in_layer - d * (sum(reads) + sum(writes)))
     fixed += sum(p.numel() for p in head.parameters())  # it reads the full stream
-    final_norm = model.get_submodule(family.final_norm)
-    if subtracts_mean(final_norm):
-        fixed += sum(p.numel() for p in final_norm.parameters())
+    embedding, final_norm = (
+        model.get_submodule(family.embedding),
+        model.get_submodule(family.final_norm),
+    )
+    final_scale = sum(p.numel() for p in final_norm.parameters())
+    if subtracts_mean(final_norm):  # it stays as it is
+        fixed, final_scale = fixed + final_scale, 0
     positions = family.positions and model.get_submodule(family.positions).num_embeddings
     return ModelDims(
         hidden_size=d,
         layers=len(layers),
-        vocab_size=model.get_submodule(family.embedding).num_embeddings,
+        vocab_size=embedding.num_embeddings,
         reads=tuple(reads),
         writes=tuple(writes),
         fixed=fixed,
         dense_parameters=sum(p.numel() for p in model.parameters()),
         position_rows=positions or 0,
+        tied=head.weight is embedding.weight,
+        final_scale=final_scale,
     )
 
 
@@ -89,7 +95,7 @@ def check_plan(config, plan: SlicePlan) -> None:
     """Raise RequestError when a plan was made for a model of another shape."""
     require_dense(config, "slicing")
     shape = dims_of(config)
-    for name in ModelDims.__dataclass_fields__:
+    for name in plan.shape.known:
         here, planned = getattr(shape, name), getattr(plan.shape, name)
         if here != planned:
             raise RequestError(
@@ -100,19 +106,53 @@ def check_plan(config, plan: SlicePlan) -> None:
 
 def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
     """The sliced network of a dense model, with parameters that have no storage yet."""
-    config_class, model_class = SLICED_CLASSES[model.config.model_type]
     settings = model.config.to_dict()
     for name in ("model_type", "architectures", "quantization_config"):
         settings.pop(name, None)
-    config = config_class(
-        **{**settings, "tie_word_embeddings": False, "dtype": model.dtype},
-        attention_widths=list(plan.attention_widths),
-        mlp_widths=list(plan.mlp_widths),
-    )
+    settings |= {"tie_word_embeddings": plan.layout.tied, "dtype": model.dtype}
+    if plan.layout.plain:
+        model_class, config = type(model), type(model.config)(**settings | _narrower(model, plan))
+    else:
+        config_class, model_class = SLICED_CLASSES[model.config.model_type]
+        config = config_class(
+            **settings,
+            attention_widths=list(plan.attention_widths),
+            mlp_widths=list(plan.mlp_widths),
+            shortcuts=None if all(plan.shortcuts) else list(plan.shortcuts),
+            maps_embedding=plan.maps_embedding,
+        )
     with init_empty_weights(include_buffers=False):  # the weights that it takes are all there are
         sliced = model_class(config)
     sliced.generation_config = model.generation_config
     return sliced
+
+
+def _narrower(model: PreTrainedModel, plan: SlicePlan) -> dict:
+    """What the config of an ordinary checkpoint of the plan's one width says otherwise.
+
+    Its norms divide by w instead of d, which a scale of sqrt(d/w) and the eps make good. The heads
+    keep their size.
+    """
+    config, width = model.config, plan.widths[0]
+    heads, d = config.num_attention_heads, config.hidden_size
+    return {
+        "hidden_size": width,
+        "head_dim": getattr(config, "head_dim", None) or d // heads,
+        "rms_norm_eps": config.rms_norm_eps * d / width,
+    }
+
+
+def check_plain(config) -> None:
+    """Raise RequestError with the reason when no ordinary checkpoint of a family can be a slice."""
+    family, reason = family_of(config), None
+    if not hasattr(config, "rms_norm_eps"):
+        reason = "its norms (LayerNorm) take away a mean over the full width"
+    elif family.norm_offset:
+        reason = "its embedding is scaled by the hidden size"
+    if reason:
+        raise RequestError(
+            f"a model of type {config.model_type!r} has no plain slice: {reason}; leave --plain out"
+        )
 
 
 def obstacle(config: PretrainedConfig) -> str | None:

@@ -75,7 +75,7 @@ def _nearest(plan: SlicePlan, phase: float) -> SlicePlan:
     total_units = shape.layers * shape.hidden_size // plan.round_to
 
     def with_units(units: int) -> SlicePlan:
-        return constant(shape, 1 - units / total_units, plan.round_to, phase)
+        return constant(shape, 1 - units / total_units, plan.round_to, phase, plan.layout)
 
     low, high = shape.layers, total_units  # parameters grow with the units: bisect
     while high - low > 1:

@@ -40,6 +40,9 @@ def slicing_workspace(
     d, size = shape.hidden_size, dtype.itemsize
     count = max(1, tokens_per_batch(device) // window)
     weights = sum(p.numel() for p in layer.parameters()) * size
+    shares = plan.layout.shares_bases
+    if shares:
+        weights *= 2  # of a layer that is looked at ahead, and the one before it
     basis = d * d * FLOAT64  # one is held all the time, a second one while a block is folded
     rows = min(ROWS, shape.vocab_size) * d
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
@@ -48,8 +51,8 @@ def slicing_workspace(
         # A stored table and the changed one; a part of them in float32.
         "tables": basis + 2 * shape.vocab_size * d * size + rows * (FLOAT32 + size),
         "block": weights + basis + d * d * size + layers_workspace(config, dtype, count * window),
-        # The covariance, and a batch in float64.
-        "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
+        # The covariance, that of a group, what is added to it, and a batch in float64.
+        "covariance": weights + basis * (4 if shares else 2) + count * window * d * FLOAT64,
         # The covariance, its eigenvectors in two orders, and what LAPACK needs besides.
         "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
         "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
@@ -78,10 +81,12 @@ def activation_bytes(
 ) -> int:
     """Bytes of the residual stream of all calibration tokens.
 
-    A compensation keeps the dense stream too, and what the writing maps of a block are given.
+    A compensation keeps the dense stream too, and what the writing maps of a block are given. A
+    group of places that share a basis looks ahead on a copy.
     """
     d = plan.shape.hidden_size
     per_token = 3 * d + max(plan.shape.writes) if compensated else d
+    per_token += d * plan.layout.shares_bases
     return tokens * per_token * dtype.itemsize
 
 

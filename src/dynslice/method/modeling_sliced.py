@@ -12,7 +12,9 @@ MLP writes in the width of the next layer):
 
     tokens -> embedding [a_0] -> attention -> [m_0] -> MLP -> [a_1] -> ... -> [d] -> norm -> head
 
-Where the basis changes, the residual connection is multiplied by a small matrix, the *shortcut*.
+Where the basis changes, the residual connection is multiplied by a small matrix, the *shortcut*;
+where it stays, the stream is cut, or padded with zeros. A table that embedding and head share keeps
+the coordinates of the dense model, and a map [d, a_0] follows the embedding.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from functools import cache
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -200,8 +203,31 @@ class SlicedLayerMixin:
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         for block in self.blocks:
             output = block_output(self, block, hidden_states, kwargs)
-            hidden_states = hidden_states @ getattr(self, f"{block.name}_shortcut") + output
+            shortcut = getattr(self, f"{block.name}_shortcut")
+            if shortcut is None:
+                hidden_states = fitted(hidden_states, output.shape[-1]) + output
+            else:
+                hidden_states = hidden_states @ shortcut + output
         return hidden_states
+
+
+def fitted(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x [.., w] -> [.., width] in the same basis: cut, or padded with zeros."""
+    more = width - x.shape[-1]
+    return F.pad(x, (0, more)) if more > 0 else x[..., :width]
+
+
+class SlicedEmbeddingMixin:
+    """A table [V, d] that the head shares, and what takes its rows to the first stream [.., a_0].
+
+    is_centred: whether the mean over d is taken from the rows, for norms that would take it away.
+    """
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = super().forward(input_ids)
+        if self.is_centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        return x if self.map is None else x @ self.map
 
 
 @cache
@@ -212,15 +238,20 @@ def _sliced_layer_class(base: type, blocks: tuple[Block, ...]) -> type:
     return type("SlicedLayer", (SlicedLayerMixin, base), {"blocks": blocks})
 
 
+@cache
+def _sliced_embedding_class(base: type) -> type:
+    return type("SlicedEmbedding", (SlicedEmbeddingMixin, base), {})
+
+
 class SlicedMixin:
     """A causal LM of a family, with the widths that its config lists.
 
     Config fields: `attention_widths` [L] (a_i) and `mlp_widths` [L] (m_i); the stream after the
-    last layer keeps the full hidden size.
+    last layer keeps the full hidden size. `shortcuts`: whether the basis changes past each block
+    in turn, None for past each one. `maps_embedding`: whether a tied embedding has a map.
     """
 
     _no_split_modules = ["SlicedLayer"]
-    _tied_weights_keys = None
 
     def __init__(self, config):
         super().__init__(config)
@@ -230,26 +261,40 @@ class SlicedMixin:
         # A layer of one block, attention and MLP in parallel, has one place: a_i.
         widths = [width for row in rows for width in row[: len(family.blocks)]] + [d]
 
+        has_shortcut = getattr(config, "shortcuts", None) or [True] * (len(widths) - 1)
+        final_norm = self.get_submodule(family.final_norm)
+        is_tied = config.tie_word_embeddings
+
         for name in family.embeddings:
             table = self.get_submodule(name)
-            table.embedding_dim = widths[0]
-            table.weight = nn.Parameter(torch.empty(table.num_embeddings, widths[0]))
-        steps = pairwise(widths)
+            if is_tied and name == family.embedding:
+                table.__class__ = _sliced_embedding_class(type(table))
+                table.is_centred = subtracts_mean(final_norm)
+                table.map = _matrix(config.maps_embedding, d, widths[0])
+            else:
+                table.embedding_dim = widths[0]
+                table.weight = _matrix(True, table.num_embeddings, widths[0])
+        steps = zip(pairwise(widths), has_shortcut, strict=True)
         for layer in self.get_submodule(family.layers):
             layer.__class__ = _sliced_layer_class(type(layer), family.blocks)
             for block in family.blocks:
-                width, next_width = next(steps)
+                (width, next_width), changes_basis = next(steps)
                 norm = layer.get_submodule(block.norm)
                 for name in block.reads:
                     _resize(layer, name, in_features=width, bias=has_bias(norm))
                 for name in block.writes:
                     _resize(layer, name, out_features=next_width)
                 setattr(layer, block.norm, _scale_free(norm, d))
-                shortcut = nn.Parameter(torch.empty(width, next_width))
-                setattr(layer, f"{block.name}_shortcut", shortcut)
-        final_norm = self.get_submodule(family.final_norm)
-        if not subtracts_mean(final_norm):  # a LayerNorm stays: the head reads the full stream
+                shortcut = _matrix(changes_basis, width, next_width)
+                layer.register_parameter(f"{block.name}_shortcut", shortcut)
+        # A LayerNorm stays: the head reads the full stream. A table that the embedding shares has
+        # no room for the scale of the norm before it.
+        if not (subtracts_mean(final_norm) or is_tied):
             self.set_submodule(family.final_norm, _scale_free(final_norm, d))
+
+
+def _matrix(is_there: bool, rows: int, columns: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(rows, columns)) if is_there else None
 
 
 def has_bias(norm: nn.Module) -> bool:

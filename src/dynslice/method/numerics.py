@@ -9,28 +9,37 @@ from torch import Tensor
 from dynslice.core.errors import RunError
 from dynslice.core.tensors import check_finite
 
+TINY = 1e-30  # smaller than any size that counts
+
 
 @torch.inference_mode()
-def principal_basis(x: Iterable[Tensor], centred: bool = False) -> Tensor:
-    """The eigenvectors of sum X^T X, largest eigenvalue first, as columns [d, d].
+def covariance(x: Iterable[Tensor]) -> Tensor:
+    """sum X^T X [d, d] over batches of hidden states [.., d], its upper triangle, in float64.
 
-    x: batches of hidden states [.., d]. Products, sum and decomposition in float64: products in
-    float32 turn the subspace by enough to move perplexity. SliceGPT's code adds 1 % of the mean
-    diagonal to the diagonal, which moves all eigenvalues equally and no eigenvector, so it is left
-    out here. centred: they have no mean over d, and the direction of the mean comes last, also
-    where other directions are empty too.
+    Products in float32 turn the leading subspace by enough to move perplexity.
     """
-    covariance = doubles = None
+    total = doubles = None
     for part in x:
         d = part.shape[-1]
-        if covariance is None:
-            covariance = torch.zeros(d, d, dtype=torch.float64, device=part.device)
+        if total is None:
+            total = torch.zeros(d, d, dtype=torch.float64, device=part.device)
         if doubles is None or len(doubles) < len(part):
             # One buffer for all batches: mapping memory anew takes time.
             doubles = torch.empty_like(part, dtype=torch.float64)
         rows = doubles[: len(part)].copy_(part).view(-1, d)
-        add_gram(covariance, rows)
-    del doubles
+        add_gram(total, rows)
+    return total
+
+
+@torch.inference_mode()
+def principal_basis(covariance: Tensor, centred: bool = False) -> Tensor:
+    """The eigenvectors of a covariance [d, d], largest eigenvalue first, as columns [d, d].
+
+    Of the covariance the upper triangle counts, and is used up. SliceGPT's code adds 1 % of the
+    mean diagonal to the diagonal, which moves all eigenvalues equally and no eigenvector, so it is
+    left out here. centred: the stream has no mean over d, and the direction of the mean comes last,
+    also where other directions are empty too.
+    """
     check_finite(covariance, "the residual stream")
     if centred:
         # d t 1 1^T / d: below all others
@@ -62,7 +71,7 @@ class RoundingAudit:
         some = slice(None, None, math.ceil(len(rows) / CHECKED))
         folded = fold(rows[some].double())
         difference = made[some].double() - folded @ Q
-        self._rotation.append(difference.norm() / folded.norm().clamp(min=1e-30))
+        self._rotation.append(difference.norm() / folded.norm().clamp(min=TINY))
         return made
 
     def basis(self, V: Tensor) -> Tensor:

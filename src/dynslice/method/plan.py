@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +11,14 @@ from pydantic import Field
 
 from dynslice.core.errors import RequestError
 from dynslice.core.files import read_json, validated
+from dynslice.method.layout import PUBLISHED, Layout
 from dynslice.method.scores import normalise
 
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+
+ORIGINAL = -1  # in `SlicePlan.bases`: the stream keeps the coordinates of the dense model
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class ModelDims:
     parameters per dimension of the stream that a block reads and writes (the summed output
     features of its reading maps; the summed input features of its writing maps, plus one for each
     bias). `fixed` is what slicing leaves alone, `position_rows` the rows of learned positions.
+    `tied`: whether embedding and head are one table; `final_scale` is the scale of the last norm,
+    which only a head of its own takes up.
     """
 
     hidden_size: _Positive
@@ -36,6 +41,8 @@ class ModelDims:
     fixed: _Count
     dense_parameters: _Positive
     position_rows: _Count = 0
+    tied: bool = False
+    final_scale: _Count = 0
 
     def __post_init__(self):
         if len(self.reads) != len(self.writes):
@@ -43,6 +50,11 @@ class ModelDims:
                 f"the shape of the model has {len(self.reads)} blocks that read and "
                 f"{len(self.writes)} that write; make the file anew with `dynslice lr`"
             )
+
+    @property
+    def known(self) -> list[str]:
+        """The names of what is said: a file of an earlier version does not say `tied`."""
+        return [name for name in vars(self) if self.tied or name not in ("tied", "final_scale")]
 
     @classmethod
     def from_dict(cls, values: dict | None) -> "ModelDims":
@@ -69,6 +81,7 @@ class SlicePlan:
     widths: tuple[int, ...]
     shape: ModelDims
     own_attention: tuple[int, ...] | None = None
+    layout: Layout = PUBLISHED
 
     def __post_init__(self):
         d, layers = self.shape.hidden_size, self.shape.layers
@@ -88,6 +101,22 @@ class SlicePlan:
                 f"plan has widths from {min(every)} to {max(every)}, the hidden size "
                 f"is {d}; widths must lie between 1 and {d}"
             )
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        layout, places = self.layout, len(self.shape.reads) * self.shape.layers
+        if layout.tied and not self.shape.tied:
+            raise RequestError(
+                "the model has a head apart from its embedding, so a slice has no table for both; "
+                "make the plan with --untie"
+            )
+        if layout.basis_groups and sum(layout.basis_groups) != places:
+            raise RequestError(
+                f"the groups of places that share a basis count {sum(layout.basis_groups)} places, "
+                f"the model has {places}; make the plan from the same model"
+            )
+        if layout.plain and len({*self.attention_widths, *self.mlp_widths}) > 1:
+            raise RequestError("a plain checkpoint has one hidden size; slice all layers equally")
 
     @property
     def attention_widths(self) -> tuple[int, ...]:
@@ -101,11 +130,42 @@ class SlicePlan:
 
     @property
     def place_widths(self) -> tuple[int, ...]:
-        """Widths of the stream before each block in turn, and the full one that the head reads."""
+        """Widths of the stream before each block in turn, and the one that the head reads."""
         shape = self.shape
         rows = zip(self.attention_widths, self.mlp_widths, strict=True)
         widths = [width for row in rows for width in row[: len(shape.reads)]]
-        return (*widths, shape.hidden_size)
+        return (*widths, widths[-1] if self.layout.plain else shape.hidden_size)
+
+    @property
+    def bases(self) -> tuple[int, ...]:
+        """The number of the basis of the stream before each block in turn, and before the head.
+
+        Where nothing in a group is cut, and before a head that is not, it is ORIGINAL.
+        """
+        widths, bases = self.place_widths, []
+        places = len(widths) - 1
+        if self.layout.plain:
+            return (0,) * (places + 1)
+        for number, count in enumerate(self.layout.basis_groups or (1,) * places):
+            group = widths[len(bases) : len(bases) + count]
+            is_cut = min(group) < self.shape.hidden_size
+            bases += [number if is_cut else ORIGINAL] * count
+        return (*bases, ORIGINAL)
+
+    @property
+    def shortcuts(self) -> tuple[bool, ...]:
+        """Whether a matrix takes the residual connection past each block in turn.
+
+        With a basis for each place always, as SliceGPT has it; else where the basis changes.
+        """
+        if not self.layout.shares_bases:
+            return (True,) * (len(self.place_widths) - 1)
+        return tuple(before != after for before, after in pairwise(self.bases))
+
+    @property
+    def maps_embedding(self) -> bool:
+        """Whether a map takes the rows of a tied table into the first basis."""
+        return self.layout.tied and self.bases[0] != ORIGINAL
 
     @property
     def mean_slice(self) -> float:
@@ -115,18 +175,33 @@ class SlicePlan:
 
     @property
     def parameters(self) -> int:
-        """Stored parameters of the sliced network: maps, shortcuts, embedding and untied head."""
+        """Stored parameters of the sliced network, shortcuts and the vocabulary's table included.
+
+        `fixed` counts a head of full width; a tied one is the embedding too.
+        """
         shape, widths = self.shape, self.place_widths
-        total = shape.fixed + (shape.vocab_size + shape.position_rows) * widths[0]
+        total = shape.fixed + shape.position_rows * widths[0]
+        if self.layout.tied:
+            total += shape.final_scale + self.maps_embedding * shape.hidden_size * widths[0]
+        else:
+            total += shape.vocab_size * widths[0]
+        if self.layout.plain:  # a narrower head, and scales of norms that are all one number
+            total += shape.vocab_size * (widths[-1] - shape.hidden_size) + sum(widths)
         for place in range(len(widths) - 1):
             block = place % len(shape.reads)
             total += widths[place] * shape.reads[block] + widths[place + 1] * shape.writes[block]
         return total + self.shortcut_parameters
 
     @property
+    def untied(self) -> "SlicePlan":
+        """The same widths in the published layout of the vocabulary's tables."""
+        return replace(self, layout=replace(self.layout, tied=False))
+
+    @property
     def shortcut_parameters(self) -> int:
         """How many of the stored parameters are shortcut matrices."""
-        return sum(before * after for before, after in pairwise(self.place_widths))
+        steps = zip(self.shortcuts, pairwise(self.place_widths), strict=True)
+        return sum(before * after for has_one, (before, after) in steps if has_one)
 
     def to_dict(self) -> dict:
         """The JSON form, as `dynslice plan` writes it."""
@@ -134,6 +209,7 @@ class SlicePlan:
             **asdict(self),
             "mean_slice": self.mean_slice,
             "parameters": self.parameters,
+            "parameters_untied": self.untied.parameters,
             "parameters_dense": self.shape.dense_parameters,
         }
 
@@ -160,7 +236,11 @@ class SlicePlan:
 
 
 def constant(
-    shape: ModelDims, slice_percentage: float, round_to: int = 8, phase: float = 0.0
+    shape: ModelDims,
+    slice_percentage: float,
+    round_to: int = 8,
+    phase: float = 0.0,
+    layout: Layout = PUBLISHED,
 ) -> SlicePlan:
     """The same slice at every layer (SliceGPT).
 
@@ -171,7 +251,7 @@ def constant(
     slices = (slice_percentage,) * shape.layers
     widths = rounded_widths(slices, shape.hidden_size, round_to, phase)
     target = (slice_percentage, slice_percentage, round_to)
-    return SlicePlan("constant", *target, slices, widths, shape)
+    return SlicePlan("constant", *target, slices, widths, shape, layout=layout)
 
 
 def dynamic(
@@ -180,6 +260,7 @@ def dynamic(
     slice_percentage: float,
     slice_base: float = 0.0,
     round_to: int = 8,
+    layout: Layout = PUBLISHED,
 ) -> SlicePlan:
     """Slices in proportion to layer redundancy, as `dynamic_slicing` makes them (section 3.2).
 
@@ -192,11 +273,15 @@ def dynamic(
     slices = final_slices(normalise(lr), slice_percentage, slice_base, limit)
     widths = rounded_widths(slices, shape.hidden_size, round_to)
     target = (slice_percentage, slice_base, round_to)
-    return SlicePlan("dynamic", *target, slices, widths, shape)
+    return SlicePlan("dynamic", *target, slices, widths, shape, layout=layout)
 
 
 def of_places(
-    schedule: str, shape: ModelDims, place_widths: Sequence[int], round_to: int = 8
+    schedule: str,
+    shape: ModelDims,
+    place_widths: Sequence[int],
+    round_to: int = 8,
+    layout: Layout = PUBLISHED,
 ) -> SlicePlan:
     """The plan with these widths of the stream, one for each place where a block reads it.
 
@@ -214,6 +299,7 @@ def of_places(
         widths=tuple(widths[-1] for widths in layers),
         shape=shape,
         own_attention=tuple(widths[0] for widths in layers),
+        layout=layout,
     )
 
 

@@ -5,9 +5,10 @@ holds the leading w directions of x over the calibration tokens, and R [d, d - w
 are cut. Equations and the published protocol: docs/method.md.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +17,24 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dynslice.core.tensors import check_finite, check_tokens, synchronise
-from dynslice.method.activations import Activations, centring, residual_stream
+from dynslice.method.activations import (
+    Activations,
+    BlockInPlace,
+    centring,
+    residual_stream,
+    run_block,
+)
 from dynslice.method.architectures import check_plan, dims_of, empty_sliced, family_of
-from dynslice.method.modeling_sliced import Block, Family, block_output, subtracts_mean
-from dynslice.method.numerics import RoundingAudit, by_rows, principal_basis
+from dynslice.method.bases import Bases, Use
+from dynslice.method.modeling_sliced import Family, subtracts_mean
+from dynslice.method.numerics import RoundingAudit, by_rows
 from dynslice.method.plan import SlicePlan, check_request, final_slices, rounded_widths
 from dynslice.method.redundancy import layer_redundancy
 from dynslice.method.scores import normalise
 
-# A module of a model by its name, with its weights on the device as long as the context lasts.
-Use = Callable[[str], AbstractContextManager[nn.Module]]
 # How x goes past one block: the residual connection from x in its basis [w, d], and what is added
 # to the writing maps {name: [d, k]}.
-Step = Callable[["Activations", Tensor, Tensor, "BlockInPlace", bool], tuple[Tensor, dict]]
+Step = Callable[[Activations, Tensor, Tensor, BlockInPlace, bool], tuple[Tensor, dict]]
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,12 @@ def slice_model(
     weights = sliced_weights(model, windows, plan, x, audit, start)
     weights = dict(tqdm(weights, "slicing", len(sliced.state_dict()), unit="weight", leave=False))
     audit.check(plan.shape.hidden_size)
+    if plan.layout.tied:  # one table, under both of its names
+        family = family_of(model.config)
+        weights[f"{family.head}.weight"] = weights[f"{family.embedding}.weight"]
     with torch.no_grad():
         sliced.load_state_dict(weights, assign=True)
+        sliced.tie_weights()
         sliced = sliced.to(model.device).eval()
     synchronise(model.device)
     seconds = time.perf_counter() - began
@@ -124,46 +134,38 @@ def sliced_weights(
     check_plan(model.config, plan)
     check_tokens(model.config, windows)
     use = use or (lambda name: nullcontext(model.get_submodule(name)))
-    family, widths, dtype = family_of(model.config), plan.place_widths, model.dtype
+    family, dtype = family_of(model.config), model.dtype
     centred = centring(model, family)
-    last_cut = max((i for i, width in enumerate(widths) if width < widths[-1]), default=-1)
 
     with ExitStack() as tables:
         for name in family.embeddings:
             tables.enter_context(use(name))
         layer_arguments = residual_stream(model, windows, x)
         step = start(x) if start else project
-        Q, R = _basis(x, widths[0], model, audit)
-        yield from _stored(_embeddings(model, family, Q, audit, centred), dtype)
+        bases = Bases(model, plan, x, audit, layer_arguments, use)
+        Q, R = bases.at(0)
+        yield from _stored(_embeddings(model, family, plan, Q, audit, centred), dtype)
     place = 0
     for i, arguments in enumerate(layer_arguments):
         prefix = f"{family.layers}.{i}."
         with use(f"{family.layers}.{i}") as layer:
             for block in family.blocks:
                 here = BlockInPlace(layer, block, arguments, centred)
-                residual, added = step(x, Q, R, here, place < last_cut)
-                Q_next, R_next = _basis(x, widths[place + 1], model, audit)
+                residual, added = step(x, Q, R, here, place < bases.last_start)
+                Q_next, R_next = bases.at(place + 1)
                 yield from _stored(_maps(here, family, Q, Q_next, audit, added), dtype, prefix)
-                shortcut = {f"{block.name}_shortcut": residual @ Q_next}
-                yield from _stored(shortcut.items(), dtype, prefix)
+                if plan.shortcuts[place]:
+                    shortcut = {f"{block.name}_shortcut": residual @ Q_next}
+                    yield from _stored(shortcut.items(), dtype, prefix)
                 Q, R, place = Q_next, R_next, place + 1
             yield from _stored(_left_alone(layer, family), dtype, prefix)
+            if plan.layout.plain:
+                norms = [block.norm for block in family.blocks]
+                yield from _stored(_plain_scales(plan, norms), dtype, prefix)
+    if plan.layout.plain:
+        yield from _stored(_plain_scales(plan, [family.final_norm]), dtype)
     with use(family.final_norm) as final_norm, use(family.head) as head:
-        yield from _stored(_head(final_norm, head, family), dtype)
-
-
-@dataclass(frozen=True)
-class BlockInPlace:
-    """A block of a dense layer with the layer's other arguments, as a function of the stream."""
-
-    layer: nn.Module
-    block: Block
-    arguments: dict
-    centred: Callable[[Tensor], Tensor]
-
-    def __call__(self, stream: Tensor) -> Tensor:
-        """x [b, T, d] -> what the block adds to it."""
-        return self.centred(block_output(self.layer, self.block, stream, self.arguments))
+        yield from _stored(_head(final_norm, head, family, plan, Q, audit), dtype)
 
 
 def project(
@@ -175,37 +177,6 @@ def project(
     return Q.T, {}
 
 
-@torch.inference_mode()
-def run_block(x: Activations, R: Tensor, block: BlockInPlace) -> None:
-    """In place, batch by batch: x <- x P + block(x P) with P = Q Q^T = 1 - R R^T.
-
-    R [d, d - w] holds the directions that are cut, which are the fewer. x stays in the original
-    coordinates. The projected stream has the same RMS (divisor d) as its w coordinates in the
-    sliced network, so the dense block computes here what the sliced block will compute there.
-    """
-
-    def past(stream: Tensor) -> Tensor:
-        cut = R.to(stream.dtype)
-        stream -= stream @ cut @ cut.T
-        stream += block(stream)
-        return stream
-
-    x.update(past)
-
-
-def _basis(
-    x: Activations, width: int, model: PreTrainedModel, audit: RoundingAudit
-) -> tuple[Tensor, Tensor]:
-    """Q [d, w] and R [d, d - w] of the stream x, float64; where nothing is cut, x keeps its own."""
-    d = model.config.hidden_size
-    if width == d:
-        Q = torch.eye(d, dtype=torch.float64, device=x.device)
-    else:
-        final_norm = model.get_submodule(family_of(model.config).final_norm)
-        Q = audit.basis(principal_basis(x, centred=subtracts_mean(final_norm)))
-    return Q[:, :width], Q[:, width:]
-
-
 def _stored(
     weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, prefix: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
@@ -215,12 +186,17 @@ def _stored(
         yield prefix + name, weight
 
 
-def _embeddings(model, family: Family, Q: Tensor, audit: RoundingAudit, centred: Callable):
-    """The rows that make up the first stream, in its basis."""
+def _embeddings(model, family: Family, plan: SlicePlan, Q: Tensor, audit, centred: Callable):
+    """The rows that make up the first stream, in its basis; a tied table with a map into it."""
     for name in family.embeddings:
         # No variable holds a table: it would be kept while the head is made.
         table = f"{name}.weight"
-        yield table, audit.rotated(model.get_parameter(table), Q, centred)
+        if not (plan.layout.tied and name == family.embedding):
+            yield table, audit.rotated(model.get_parameter(table), Q, centred)
+            continue
+        yield table, model.get_parameter(table).clone()
+        if plan.maps_embedding:
+            yield f"{name}.map", audit.rotated(torch.eye(len(Q), device=Q.device), Q, centred)
 
 
 def _maps(
@@ -260,20 +236,40 @@ def _left_alone(layer: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]
             yield name, parameter.clone()
 
 
-def _head(final_norm: nn.Module, head: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """The head with the scale of the norm before it; a LayerNorm stays as it is."""
+def _head(
+    final_norm: nn.Module,
+    head: nn.Module,
+    family: Family,
+    plan: SlicePlan,
+    Q: Tensor,
+    audit: RoundingAudit,
+) -> Iterator[tuple[str, Tensor]]:
+    """The head [V, w] with the scale of the norm before it.
+
+    A LayerNorm stays as it is, and so does the norm before a head that is the embedding too.
+    """
     scale = torch.ones((), device=head.weight.device)
-    if subtracts_mean(final_norm):
+    if subtracts_mean(final_norm) or plan.layout.tied:
         for name, parameter in final_norm.named_parameters():
             yield f"{family.final_norm}.{name}", parameter.clone()
     else:
         scale = _scale(final_norm, family)
-    yield (
-        f"{family.head}.weight",
-        by_rows(head.weight, lambda W: (W.float() * scale).to(W.dtype)),
-    )
+    if plan.layout.plain:
+        yield f"{family.head}.weight", audit.rotated(head.weight, Q, lambda W: W * scale)
+    elif not plan.layout.tied:
+        yield (
+            f"{family.head}.weight",
+            by_rows(head.weight, lambda W: (W.float() * scale).to(W.dtype)),
+        )
     if head.bias is not None:
         yield f"{family.head}.bias", head.bias.clone()
+
+
+def _plain_scales(plan: SlicePlan, norms: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Scales of norms that divide by the width w where the dense model's divide by d."""
+    width = plan.place_widths[-1]
+    scale = torch.full((width,), math.sqrt(plan.shape.hidden_size / width))
+    return ((f"{name}.weight", scale.clone()) for name in norms)
 
 
 def _scale(norm: nn.Module, family: Family) -> Tensor:

@@ -25,10 +25,11 @@ from dynslice.core.errors import RequestError
 from dynslice.core.tensors import free_memory, synchronise
 from dynslice.method.activations import Activations
 from dynslice.method.architectures import check_plan, empty_sliced
+from dynslice.method.bases import Use
 from dynslice.method.footprint import largest_weight, shown_bytes, slicing_workspace
 from dynslice.method.numerics import RoundingAudit
 from dynslice.method.plan import SlicePlan
-from dynslice.method.slicing import Sliced, Step, Use, sliced_weights
+from dynslice.method.slicing import Sliced, Step, sliced_weights
 
 LARGEST_SHARD = 5 * 2**30
 
@@ -77,13 +78,14 @@ def slice_to(
         empty = empty_sliced(model, plan).to(checkpoint.dtype)
         shards = ShardWriter(unfinished, empty, room["shard"])
         weights = sliced_weights(model, windows, plan, x, audit, start, checkpoint.use)
-        count = len(empty.state_dict())
+        count = len(dict(empty.named_parameters()))
         for weight in tqdm(weights, "slicing", count, unit="weight", leave=False):
             shards.add(*weight)
         shards.finish()
         audit.check(plan.shape.hidden_size)
         empty.config.architectures = [type(empty).__name__]
-        custom_object_save(empty, unfinished, config=empty.config)
+        if not plan.layout.plain:
+            custom_object_save(empty, unfinished, config=empty.config)
         empty.config.save_pretrained(unfinished)
         empty.generation_config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -97,7 +99,7 @@ class ShardWriter:
     def __init__(self, folder: Path, empty: PreTrainedModel, shard_bytes: int):
         self.folder = folder
         split = split_torch_state_dict_into_shards(
-            empty.state_dict(),
+            dict(empty.named_parameters()),  # a table with two names once
             max_shard_size=shard_bytes,
             filename_pattern="model{suffix}.safetensors",
         )
