@@ -145,6 +145,8 @@ def plan_command(options) -> tuple[dict, list[str]]:
         f"mean slice {plan.mean_slice:.4f}, stored parameters {plan.parameters:,} "
         f"(dense {plan.shape.dense_parameters:,})"
     )
+    if plan.layout.tied:
+        lines.append(f"with embedding and head apart {plan.untied.parameters:,} parameters")
     return plan.to_dict(), lines
 
 
@@ -186,18 +188,21 @@ def search_command(options) -> tuple[dict, list[str]]:
     """A plan of equal size by coordinate search on validation windows."""
     from dynslice.evaluate.perplexity import perplexity
     from dynslice.extensions.schedules import Evidence, budget_of, search
+    from dynslice.method.layout import Layout
     from dynslice.method.slicing import slice_model
 
     check_output(options.out)
     share, round_to = options.slice_percentage, options.round_to or 8
     shape = dims(options, dense_for="a search")
-    budget = budget_of(shape, share, round_to)
+    layout = Layout(tied=shape.tied)
+    budget = budget_of(shape, share, round_to, layout)
     model, calibration, windows = _with_validation(options)
 
     def loss(candidate) -> float:
         return perplexity(slice_model(model, calibration, candidate).model, windows)["nll_mean"]
 
-    plan, tried = search(Evidence(shape, round_to), budget, loss, options.evaluations)
+    known = Evidence(shape, round_to, layout=layout)
+    plan, tried = search(known, budget, loss, options.evaluations)
     common.write_json(options.out, plan.to_dict())
     first, best = tried[0]["loss"], min(step["loss"] for step in tried)
     line = (

@@ -41,8 +41,24 @@ def _at_least(least: int, text: str, below: int = 2**63) -> int:
     return int(text)
 
 
+def _size(text: str) -> str:
+    number, unit = re.fullmatch(r"(.*?)\s*([a-zA-Z]*)", text).groups()
+    known = unit.upper() in ("", "K", "M", "B", "KB", "MB", "GB")
+    if not (known and re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", number)):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no size; give a share (0.84), parameters (113M) or bytes (0.5GB)"
+        )
+    if not unit and float(number) > 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no share of the dense model; give one up to 1, or a unit such as {text}M"
+        )
+    return text
+
+
 _TYPES = {
     "number": float,
+    "size": _size,
+    "layers": lambda text: text if text == "all" else _at_least(1, text),
     "positive": partial(_at_least, 1),
     "window": partial(_at_least, 2),
     "windows": lambda text: None if text == "all" else _at_least(1, text),

@@ -1,20 +1,51 @@
 """From the options of `plan` and `slice` to a plan."""
 
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from dynslice.cli.common import dims
+from dynslice.cli.common import dims, placed
 from dynslice.core.errors import RequestError
 from dynslice.core.files import read_json
-from dynslice.extensions.schedules import Evidence, budget_of, within
+from dynslice.extensions.schedules import BEST, Evidence, budget_of, size_range, within
 from dynslice.method.controls import matched
+from dynslice.method.layout import Layout, basis_groups
 from dynslice.method.plan import ModelDims, SlicePlan, check_request, constant, dynamic
 from dynslice.method.scores import lr_of, read_rises
 
-# What each schedule takes next to --slice-percentage.
+# What each schedule takes next to --slice-percentage or --size.
 TAKES = dict.fromkeys(("constant", "first", "embedding"), ())
 TAKES |= {"dynamic": ("slice_base", "lr"), "lr": ("lr",), "sensitivity": ("sensitivity",)}
 FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
-AMOUNTS = ("slice_percentage", "slice_base", *FILES, "round_to", "schedule")  # what makes a plan
+LAYOUT = ("untie", "basis_layers", "plain")
+# What makes a plan.
+AMOUNTS = ("slice_percentage", "size", "slice_base", *FILES, "round_to", "schedule", *LAYOUT)
+
+RECIPES = {"published": {}, "best": BEST}  # what is set where the options leave it open
+
+
+def apply_recipe(options) -> None:
+    """Set what the recipe of `slice` says and the options leave open.
+
+    A plain checkpoint has one width and one basis, so that a recipe decides nothing about those.
+    """
+    recipe = RECIPES[options.recipe]
+    if options.plan and recipe:
+        raise RequestError(
+            f"--plan decides the widths by itself; leave --recipe {options.recipe} out, or give "
+            "--size instead of --plan"
+        )
+    for name, value in recipe.items():
+        has_one = options.plain and name in ("schedule", "basis_layers")
+        if not (has_one or is_given(options, name)):
+            setattr(options, name, value)
+
+
+def is_given(options, name: str) -> bool:
+    """Whether an option was given; a number can be zero."""
+    value = getattr(options, name)
+    return value is not None and value is not False
 
 
 def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
@@ -31,11 +62,9 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     losses = read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
     shape = _shape(options, schedule, lr or losses)
     for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
-        if values and "shape" in values and ModelDims.from_dict(values["shape"]) != shape:
+        # A file of an earlier version says less of the shape.
+        if values and ModelDims.from_dict({**asdict(shape), **values.get("shape", {})}) != shape:
             raise RequestError(f"the {what} are of another model; measure them anew on this one")
-    share, round_to = options.slice_percentage, options.round_to or 8
-    if schedule == "constant":
-        return constant(shape, share, round_to)
     if "lr" in TAKES[schedule] and measured_lr is None:
         if lr is None:
             raise RequestError(
@@ -43,24 +72,82 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
                 "and give --lr lr.json"
             )
         measured_lr = lr_of(lr)
-    if schedule == "dynamic":
-        return dynamic(shape, measured_lr, share, options.slice_base or 0.0, round_to)
-    rises = None
-    if schedule == "sensitivity":
-        if losses is None:
-            raise RequestError(
-                "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity "
-                "--out losses.json` and give --sensitivity losses.json"
-            )
-        measured = losses.get("slice_percentage", share)
-        if measured != share:
-            raise RequestError(
-                f"the losses of --sensitivity {options.sensitivity} were measured at slice "
-                f"percentage {measured}, and the plan is for {share}; measure them anew"
-            )
-        rises = read_rises(losses)
-    known = Evidence(shape, round_to, measured_lr, rises)
-    return within(schedule, known, budget_of(shape, share, round_to))
+    rises = _rises(options, losses) if schedule == "sensitivity" else None
+    layout, round_to = _layout(options, shape, measured_lr), _round_to(options)
+    share, base = options.slice_percentage, options.slice_base or 0.0
+    if options.size is None and schedule == "constant":
+        return constant(shape, share, round_to, layout=layout)
+    if options.size is None and schedule == "dynamic":
+        return dynamic(shape, measured_lr, share, base, round_to, layout)
+    budget = _budget(options, shape, round_to, layout)
+    return within(schedule, Evidence(shape, round_to, measured_lr, rises, layout, base), budget)
+
+
+def _rises(options, losses: dict | None) -> list[dict[float, float]]:
+    if losses is None:
+        raise RequestError(
+            "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity "
+            "--out losses.json` and give --sensitivity losses.json"
+        )
+    share = options.slice_percentage
+    measured = losses.get("slice_percentage", share)
+    if share is not None and measured != share:
+        raise RequestError(
+            f"the losses of --sensitivity {options.sensitivity} were measured at slice "
+            f"percentage {measured}, and the plan is for {share}; measure them anew"
+        )
+    return read_rises(losses)
+
+
+def _layout(options, shape: ModelDims, lr: Sequence[float] | None) -> Layout:
+    """As SliceGPT has it, with the embedding tied where it is in the dense model."""
+    if options.plain:
+        refuse_next_to(options, "--plain", *LAYOUT[:2], said="has one basis, and is untied")
+        return Layout(plain=True)
+    if options.untie and not shape.tied:
+        raise RequestError(
+            "--untie means nothing for a model whose head is apart from its embedding; leave it out"
+        )
+    layers = options.basis_layers
+    groups = layers and basis_groups(len(shape.reads), shape.layers, layers, lr)
+    return Layout(tied=shape.tied and not options.untie, basis_groups=groups)
+
+
+def _round_to(options) -> int:
+    """The multiple for widths; those of a plain checkpoint are ones that transformers takes."""
+    if not options.plain:
+        return options.round_to or 8
+    from dynslice.inputs import models
+    from dynslice.method.architectures import plain_multiple
+
+    if not options.model:
+        raise RequestError("--plain needs --model, whose heads decide the widths; add it")
+    heads = plain_multiple(models.load_config(options.model, options.revision))
+    return math.lcm(heads, options.round_to or 1)
+
+
+_UNITS = {"K": 3, "M": 6, "B": 9, "KB": 3, "MB": 6, "GB": 9}  # powers of ten
+
+
+def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
+    """Stored parameters that the plan may have: --size, or those of constant slicing at SP.
+
+    Raises RequestError for a size that no plan has, with the range of those that there are.
+    """
+    if options.size is None:
+        return budget_of(shape, options.slice_percentage, round_to, layout)
+    number, unit = re.fullmatch(r"([0-9.]+)\s*([A-Z]*)", options.size.upper()).groups()
+    size = float(number) * (10 ** _UNITS[unit] if unit else shape.dense_parameters)
+    if len(unit) == 2:
+        size /= placed(options)[1].itemsize
+    check_request(shape, 0.0, 0.0, round_to)
+    least, most = size_range(shape, round_to, layout)
+    if not least <= size < most:
+        raise RequestError(
+            f"--size {options.size} is {size:,.0f} parameters, and slices of this model in this "
+            f"layout store from {least:,} to {most:,}; give a size between"
+        )
+    return int(size)
 
 
 def measures_lr(options) -> bool:
@@ -72,25 +159,37 @@ def measures_lr(options) -> bool:
             "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
             "give --lr lr.json"
         )
-    share, base = options.slice_percentage, options.slice_base or 0.0
-    check_request(dims(options), share, base, options.round_to or 8)
+    shape, round_to, base = dims(options), _round_to(options), options.slice_base or 0.0
+    if options.size is None:
+        check_request(shape, options.slice_percentage, base, round_to)
+    _budget(options, shape, round_to, _layout(options, shape, None))
     return True
 
 
-def refuse_next_to(options, given: str, *others: str) -> None:
+def refuse_next_to(
+    options, given: str, *others: str, said: str = "decides the widths by itself"
+) -> None:
     """Raise RequestError when options are given that `given` leaves without a meaning."""
     for name in others:
-        if getattr(options, name) is not None:
-            raise RequestError(f"{given} decides the widths by itself; leave {_flag(name)} out")
+        if is_given(options, name):
+            raise RequestError(f"{given} {said}; leave {_flag(name)} out")
 
 
 def _schedule(options) -> str:
     """The schedule that is asked for, with nothing next to it that means nothing to it."""
     base, share = options.slice_base, options.slice_percentage
-    if share is None:
-        raise RequestError("--slice-percentage is missing; give a share such as 0.25")
+    if share is None and options.size is None:
+        raise RequestError("--slice-percentage is missing; give a share such as 0.25, or a --size")
+    if None not in (share, options.size):
+        raise RequestError(
+            f"--size {options.size} decides the slice percentage; leave --slice-percentage out"
+        )
     wants_dynamic = options.lr or base not in (None, share)
     schedule = options.schedule or ("dynamic" if wants_dynamic else "constant")
+    if options.plain and schedule != "constant":
+        raise RequestError(
+            f"--plain has one width, and schedule {schedule} has many; leave one of them out"
+        )
     hints = {
         "slice_base": "--schedule dynamic and --lr",
         "lr": "--schedule dynamic or lr",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynslice.cli import common
-from dynslice.cli.plans import AMOUNTS, measures_lr, plan_of, refuse_next_to
+from dynslice.cli.plans import AMOUNTS, apply_recipe, measures_lr, plan_of, refuse_next_to
 from dynslice.core.errors import RequestError
 
 
@@ -15,6 +15,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
     from dynslice.inputs import models, texts
     from dynslice.inputs.checkpoints import saving, write
 
+    apply_recipe(options)
     start, recovery = _compensation(options), _recovery(options)
     if Path(options.out).exists():
         raise RequestError(f"output {options.out!r} exists already; name a new directory")
@@ -41,6 +42,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
             **_facts(options, sliced),
             "windows": len(windows),
             "dtype": str(dtype).removeprefix("torch."),
+            "recipe": options.recipe,
             "measured_lr": plan is None,
             "compensation": start and asdict(start),
             "recovery": recovery and asdict(recovery),
@@ -55,7 +57,24 @@ def slice_command(options) -> tuple[dict, list[str]]:
         f"{len(windows)} {how} windows of {options.window} tokens"
     )
     also = ", on which layer redundancy was measured too" if result["measured_lr"] else ""
-    return result, [line + also]
+    lines = [line + also]
+    if sliced.plan.layout.plain:
+        lines.append(
+            f"an ordinary checkpoint of hidden size {sliced.plan.widths[0]}, which transformers "
+            "loads without remote code"
+        )
+    if start:
+        lines.append(_corrections(start))
+    return result, lines
+
+
+def _corrections(start) -> str:
+    """What the compensation chose, in a sentence."""
+    used = [ridge for ridge in start.chosen if ridge is not None]
+    told = f"compensated {len(used)} of {len(start.chosen)} blocks"
+    if not used:
+        return f"{told}: held-out calibration windows showed no gain"
+    return f"{told}, with ridges from {min(used):g} to {max(used):g}"
 
 
 def _plan(options) -> Any:
@@ -75,15 +94,11 @@ def _plan(options) -> Any:
 
 def _sliced(options, windows, plan, start) -> Any:
     from dynslice.method.redundancy import layer_redundancy
-    from dynslice.method.slicing import dynamic_slicing, slice_model
+    from dynslice.method.slicing import slice_model
 
     model, _ = common.loaded(options, dense_for="slicing")
-    if plan is None and options.schedule == "lr":
-        plan = plan_of(options, layer_redundancy(model, windows).lr)
-    if plan is not None:
-        return slice_model(model, windows, plan, start)
-    SP, SB = options.slice_percentage, options.slice_base or 0.0
-    return dynamic_slicing(model, windows, windows, SP, SB, options.round_to or 8, start)
+    plan = plan or plan_of(options, layer_redundancy(model, windows).lr)
+    return slice_model(model, windows, plan, start)
 
 
 def _facts(options, sliced) -> dict:
@@ -92,7 +107,9 @@ def _facts(options, sliced) -> dict:
     return {
         "out": options.out,
         "parameters": plan.parameters,
+        "parameters_untied": plan.untied.parameters,
         "parameters_dense": plan.shape.dense_parameters,
+        "layout": asdict(plan.layout),
         "mean_slice": plan.mean_slice,
         "window": options.window,
         "sampled": common.is_sampled(options),
@@ -130,12 +147,11 @@ def _budget(options, device) -> Any:
 
 
 def _compensation(options) -> Any:
-    from dynslice.extensions.compensation import RIDGE, Compensation
+    from dynslice.extensions.compensation import Compensation
 
     if options.ridge is not None and not options.compensate:
         raise RequestError(f"--ridge {options.ridge} is that of --compensate; add it")
-    ridge = RIDGE if options.ridge is None else options.ridge
-    return Compensation(ridge) if options.compensate else None
+    return Compensation(options.ridge) if options.compensate else None
 
 
 def _recovery(options) -> Any:

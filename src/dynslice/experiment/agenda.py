@@ -115,7 +115,7 @@ def describe(request: Request) -> str:
     config, plan = request.config, _plan_of(request)
     network = config.get("slice") or {}
     what = config.get("task") or config.get("text")
-    extras = [f"with {name}" for name in ("compensation", "recovery") if network.get(name)]
+    extras = [f"with {name}" for name in ("compensation", "recovery") if name in network]
     words = [request.kind, *([what] if what else []), plan.describe() if plan else "dense"]
     return " ".join([*words, *extras])
 

@@ -1,67 +1,116 @@
-"""What notebook 07 compares: networks of equal size, with and without compensation."""
+"""What notebook 07 compares: networks of equal size, one lever after the other."""
 
 from dataclasses import replace
 from typing import Any
 
-from dynslice.experiment.plan_specs import PlanSpec, WithinBudget, plan_spec
+from dynslice.experiment.plan_specs import AS_DENSE, PlanSpec, Shuffled, WithinBudget, plan_spec
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Design, Point
 from dynslice.experiment.store import Request, unique
+
+UNTIED, SLICEGPT, LR, SHARED, BEST_RECIPE = LEVERS = (
+    "SliceGPT, embedding untied",
+    "SliceGPT",
+    "LR widths",
+    "shared bases",
+    "compensation",
+)
 
 
 class EqualSize:
     """The part of a profile that goes beyond the paper, as requests.
 
-    A size is what constant slicing stores at a slice percentage. Whatever is chosen there (ridge,
-    schedule) is chosen on validation windows, before test windows are read.
+    A size is what constant slicing stores at a slice percentage, with the embedding tied where the
+    dense model ties it. Whatever is chosen there is chosen on validation windows, before test
+    windows are read.
     """
 
     def __init__(self, design: Design):
         self.design, self.profile = design, design.profile
-        self._compensations = (None, {"ridge": self.profile.beyond_ridge})  # without, then with it
+        self._shared = {**AS_DENSE, "basis_layers": self.profile.beyond_basis_layers}
 
     def contest(self, slice_percentage: float) -> list[Point]:
-        """The networks of one size: each schedule without, then each with compensation."""
-        names = ["constant", *self.profile.beyond_schedules]
-        pairs = [(name, extra) for extra in self._compensations for name in names]
-        return [self._at_size(name, slice_percentage, extra) for name, extra in pairs]
-
-    def variants(self, slice_percentage: float) -> list[Point]:
-        """Networks of that size that only validation windows see, if the profile has such."""
-        p, sp = self.profile, slice_percentage
-        if p.selection_windows is None:
-            return []
-        ridges = [({"ridge": ridge}, f"ridge {ridge:g}") for ridge in p.beyond_ridges]
-        if ridges:
-            ridges.append(({"ridge": p.beyond_ridge, "shortcut": False}, "writing maps alone"))
-        found = [self._at_size("constant", sp, extra, note) for extra, note in ridges]
-        for name in p.beyond_candidates:
-            found += [self._at_size(name, sp, extra) for extra in self._compensations]
-        for count in p.beyond_calibration_windows:
-            found += self._constant(sp, f"{count} calibration windows", windows=count)
-        return found
+        """The ladder of one size: each network has one lever more than the one before it."""
+        sp, shared = slice_percentage, self._shared
+        rungs = [
+            self._at_size(sp, UNTIED, "constant", None),
+            self._at_size(sp, SLICEGPT, "constant", AS_DENSE),
+            self._at_size(sp, LR, "lr", AS_DENSE),
+            self._at_size(sp, SHARED, "lr", shared),
+            self._at_size(sp, BEST_RECIPE, "lr", shared, {}),
+        ]
+        return rungs + self.recovered(sp)
 
     def recovered(self, slice_percentage: float) -> list[Point]:
-        """Constant slicing with recovery fine-tuning, without and with compensation before it."""
+        """The last lever, if the profile asks for it: fine-tuning of the recipe's slice."""
         p = self.profile
         if not p.recovery_steps:
             return []
         names = ("steps", "windows", "window")
         recovery = {name: getattr(p, f"recovery_{name}") for name in names}
-        plain = self._constant(slice_percentage, f"{p.recovery_steps} steps of LoRA")
-        return [replace(p, network={**p.network, "recovery": recovery}) for p in plain]
+        note = f"{p.recovery_steps} steps of LoRA"
+        best = self._at_size(slice_percentage, note, "lr", self._shared, {})
+        return [replace(best, network={**best.network, "recovery": recovery})]
+
+    def draws(self, slice_percentage: float) -> list[tuple[Point, Point]]:
+        """(recipe, SliceGPT) of one size, for each draw of the calibration windows."""
+        pairs = []
+        for seed in (self.profile.seed, *self.profile.beyond_calibration_seeds):
+            ours = slice_percentage, BEST_RECIPE, "lr", self._shared, {}
+            theirs = slice_percentage, SLICEGPT, "constant", AS_DENSE
+            pairs.append((self._at_size(*ours, seed=seed), self._at_size(*theirs, seed=seed)))
+        return pairs
+
+    def variants(self, slice_percentage: float) -> list[Point]:
+        """Networks of that size that only validation windows see, if the profile has such."""
+        p, sp, shared = self.profile, slice_percentage, self._shared
+        if p.selection_windows is None:
+            return []
+        found = []
+        for layers in p.beyond_basis_layers_tried:
+            said = f"a basis for {layers if layers == 'all' else f'each {layers}'} layers"
+            layout = {**AS_DENSE, "basis_layers": layers}
+            found += [self._at_size(sp, said, "lr", layout)]
+            found += [self._at_size(sp, f"{said}, compensation", "lr", layout, {})]
+        for name in p.beyond_candidates:
+            found += [self._at_size(sp, f"{name} widths, shared bases", name, shared)]
+            found += [self._at_size(sp, f"{name} widths, compensation", name, shared, {})]
+        for base in p.beyond_slice_bases:
+            at = {"slice_base": base}
+            found.append(self._at_size(sp, f"SB {percent(base)}, shared bases", "lr", shared, **at))
+        for seed in range(p.draw_seed, p.draw_seed + p.beyond_shuffles):
+            found.append(self._in_random_order(sp, seed))
+        for ridge in p.beyond_ridges:
+            note, fixed = f"compensation, ridge {ridge:g}", {"ridge": ridge}
+            found.append(self._at_size(sp, note, "lr", shared, fixed))
+        for count in p.beyond_calibration_windows:
+            said, amount = f"{count} calibration windows", {"windows": count}
+            found += [self._at_size(sp, f"{SLICEGPT}, {said}", "constant", AS_DENSE, **amount)]
+            found += [self._at_size(sp, f"compensation, {said}", "lr", shared, {}, **amount)]
+        return found
+
+    def speed_requests(self, point: Point) -> list[Request]:
+        """Prefill and decoding, where dense and sliced network are in memory at once.
+
+        Fine-tuning leaves every shape, and so the speed, as it was.
+        """
+        has_both = self.profile.placement == "resident" and "recovery" not in point.network
+        return [self.design.speed_request(point)] if has_both else []
 
     def places_request(self, slice_percentage: float) -> Request:
         """The loss with one place cut more or less than all others, on validation windows."""
         reach = self.profile.sensitivity_reach * slice_percentage
         shares = [slice_percentage - reach, slice_percentage + reach]
-        plan = self.design.constant(slice_percentage).to_dict()
+        plan = self._budget(slice_percentage).to_dict()
         return self.design.request("places", plan=plan, shares=shares, **self._validation())
 
     def search_request(self, slice_percentage: float) -> Request:
         """The plan of a search on validation windows."""
-        budget = self.design.constant(slice_percentage).to_dict()
-        asked = {"budget": budget, "evaluations": self.profile.search_evaluations}
+        asked = {
+            "budget": self._budget(slice_percentage).to_dict(),
+            "layout": self._shared,
+            "evaluations": self.profile.search_evaluations,
+        }
         return self.design.request("search", **asked, **self._validation())
 
     def evidence_requests(self) -> list[Request]:
@@ -78,38 +127,60 @@ class EqualSize:
         requests = self.evidence_requests()
         for point in (point for sp in sizes for point in self.contest(sp)):
             requests += [*design.candidate_requests(point), *design.reported_requests(point)]
-            requests += design.accuracy_requests(point)
+            requests += [*design.accuracy_requests(point), *self.speed_requests(point)]
+        for point in (point for sp in sizes for pair in self.draws(sp) for point in pair):
+            requests += [design.slice_request(point), *design.reported_requests(point)]
         for sp in sizes[-1:]:
             for point in self.variants(sp):
                 requests += design.candidate_requests(point)
-            for point in self.recovered(sp):
-                requests += [design.slice_request(point), *design.reported_requests(point)]
             requests += [*design.reported_requests(DENSE), *design.accuracy_requests(DENSE)]
         return unique(requests)
 
-    def _constant(self, slice_percentage: float, note: str, **calibration: Any) -> list[Point]:
-        given = ("constant", slice_percentage)
-        return [self._at_size(*given, extra, note, **calibration) for extra in self._compensations]
-
     def _at_size(
+        self,
+        slice_percentage: float,
+        note: str,
+        schedule: str,
+        layout: dict | None,
+        compensation: dict | None = None,
+        slice_base: float | None = None,
+        **calibration: Any,
+    ) -> Point:
+        """The network of a schedule and layout that stores no more than constant slicing."""
+        plan = self._plan(schedule, slice_percentage, layout, slice_base)
+        return self._point(plan, slice_percentage, note, compensation, **calibration)
+
+    def _in_random_order(self, slice_percentage: float, seed: int) -> Point:
+        """The widths of LR on shared bases in random order, but for those of the first layer."""
+        plan = Shuffled(self._plan("lr", slice_percentage, self._shared), seed, keep_first=True)
+        return self._point(plan, slice_percentage, f"LR widths in random order {seed}", None)
+
+    def _point(
+        self,
+        plan: PlanSpec,
+        slice_percentage: float,
+        note: str,
+        compensation: dict | None,
+        **calibration: Any,
+    ) -> Point:
+        where = f"size of SP {percent(slice_percentage)}"
+        point = self.design.point(plan, f"{note}, {where}", **calibration)
+        extra = {} if compensation is None else {"compensation": compensation}
+        return replace(point, network={**point.network, **extra})
+
+    def _budget(self, slice_percentage: float) -> PlanSpec:
+        return replace(self.design.constant(slice_percentage), layout=AS_DENSE)
+
+    def _plan(
         self,
         schedule: str,
         slice_percentage: float,
-        compensation: dict | None = None,
-        note: str = "",
-        **calibration: Any,
-    ) -> Point:
-        compensated = "compensated" if compensation else ""
-        words = [schedule, f"size of SP {percent(slice_percentage)}", compensated, note]
-        plan = self._plan(schedule, slice_percentage)
-        point = self.design.point(plan, ", ".join(filter(None, words)), **calibration)
-        extra = {"compensation": compensation} if compensation else {}
-        return replace(point, network={**point.network, **extra})
-
-    def _plan(self, schedule: str, slice_percentage: float) -> PlanSpec:
+        layout: dict | None,
+        slice_base: float | None = None,
+    ) -> PlanSpec:
         """The plan of a schedule that stores no more than constant slicing."""
-        budget = self.design.constant(slice_percentage)
-        if schedule == "constant":
+        budget = self._budget(slice_percentage)
+        if schedule == "constant" and layout == AS_DENSE:
             return budget
         evidence = {
             "lr": self.design.lr_request,
@@ -117,7 +188,7 @@ class EqualSize:
             "search": lambda: self.search_request(slice_percentage),
         }
         found = vars(evidence[schedule]()) if schedule in evidence else None
-        return WithinBudget(schedule, budget, found)
+        return WithinBudget(schedule, budget, found, slice_base, layout)
 
     def _validation(self) -> dict:
         """Calibration, and validation windows other than those that choose."""

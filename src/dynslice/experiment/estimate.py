@@ -18,7 +18,7 @@ from dynslice.evaluate import speed
 from dynslice.evaluate.perplexity import LOGIT_CHUNK
 from dynslice.experiment.agenda import name_of
 from dynslice.experiment.kinds import KINDS
-from dynslice.experiment.plan_specs import Constant, plan_spec
+from dynslice.experiment.plan_specs import Constant, layout_of, plan_spec
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.store import Request
 from dynslice.inputs import corpora, embedded_models, models, texts
@@ -147,6 +147,8 @@ class Estimator:
         """Compensation: a second pass, and per block products and a factorisation; and LoRA."""
         calibration, d, seconds = network["calibration"], self.dims.hidden_size, 0.0
         tokens = calibration["windows"] * calibration["window"]
+        if self._widths(network).layout.shares_bases:  # looking ahead
+            seconds += self.one_pass(tokens, calibration["window"])
         if "compensation" in network:
             seconds += self.one_pass(tokens, calibration["window"])
             for known in (inputs + d for inputs in self.dims.writes):
@@ -204,8 +206,14 @@ class Estimator:
 
     def _widths(self, network: dict) -> SlicePlan:
         """The constant plan of the mean slice, which is near enough and needs no LR."""
-        target = plan_spec(network["plan"]).target
-        return constant(self.dims, target.slice_percentage, target.round_to)
+        asked = plan_spec(network["plan"])
+        target, layout = asked.target, getattr(asked, "layout", None)
+        return constant(
+            self.dims,
+            target.slice_percentage,
+            target.round_to,
+            layout=layout_of(layout, self.dims),
+        )
 
 
 def config_of(name: str, revision: str | None) -> PretrainedConfig:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dynslice.core.errors import RunError
 from dynslice.evaluate.task_table import TASKS
+from dynslice.experiment.plan_specs import layout_of
 from dynslice.extensions import schedules
 from dynslice.method.controls import single
 from dynslice.method.plan import SlicePlan
@@ -94,7 +95,9 @@ class StoredSize(Kind):
             )
         outcome = runner.sliced_for(config["slice"])
         errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
-        return {**facts, **errors, "seconds": outcome.seconds + outcome.recovery_seconds}
+        ridges = {"ridges": list(outcome.ridges)} if outcome.ridges else {}
+        seconds = outcome.seconds + outcome.recovery_seconds
+        return {**facts, **errors, **ridges, "seconds": seconds}
 
 
 class Perplexity(Kind):
@@ -188,7 +191,8 @@ class PlanSearch(Kind):
             network = runner.networks.slice(calibration, candidate).model
             return _perplexity(network, windows)["nll_mean"]
 
-        evidence = schedules.Evidence(runner.dims, largest.round_to)
+        layout = layout_of(config["layout"], runner.dims)
+        evidence = schedules.Evidence(runner.dims, largest.round_to, layout=layout)
         best, tried = schedules.search(evidence, largest.parameters, loss, config["evaluations"])
         return {"place_widths": list(best.place_widths[:-1]), "tried": tried}
 
@@ -284,4 +288,5 @@ def _facts(plan: SlicePlan) -> dict:
     names = ["widths", "final_slice", "mean_slice", "parameters", "shortcut_parameters"]
     names += ["attention_widths"] if plan.own_attention else []
     facts = {name: getattr(plan, name) for name in names}
+    facts["parameters_untied"] = plan.untied.parameters
     return {**facts, "parameters_dense": plan.shape.dense_parameters}

@@ -6,7 +6,7 @@ record.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,10 +15,25 @@ from dynslice.experiment.store import Request
 from dynslice.extensions import schedules
 from dynslice.method import plan
 from dynslice.method.controls import matched, shuffled, with_embedding
+from dynslice.method.layout import PUBLISHED, Layout, basis_groups
 from dynslice.method.plan import ModelDims, SlicePlan
 from dynslice.method.scores import rises, scores_of
 
 ValueOf = Callable[[Request], dict]  # what a measurement of the dense model gave
+
+AS_DENSE = {"keep_tied": True}  # a layout: embedding and head are one table where they are in dense
+
+
+def layout_of(asked: dict | None, dims: ModelDims, lr: Sequence[float] | None = None) -> Layout:
+    """The layout that a request names: the published one, or parts of it changed.
+
+    asked: `keep_tied`, `basis_layers` (a number or "all"), `plain`. lr: see `basis_groups`.
+    """
+    if asked is None:
+        return PUBLISHED
+    layers = asked.get("basis_layers")
+    groups = layers and basis_groups(len(dims.reads), dims.layers, layers, lr)
+    return Layout(asked.get("keep_tied", False) and dims.tied, groups, asked.get("plain", False))
 
 
 @dataclass(frozen=True)
@@ -59,10 +74,12 @@ class Constant(PlanSpec):
 
     slice_percentage: float
     round_to: int
+    layout: dict | None = None
     schedule = "constant"
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
-        return plan.constant(dims, self.slice_percentage, self.round_to)
+        layout = layout_of(self.layout, dims)
+        return plan.constant(dims, self.slice_percentage, self.round_to, layout=layout)
 
 
 @dataclass(frozen=True)
@@ -74,14 +91,17 @@ class Dynamic(PlanSpec):
     round_to: int
     lr: dict
     score: str | None = None
+    layout: dict | None = None
     schedule = "dynamic"
 
     def needs(self) -> list[Request]:
         return [Request("lr", self.lr)]
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
-        scores = scores_of(value_of(Request("lr", self.lr))["layers"], self.score or "cosine")
-        return plan.dynamic(dims, scores, self.slice_percentage, self.slice_base, self.round_to)
+        layers = value_of(Request("lr", self.lr))["layers"]
+        target = self.slice_percentage, self.slice_base, self.round_to
+        layout = layout_of(self.layout, dims, scores_of(layers))
+        return plan.dynamic(dims, scores_of(layers, self.score or "cosine"), *target, layout)
 
 
 @dataclass(frozen=True)
@@ -97,14 +117,15 @@ class Matched(PlanSpec):
 
 @dataclass(frozen=True)
 class Shuffled(PlanSpec):
-    """The widths of another plan in random order."""
+    """The widths of another plan in random order; keep_first: but for those of the first layer."""
 
     of: PlanSpec
     seed: int
+    keep_first: bool | None = None
     schedule = "shuffled"
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
-        return shuffled(self.of.make(dims, value_of), self.seed)
+        return shuffled(self.of.make(dims, value_of), self.seed, bool(self.keep_first))
 
 
 @dataclass(frozen=True)
@@ -121,24 +142,31 @@ class OwnEmbedding(PlanSpec):
 
 @dataclass(frozen=True)
 class WithinBudget(PlanSpec):
-    """A schedule that stores no more than a constant plan; evidence: {"kind", "config"}."""
+    """A schedule that stores no more than a constant plan; evidence: {"kind", "config"}.
+
+    layout: its own, which may differ from that of the budget.
+    """
 
     schedule: str
     budget: Constant
     evidence: dict | None = None
+    slice_base: float | None = None
+    layout: dict | None = None
 
     def needs(self) -> list[Request]:
         return [Request(**self.evidence)] if self.evidence else []
 
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
-        budget = self.budget.make(dims, value_of)
-        known = {}
+        budget, known = self.budget.make(dims, value_of), {}
         for request in self.needs():  # one, or none
             value = value_of(request)
             if request.kind == "search":
-                return plan.of_places("search", dims, value["place_widths"], budget.round_to)
+                found = dims, value["place_widths"], budget.round_to, layout_of(self.layout, dims)
+                return plan.of_places("search", *found)
             is_lr = request.kind == "lr"
             known = {"lr": scores_of(value["layers"])} if is_lr else {"rises": rises(value)}
+        known |= {"layout": layout_of(self.layout, dims, known.get("lr"))}
+        known |= {"slice_base": self.slice_base or 0.0}
         evidence = schedules.Evidence(dims, budget.round_to, **known)
         return schedules.within(self.schedule, evidence, budget.parameters)
 

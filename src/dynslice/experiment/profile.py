@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dynslice.core import paths
 from dynslice.core.errors import RequestError
 from dynslice.evaluate import task_table
+from dynslice.extensions.schedules import BEST
 from dynslice.inputs.corpora import HUB
 
 
@@ -28,8 +29,9 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Split = Literal["train", "validation", "test"]
 _End = Literal["raw", "normed"]
 
-# Schedules of equal size next to constant (see `extensions.schedules`).
-_AtSize = Literal["lr", "first", "embedding", "sensitivity", "search"]
+# Schedules of equal size (see `extensions.schedules`), and how many layers share a basis.
+_AtSize = Literal["constant", "lr", "first", "embedding", "sensitivity", "search"]
+_Layers = _Count | Literal["all"]
 
 
 class Profile(BaseModel):
@@ -55,6 +57,7 @@ class Profile(BaseModel):
 
     slice_percentages: list[_Share] = Field(min_length=1)  # SP: constant and dynamic
     slice_bases: list[_Share]  # SB of the dynamic plans, where below SP
+    untie: bool = False  # a table for each of embedding and head, as published, where dense has one
     round_to: _Count  # widths are multiples of this
 
     lr_text: str  # whose LR makes the dynamic plans
@@ -106,12 +109,17 @@ class Profile(BaseModel):
     single_layer_calibration_windows: _Count
     single_layer_eval_windows: _Count
 
-    beyond_slice_percentages: list[_Share] = []  # notebook 07: sizes of constant slicing at these
-    beyond_schedules: list[_AtSize] = []  # of that size, compared with constant by every measure
-    beyond_candidates: list[_AtSize] = []  # by validation windows only, at the last of the sizes
-    beyond_ridge: _Positive = 0.1  # of the compensation
-    beyond_ridges: list[_Positive] = []  # other ridges, by validation windows only
-    beyond_calibration_windows: list[_Count] = []  # other sizes, by validation windows only
+    # Notebook 07: at the sizes of constant slicing at these, one lever after the other.
+    beyond_slice_percentages: list[_Share] = []
+    beyond_basis_layers: _Layers = BEST["basis_layers"]  # layers that share a basis
+    beyond_calibration_seeds: list[_Seed] = []  # other draws, of SliceGPT and the last lever
+    # By validation windows only, at the last of the sizes:
+    beyond_basis_layers_tried: list[_Layers] = []
+    beyond_candidates: list[_AtSize] = []  # schedules, on shared bases
+    beyond_slice_bases: list[_Share] = []  # SB above 0
+    beyond_shuffles: int = Field(default=0, ge=0, le=1000)  # orders of widths after layer 0
+    beyond_ridges: list[_Positive] = []  # fixed ones
+    beyond_calibration_windows: list[_Count] = []
     # One place is cut by SP less and SP more this share.
     sensitivity_reach: float = Field(default=0.4, gt=0, lt=1)
     sensitivity_calibration_windows: _Count = 8  # and of the search
@@ -143,15 +151,17 @@ class Profile(BaseModel):
                 "device_memory_gib and host_memory_gib are budgets of placement streamed or spread"
             )
         for key, known in (  # what only validation windows are to see is not compared anyway
-            ("beyond_candidates", set(self.beyond_schedules)),
-            ("beyond_ridges", {self.beyond_ridge}),
+            ("beyond_candidates", {BEST["schedule"]}),
+            ("beyond_basis_layers_tried", {self.beyond_basis_layers}),
+            ("beyond_slice_bases", {0.0}),
+            ("beyond_calibration_seeds", {self.seed}),
             ("beyond_calibration_windows", {self.calibration_windows}),
         ):
             values = getattr(self, key)
             if both := known & set(values):
                 raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
         most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
-        if most >= 1 and "sensitivity" in (*self.beyond_schedules, *self.beyond_candidates):
+        if most >= 1 and "sensitivity" in self.beyond_candidates:
             raise ValueError(
                 f"sensitivity_reach {self.sensitivity_reach} goes up to a share of {most:g}, "
                 "where nothing is left; give a smaller one"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynslice.core.files import sha256
-from dynslice.experiment.plan_specs import Constant, Dynamic, Matched, PlanSpec
+from dynslice.experiment.plan_specs import AS_DENSE, Constant, Dynamic, Matched, PlanSpec
 from dynslice.experiment.profile import Profile, percent
 from dynslice.experiment.store import Request, unique
 from dynslice.inputs.texts import files_of, has_splits
@@ -45,6 +45,7 @@ class Design:
 
     def __init__(self, settings: Profile):
         self.profile = settings
+        self.layout = None if settings.untie else AS_DENSE
 
     def points(self) -> list[Point]:
         """The networks of the comparison."""
@@ -80,12 +81,12 @@ class Design:
 
     def constant(self, slice_percentage: float) -> Constant:
         """The constant plan of a slice percentage."""
-        return Constant(slice_percentage, self.profile.round_to)
+        return Constant(slice_percentage, self.profile.round_to, self.layout)
 
     def dynamic(self, slice_percentage: float, slice_base: float, **changes: Any) -> Dynamic:
         """The dynamic plan by the profile's own LR, unless `changes` says otherwise."""
-        given = {"round_to": self.profile.round_to, "lr": self.lr_request().config, **changes}
-        return Dynamic(slice_percentage, slice_base, **given)
+        given = {"round_to": self.profile.round_to, "lr": self.lr_request().config}
+        return Dynamic(slice_percentage, slice_base, **given | {"layout": self.layout} | changes)
 
     def calibration(self, **changes: Any) -> dict:
         """The calibration windows of the profile, some of it changed."""

@@ -140,8 +140,10 @@ class Runner:
     def _slice(self, network: dict) -> Sliced:
         calibration, compensation = network["calibration"], network.get("compensation")
         windows, plan = self.windows(calibration), self.plan(network["plan"])
-        start = compensation and Compensation(**compensation)
+        start = None if compensation is None else Compensation(**compensation)
         outcome = self.networks.slice(windows, plan, start)
+        if start:
+            outcome = replace(outcome, ridges=tuple(start.chosen))
         if recovery := network.get("recovery"):
             from dynslice.extensions.finetuning import FineTuning, finetune  # loads peft
 

@@ -77,8 +77,6 @@ def _check_texts(p: Profile) -> None:
     chooser = (p.eval_texts[0], "validation")
     if p.selection_windows is not None:
         uses.append((*chooser, f"what selection_windows {p.selection_windows} choose SB on"))
-    if p.beyond_slice_percentages and {"sensitivity", "search"} & set(p.beyond_schedules):
-        uses.append((*chooser, "what schedules of notebook 07 are measured on"))
     read = {source(text, split): use for text, split, use in reversed(uses)}  # the first use wins
     for setting in ("calibration_text", "lr_text"):
         text = getattr(p, setting)

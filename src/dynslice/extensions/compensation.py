@@ -6,7 +6,7 @@ Ridge regression of what the sliced stream lacks of the dense one; docs/method.m
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,29 +18,32 @@ from dynslice.method.activations import Activations, BlockInPlace, run_block
 from dynslice.method.numerics import TINY, add_gram
 from dynslice.method.slicing import Step
 
-RIDGE = 0.1
+RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)  # that held-out calibration tokens choose from
+SKETCH = 64  # random directions of the stream in which they are compared
 
 
 @dataclass(frozen=True)
 class Compensation:
     """How the written stream is corrected.
 
-    ridge: relative to the inputs, see above; small ones fit the calibration text too closely.
-    shortcut: whether shortcuts are corrected too, or the writing maps alone. Raises RequestError
-    for a ridge that is not positive and finite.
+    ridge: relative to the mean square of the inputs; None lets the calibration tokens choose one
+    for each block from RIDGES, or no correction where none lowers the held-out error. shortcut:
+    whether shortcuts are corrected too, or the writing maps alone. chosen: the ridge of each block
+    of the last slice, None where nothing was corrected. Raises RequestError for a ridge that is not
+    positive and finite.
     """
 
-    ridge: float = RIDGE
+    ridge: float | None = None
     shortcut: bool = True
+    chosen: list[float | None] = field(default_factory=list, init=False, compare=False)
 
     def __post_init__(self):
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise RequestError(
-                f"ridge {self.ridge} is no positive number; give one such as {RIDGE}"
-            )
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise RequestError(f"ridge {self.ridge} is no positive number; give one such as 0.1")
 
     def __call__(self, x: Activations) -> Step:
         """A step past each block that starts at the first stream x, of both networks."""
+        self.chosen.clear()
         return partial(compensate_block, x.copied(), self)
 
 
@@ -68,23 +71,56 @@ def inputs_of(maps: list[nn.Module]) -> Iterator[list[Tensor]]:
 class Regression:
     """Ridge regression of what the stream [.., d] lacks on the inputs [.., k], batch by batch.
 
-    sizes: how many inputs belong to each matrix, k in all. Products are float32, as the ridge
+    sizes: how many inputs belong to each matrix, k in all. Sums are kept in two halves, of windows
+    in turn, so that each can judge what the other one gives. Products are float32, as the ridge
     keeps the system well conditioned; sums and solution are float64.
     """
 
     def __init__(self, sizes: list[int], d: int, device: torch.device):
-        self._sizes = sizes
-        k = sum(sizes)
-        self._gram = torch.zeros(k, k, dtype=torch.float64, device=device)
-        self._cross = torch.zeros(k, d, dtype=torch.float64, device=device)
+        self._sizes, self._windows = sizes, 0
+        k, exact = sum(sizes), {"dtype": torch.float64, "device": device}
+        self._grams = [torch.zeros(k, k, **exact) for _ in range(2)]
+        self._crosses = [torch.zeros(k, d, **exact) for _ in range(2)]
 
     def add(self, inputs: Tensor, x: Tensor, h: Tensor) -> None:
-        """A batch of tokens: the inputs [.., k], what the stream is and what it should be."""
-        z, x, h = (part.flatten(0, -2).float() for part in (inputs, x, h))
-        size = h.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=TINY)
-        z, e = z / size, (h - x) / size
-        add_gram(self._gram, z)
-        self._cross += z.T @ e
+        """A batch of windows: inputs [b, T, k], what the stream [b, T, d] is and should be."""
+        size = h.float().pow(2).mean(-1, keepdim=True).sqrt().clamp(min=TINY)
+        z, e = inputs.float() / size, (h.float() - x.float()) / size
+        halves = torch.arange(self._windows, self._windows + len(z), device=z.device) % 2
+        self._windows += len(z)
+        for half in (0, 1):
+            rows, missing = (part[halves == half].flatten(0, 1) for part in (z, e))
+            if len(rows):
+                add_gram(self._grams[half], rows)
+                self._crosses[half] += rows.T @ missing
+
+    def choose(self) -> float | None:
+        """The ridge of RIDGES with the least held-out error; None where no one lowers it.
+
+        A single window leaves nothing to judge by, so it corrects nothing.
+
+        The squared error that D leaves on the other half is tr(D^T G D) - 2 tr(D^T C), up to what
+        is missing anyway. Compared in SKETCH random directions, and from large ridges to smaller
+        ones as long as it falls.
+        """
+        d = self._crosses[0].shape[1]
+        directions = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(0))
+        sketch = directions.to(self._crosses[0]) if d > SKETCH else None
+        grams = [gram.float() for gram in self._grams]
+        crosses = [(c if sketch is None else c @ sketch).float() for c in self._crosses]
+        best, least = None, 0.0
+        for ridge in RIDGES:
+            error = 0.0
+            for fit, test in ((0, 1), (1, 0)):
+                D = _solution(grams[fit].clone(), crosses[fit], self._penalties(ridge).float())
+                if D is None:
+                    return best
+                GD = torch.triu(grams[test]) @ D + torch.triu(grams[test], 1).T @ D
+                error += ((D * GD).sum() - 2 * (D * crosses[test]).sum()).item()
+            if error >= least:
+                break
+            best, least = ridge, error
+        return best
 
     def solve(self, ridge: float) -> Tensor:
         """D [k, d] in float64, so that z D comes near to what is missing; used up by it.
@@ -92,17 +128,35 @@ class Regression:
         Raises RequestError for activations that are not finite, RunError where rounding makes the
         system indefinite.
         """
-        check_finite(self._gram, "the inputs of a map that writes the residual stream")
-        check_finite(self._cross, "what the sliced residual stream lacks")
-        for part in self._gram.diagonal().split(self._sizes):
-            part += ridge * part.mean().clamp(min=TINY)  # inputs that are zero take no correction
-        factor, failed = torch.linalg.cholesky_ex(self._gram, upper=True)
-        if failed:
+        penalties = self._penalties(ridge)
+        gram, cross = (halves[0].add_(halves[1]) for halves in (self._grams, self._crosses))
+        D = _solution(gram, cross, penalties)
+        if D is None:
             raise RunError(
                 f"ridge {ridge} is too small for the inputs of a writing map, whose sizes differ "
                 "too much; give a larger one, such as 1.0"
             )
-        return torch.cholesky_solve(self._cross, factor, upper=True)
+        return D
+
+    def check(self) -> None:
+        """Raise RequestError for activations that are not finite."""
+        for gram, cross in zip(self._grams, self._crosses, strict=True):
+            check_finite(gram, "the inputs of a map that writes the residual stream")
+            check_finite(cross, "what the sliced residual stream lacks")
+
+    def _penalties(self, ridge: float) -> Tensor:
+        """What is added to the diagonal [k]; inputs that are zero take no correction."""
+        diagonal = self._grams[0].diagonal() + self._grams[1].diagonal()
+        means = [part.mean().clamp(min=TINY) for part in diagonal.split(self._sizes)]
+        sizes = torch.tensor(self._sizes, device=diagonal.device)
+        return ridge * torch.stack(means).repeat_interleave(sizes)
+
+
+def _solution(gram: Tensor, cross: Tensor, penalties: Tensor) -> Tensor | None:
+    """(G + diag(penalties))^-1 C by the upper triangle of G, which is used up; None if singular."""
+    gram.diagonal().add_(penalties)
+    factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    return None if failed else torch.cholesky_solve(cross, factor, upper=True)
 
 
 @torch.inference_mode()
@@ -114,17 +168,19 @@ def compensate_block(
     R: Tensor,
     block: BlockInPlace,
     _is_needed: bool,
+    has_shortcut: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `run_block`, and then x <- x + z D, the ridge regression of what x lacks of h.
 
-    h, the dense stream, is taken to the next place first. z holds the coordinates x Q [w] and the
-    inputs [k] of the writing maps. Returns the corrected residual connection [w, d] and what is
-    added to the writing maps {name: [d, k]}, in the coordinates of the stream. Blocks after the
-    last place that is cut run too: what was lost before can still be made good there.
+    h, the dense stream, is taken to the next place first. z holds the inputs [k] of the writing
+    maps, and the coordinates x Q [w] where a shortcut can be corrected too. Returns the corrected
+    residual connection [w, d] and what is added to the writing maps {name: [d, k]}, in the
+    coordinates of the stream. Blocks after the last place that is cut run too: what was lost before
+    can still be made good there.
     """
-    run_block(h, R[:, :0], block)  # the dense network cuts nothing
+    run_block(h, None, block)
     writes = [block.layer.get_submodule(name) for name in block.block.writes]
-    known = Q if compensation.shortcut else Q[:, :0]
+    known = Q if compensation.shortcut and has_shortcut else Q[:, :0]
     sizes = [known.shape[1], *(map_.in_features for map_ in writes)]
     regression, z, dense = Regression(sizes, len(Q), x.device), x.empty_store(), iter(h)
 
@@ -141,10 +197,16 @@ def compensate_block(
         return stream
 
     x.update(past)
-    D = regression.solve(compensation.ridge)
+    regression.check()
+    ridge = compensation.ridge or regression.choose()
+    compensation.chosen.append(ridge)
+    if ridge is None:
+        z.clear()
+        return Q.T, {}
+    D = regression.solve(ridge)
     seen = iter(z)
     x.update(lambda stream: stream.add_(next(seen) @ D.to(stream.dtype)))
     z.clear()
     to_shortcut, *to_maps = D.split(sizes)
     added = dict(zip(block.block.writes, (part.T for part in to_maps), strict=True))
-    return (Q.T + to_shortcut if compensation.shortcut else Q.T), added
+    return (Q.T + to_shortcut if known.shape[1] else Q.T), added

@@ -1,6 +1,7 @@
 """Schedules at equal size: from what is known of a model and a budget of parameters to a plan.
 
-Each schedule is given the same budget of stored parameters, and none exceeds it.
+Each schedule is given the same budget of stored parameters, and none exceeds it. What a layout of
+shared bases or of one table saves goes into the widths.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from dynslice.core.errors import RequestError
 from dynslice.method import plan
 from dynslice.method.controls import with_embedding
+from dynslice.method.layout import PUBLISHED, Layout
 from dynslice.method.plan import ModelDims, SlicePlan
 
 
@@ -21,13 +23,15 @@ class Evidence:
     """What is known of a model: the shape, LR [layers], and the rise of the loss by place.
 
     rises: at each place {share that is cut: rise of the NLL in nats per token}, the other places
-    cut as a plan says (`scores.rises`).
+    cut as a plan says (`scores.rises`). slice_base: SB of the schedules by LR.
     """
 
     shape: ModelDims
     round_to: int = 8
     lr: Sequence[float] | None = None
     rises: Sequence[dict[float, float]] | None = None
+    layout: Layout = PUBLISHED
+    slice_base: float = 0.0
 
 
 # Plans by the share that is cut: of what is known of the model, and a share.
@@ -35,12 +39,13 @@ class Evidence:
 
 def _constant(known: Evidence, share: float) -> SlicePlan:
     """All layers equally (SliceGPT)."""
-    return plan.constant(known.shape, share, known.round_to)
+    return plan.constant(known.shape, share, known.round_to, layout=known.layout)
 
 
 def _lr(known: Evidence, share: float) -> SlicePlan:
-    """The paper's slices with SB = 0, and with the SP that keeps the budget."""
-    return plan.dynamic(known.shape, known.lr, share, 0.0, known.round_to)
+    """The paper's slices, with the SP that keeps the budget."""
+    given = max(share, known.slice_base), known.slice_base, known.round_to, known.layout
+    return plan.dynamic(known.shape, known.lr, *given)
 
 
 def _embedding(known: Evidence, share: float) -> SlicePlan:
@@ -56,7 +61,7 @@ def _first(known: Evidence, share: float) -> SlicePlan:
     whole = len(known.shape.reads)
     places = _constant(known, share).place_widths[whole:-1]
     widths = [known.shape.hidden_size] * whole + list(places)
-    return plan.of_places("first", known.shape, widths, known.round_to)
+    return plan.of_places("first", known.shape, widths, known.round_to, known.layout)
 
 
 def sensitivity(evidence: Evidence, budget: int) -> SlicePlan:
@@ -76,15 +81,15 @@ def sensitivity(evidence: Evidence, budget: int) -> SlicePlan:
     def price(place: int) -> float:
         """The rise of the loss for each parameter saved, if one more unit is cut here."""
         before, after = (curves[place](1 - w / d) for w in (widths[place], widths[place] - unit))
-        return (after - before) / (unit * _stored_per_dimension(shape, widths, place))
+        return (after - before) / (unit * _stored_per_dimension(made, place))
 
-    made = plan.of_places("sensitivity", shape, widths, unit)
+    made = plan.of_places("sensitivity", shape, widths, unit, evidence.layout)
     while made.parameters > budget:
         open_ = [place for place, width in enumerate(widths) if width - unit >= least[place]]
         if not open_:
             raise _too_small(budget, made)
         widths[min(open_, key=price)] -= unit
-        made = plan.of_places("sensitivity", shape, widths, unit)
+        made = plan.of_places("sensitivity", shape, widths, unit, evidence.layout)
     return made
 
 
@@ -110,7 +115,7 @@ def search(
             # The running sum is rounded, so that neighbours make up for each other.
             units = np.diff(np.rint(np.cumsum(exact) / unit), prepend=0).astype(int)
             widths = [min(d, max(1, count) * unit) for count in units.tolist()]
-            return plan.of_places("search", evidence.shape, widths, unit)
+            return plan.of_places("search", evidence.shape, widths, unit, evidence.layout)
 
         return _widest(at, evidence, budget)
 
@@ -190,11 +195,16 @@ class Schedule:
 
 SCHEDULES = {
     "constant": Schedule(partial(_widest, _constant)),
+    "dynamic": Schedule(partial(_widest, _lr), needs="lr"),
     "lr": Schedule(partial(_widest, _lr), needs="lr"),
     "embedding": Schedule(partial(_widest, _embedding)),
     "first": Schedule(partial(_widest, _first)),
     "sensitivity": Schedule(sensitivity, needs="rises"),
 }
+
+
+# What validation windows chose on the committed results (notebook 07).
+BEST = {"schedule": "lr", "basis_layers": 8, "compensate": True}
 
 
 def within(name: str, evidence: Evidence, budget: int) -> SlicePlan:
@@ -217,9 +227,21 @@ def within(name: str, evidence: Evidence, budget: int) -> SlicePlan:
     return replace(schedule.make(evidence, budget), schedule=name)
 
 
-def budget_of(shape: ModelDims, slice_percentage: float, round_to: int) -> int:
-    """What constant slicing at a slice percentage stores: the size that is to be kept."""
-    return plan.constant(shape, slice_percentage, round_to).parameters
+def budget_of(
+    shape: ModelDims, slice_percentage: float, round_to: int, layout: Layout = PUBLISHED
+) -> int:
+    """What constant slicing at a slice percentage stores: the size that is to be kept.
+
+    Every place has its own basis there, whatever the layout of what is to keep it.
+    """
+    apart = Layout(tied=layout.tied)
+    return plan.constant(shape, slice_percentage, round_to, layout=apart).parameters
+
+
+def size_range(shape: ModelDims, round_to: int, layout: Layout) -> tuple[int, int]:
+    """Stored parameters of the narrowest and of the widest plan in a layout."""
+    shares = 1 - round_to / shape.hidden_size, 0.0
+    return tuple(plan.constant(shape, x, round_to, layout=layout).parameters for x in shares)
 
 
 def _parabola(rises: dict[float, float]) -> Callable[[float], float]:
@@ -235,11 +257,13 @@ def _parabola(rises: dict[float, float]) -> Callable[[float], float]:
     return lambda share: float(np.polyval(fitted, share))
 
 
-def _stored_per_dimension(shape: ModelDims, widths: list[int], place: int) -> int:
+def _stored_per_dimension(made: SlicePlan, place: int) -> int:
     """Parameters that one more dimension at a place stores."""
+    shape, widths, shortcuts = made.shape, made.place_widths, made.shortcuts
     blocks = len(shape.reads)
-    around = [shape.vocab_size + shape.position_rows] if place == 0 else []
+    stored = shape.reads[place % blocks] + shortcuts[place] * widths[place + 1]
     if place > 0:
-        around += [shape.writes[(place - 1) % blocks], widths[place - 1]]
-    after = widths[place + 1] if place + 1 < len(widths) else shape.hidden_size
-    return sum(around) + shape.reads[place % blocks] + after
+        stored += shape.writes[(place - 1) % blocks]
+        return stored + shortcuts[place - 1] * widths[place - 1]
+    table = shape.hidden_size if made.layout.tied else shape.vocab_size
+    return stored + table + shape.position_rows

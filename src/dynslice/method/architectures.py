@@ -142,8 +142,11 @@ def _narrower(model: PreTrainedModel, plan: SlicePlan) -> dict:
     }
 
 
-def check_plain(config) -> None:
-    """Raise RequestError with the reason when no ordinary checkpoint of a family can be a slice."""
+def plain_multiple(config) -> int:
+    """What the width of an ordinary checkpoint must be a multiple of: the number of heads.
+
+    Raises RequestError with the reason when no ordinary checkpoint of the family can be a slice.
+    """
     family, reason = family_of(config), None
     if not hasattr(config, "rms_norm_eps"):
         reason = "its norms (LayerNorm) take away a mean over the full width"
@@ -153,6 +156,7 @@ def check_plain(config) -> None:
         raise RequestError(
             f"a model of type {config.model_type!r} has no plain slice: {reason}; leave --plain out"
         )
+    return config.num_attention_heads
 
 
 def obstacle(config: PretrainedConfig) -> str | None:

@@ -47,12 +47,15 @@ def single(shape: ModelDims, layer: int, slice_percentage: float, round_to: int 
     )
 
 
-def shuffled(plan: SlicePlan, seed: int) -> SlicePlan:
+def shuffled(plan: SlicePlan, seed: int, keep_first: bool = False) -> SlicePlan:
     """The widths of a plan in a random order of layers; the embedding keeps its own.
 
     The control of a schedule: nearly equal stored parameters, without regard to the layer.
+    keep_first: the first layer keeps its width, which decides more than all others.
     """
-    order = np.random.default_rng(seed).permutation(plan.shape.layers)
+    kept = np.arange(int(keep_first))
+    moved = np.random.default_rng(seed).permutation(plan.shape.layers - len(kept)) + len(kept)
+    order = [*kept.tolist(), *moved.tolist()]
     return replace(
         plan,
         schedule="shuffled",

@@ -40,32 +40,35 @@ def slicing_workspace(
     d, size = shape.hidden_size, dtype.itemsize
     count = max(1, tokens_per_batch(device) // window)
     weights = sum(p.numel() for p in layer.parameters()) * size
-    shares = plan.layout.shares_bases
-    if shares:
+    if shares := plan.layout.shares_bases:
         weights *= 2  # of a layer that is looked at ahead, and the one before it
     basis = d * d * FLOAT64  # one is held all the time, a second one while a block is folded
     rows = min(ROWS, shape.vocab_size) * d
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     largest = max(linear.in_features * linear.out_features for linear in maps)
+    block = layers_workspace(config, dtype, count * window)
     steps = {
         # A stored table and the changed one; a part of them in float32.
         "tables": basis + 2 * shape.vocab_size * d * size + rows * (FLOAT32 + size),
-        "block": weights + basis + d * d * size + layers_workspace(config, dtype, count * window),
-        # The covariance, that of a group, what is added to it, and a batch in float64.
-        "covariance": weights + basis * (4 if shares else 2) + count * window * d * FLOAT64,
+        # Looking ahead has the covariance of the group too.
+        "block": weights + basis * (1 + shares) + d * d * size + block,
+        # The covariance, and a batch in float64.
+        "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
         # The covariance, its eigenvectors in two orders, and what LAPACK needs besides.
         "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
         "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
     }
     if compensated:
         known = max(shape.writes) + d  # inputs of the regression
-        system = known * (known + d) * FLOAT64
+        system = 2 * known * (known + d) * FLOAT64  # of two halves of the windows
         steps["block"] += system
         # The products, and a batch of inputs as it is and divided by the size of the stream.
         products = known * known * FLOAT32
         batch = count * window * (known * (size + FLOAT32) + 2 * d * FLOAT32)
         steps["sums"] = weights + basis + system + products + batch
-        steps["regression"] = weights + basis + 2 * system
+        # A ridge is tried on halves in float32; the solution has a factor and a right side.
+        steps["choice"] = weights + basis + system + 5 * known * known * FLOAT32
+        steps["regression"] = weights + basis + system + known * (known + d) * FLOAT64
     return max(steps.values())
 
 

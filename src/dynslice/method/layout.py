@@ -45,9 +45,9 @@ PUBLISHED = Layout()
 
 
 def basis_groups(
-    blocks: int, layers: int, basis_layers: int | None, lr: Sequence[float] | None = None
+    blocks: int, layers: int, basis_layers: int | str, lr: Sequence[float] | None = None
 ) -> tuple[int, ...]:
-    """Groups of places that share a basis: runs of `basis_layers` layers (None: of any length).
+    """Groups of places that share a basis: runs of `basis_layers` layers ("all": of any length).
 
     blocks: places in a layer. A run ends after a layer that turns the stream right round, which is
     one whose LR is below TURN; without LR that is layer 0, as in every model that was looked at.

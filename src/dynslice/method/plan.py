@@ -245,9 +245,12 @@ def constant(
     """The same slice at every layer (SliceGPT).
 
     phase: where the width is no multiple, which layers get the wider neighbour: towards 0.5 the
-    first layer does, towards -0.5 the last.
+    first layer does, towards -0.5 the last. A plain checkpoint has one width, the nearest multiple.
     """
     check_request(shape, slice_percentage, slice_percentage, round_to)
+    if layout.plain:
+        units = max(1, round(shape.hidden_size * (1 - slice_percentage) / round_to))
+        slice_percentage = 1 - units * round_to / shape.hidden_size
     slices = (slice_percentage,) * shape.layers
     widths = rounded_widths(slices, shape.hidden_size, round_to, phase)
     target = (slice_percentage, slice_percentage, round_to)

@@ -33,8 +33,9 @@ from dynslice.method.redundancy import layer_redundancy
 from dynslice.method.scores import normalise
 
 # How x goes past one block: the residual connection from x in its basis [w, d], and what is added
-# to the writing maps {name: [d, k]}.
-Step = Callable[[Activations, Tensor, Tensor, BlockInPlace, bool], tuple[Tensor, dict]]
+# to the writing maps {name: [d, k]}. It is told whether a later basis depends on x, and whether the
+# residual connection is stored, as a shortcut.
+Step = Callable[[Activations, Tensor, Tensor, BlockInPlace, bool, bool], tuple[Tensor, dict]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Sliced:
     """A sliced model (None where it was only written), its plan, its cost, and how exact it is.
 
     rotation_error, basis_error: see `RoundingAudit`. recovery_seconds: of fine-tuning afterwards.
+    ridges: of a compensation, block by block, None where nothing was corrected.
     """
 
     model: PreTrainedModel | None
@@ -50,6 +52,7 @@ class Sliced:
     rotation_error: float
     basis_error: float
     recovery_seconds: float = 0.0
+    ridges: tuple[float | None, ...] = ()
 
 
 def dynamic_slicing(
@@ -151,7 +154,8 @@ def sliced_weights(
         with use(f"{family.layers}.{i}") as layer:
             for block in family.blocks:
                 here = BlockInPlace(layer, block, arguments, centred)
-                residual, added = step(x, Q, R, here, place < bases.last_start)
+                does_matter = place < bases.last_start, plan.shortcuts[place]
+                residual, added = step(x, Q, R, here, *does_matter)
                 Q_next, R_next = bases.at(place + 1)
                 yield from _stored(_maps(here, family, Q, Q_next, audit, added), dtype, prefix)
                 if plan.shortcuts[place]:
@@ -169,7 +173,12 @@ def sliced_weights(
 
 
 def project(
-    x: Activations, Q: Tensor, R: Tensor, block: BlockInPlace, is_needed: bool
+    x: Activations,
+    Q: Tensor,
+    R: Tensor,
+    block: BlockInPlace,
+    is_needed: bool,
+    _has_shortcut: bool,
 ) -> tuple[Tensor, dict]:
     """The step of SliceGPT: x <- x P + block(x P) where a later place is cut, and nothing else."""
     if is_needed:
