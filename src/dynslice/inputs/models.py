@@ -81,13 +81,7 @@ def load(
                 f"the weights of model {name!r} cannot be loaded from safetensors "
                 f"({in_one_line(error)}); save the model anew with transformers"
             ) from error
-    for key, found, wanted in sorted(told["mismatched_keys"]):
-        check_shape(found, wanted, key, name)
-    if lacking := sorted(told["missing_keys"]):  # transformers makes them up
-        raise RequestError(
-            f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
-            "save the model anew with transformers"
-        )
+    _check_keys(told, name)
     model = model if spread else model.to(device)
     if model.device.type == "meta":
         raise RequestError(
@@ -98,6 +92,16 @@ def load(
     tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     model.config.tie_word_embeddings = tables[0] is tables[1]  # a config can be wrong
     return model.eval(), tokenizer
+
+
+def _check_keys(told: dict, name: str) -> None:
+    for key, found, wanted in sorted(told["mismatched_keys"]):
+        check_shape(found, wanted, key, name)
+    if lacking := sorted(told["missing_keys"]):  # transformers makes them up
+        raise RequestError(
+            f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
+            "save the model anew with transformers"
+        )
 
 
 def slice_saved(
