@@ -264,32 +264,41 @@ def _blocks(model):
 
 
 @torch.inference_mode()
-def projector_oracle(model, calibration, evaluation, place_widths):
+def projector_oracle(model, calibration, evaluation, place_widths, bases=None):
     """Logits of the dense model with projectors in its residual stream, by its definition.
 
     Follows docs/method.md with none of the package's code: whole forward passes of the dense
     decoder in which x is replaced by x Q Q^T before each block; each Q from the calibration signals
     that reach its place. Before a LayerNorm x is centred first, which the norm does anyway.
+
+    bases: the number of the basis at each place and at the head, a basis of its own for each place
+    by default; -1 where nothing is cut. A shared one is that of the sum over its places, which the
+    signals reach with no cut after the first of them.
     """
     layers = _blocks(model)
     centred = model.config.model_type in ("opt", "phi")
+    blocks_of_all = [(layer, block) for layer, blocks in layers for block in blocks]
+    bases = bases or [*range(len(blocks_of_all)), -1]
     projectors = {}
 
-    def run(tokens, watch=None):
+    def run(tokens):
         seen = {}
+
+        def reach(place, x):
+            x = x.double()
+            if centred:
+                x = x - x.mean(-1, keepdim=True)
+            seen[place] = x
+            return x @ projectors[place] if place in projectors else x
 
         def forward_of(first, blocks):
             def forward(hidden_states, **given):
+                dtype = hidden_states.dtype
                 for place, block in enumerate(blocks, start=first):
-                    x = hidden_states.double()
-                    if centred:
-                        x = x - x.mean(-1, keepdim=True)
-                    if watch == place:
-                        seen["x"] = x
-                    if place in projectors:
-                        x = x @ projectors[place]
-                    x = x.to(hidden_states.dtype)
+                    x = reach(place, hidden_states).to(dtype)
                     hidden_states = x + block(x, given)
+                if first + len(blocks) == len(blocks_of_all):
+                    hidden_states = reach(len(blocks_of_all), hidden_states).to(dtype)
                 return hidden_states
 
             return forward
@@ -301,14 +310,16 @@ def projector_oracle(model, calibration, evaluation, place_widths):
         finally:
             for layer, _ in layers:
                 del layer.forward
-        return seen.get("x"), logits
+        return seen, logits
 
     # The layers taken apart are the library's layers.
     torch.testing.assert_close(run(evaluation)[1], model(evaluation, use_cache=False).logits)
-    for place, width in enumerate(place_widths[:-1]):
-        x, _ = run(calibration, watch=place)
-        rows = x.reshape(-1, x.shape[-1])
+    for basis in sorted({*bases} - {-1}):
+        places = [place for place, number in enumerate(bases) if number == basis]
+        seen, _ = run(calibration)
+        rows = torch.cat([seen[place].reshape(-1, seen[place].shape[-1]) for place in places])
         _, vectors = torch.linalg.eigh(rows.T @ rows)
-        Q = vectors[:, vectors.shape[1] - width :]
-        projectors[place] = Q @ Q.T
+        for place in places:
+            Q = vectors[:, vectors.shape[1] - place_widths[place] :]
+            projectors[place] = Q @ Q.T
     return run(evaluation)[1]
