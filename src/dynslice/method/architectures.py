@@ -123,6 +123,7 @@ def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
         )
     with init_empty_weights(include_buffers=False):  # the weights that it takes are all there are
         sliced = model_class(config)
+    sliced.tie_weights()  # making parameters without storage takes tied ones apart
     sliced.generation_config = model.generation_config
     return sliced
 
