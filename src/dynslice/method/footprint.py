@@ -40,8 +40,6 @@ def slicing_workspace(
     d, size = shape.hidden_size, dtype.itemsize
     count = max(1, tokens_per_batch(device) // window)
     weights = sum(p.numel() for p in layer.parameters()) * size
-    if shares := plan.layout.shares_bases:
-        weights *= 2  # of a layer that is looked at ahead, and the one before it
     basis = d * d * FLOAT64  # one is held all the time, a second one while a block is folded
     rows = min(ROWS, shape.vocab_size) * d
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
@@ -50,16 +48,18 @@ def slicing_workspace(
     steps = {
         # A stored table and the changed one; a part of them in float32.
         "tables": basis + 2 * shape.vocab_size * d * size + rows * (FLOAT32 + size),
-        # Looking ahead has the covariance of the group too.
-        "block": weights + basis * (1 + shares) + d * d * size + block,
+        "block": weights + basis + d * d * size + block,
         # The covariance, and a batch in float64.
         "covariance": weights + basis + d * d * FLOAT64 + count * window * d * FLOAT64,
         # The covariance, its eigenvectors in two orders, and what LAPACK needs besides.
         "eigenvectors": weights + basis + 4 * d * d * FLOAT64,
         "fold": weights + 2 * basis + d * d * FLOAT32 + largest * (2 * FLOAT32 + size),
     }
+    if plan.layout.shares_bases:
+        # The layer that is run, the one before it, and the covariance of the group so far.
+        steps["ahead"] = 2 * weights + basis + d * d * FLOAT64 + block
     if compensated:
-        known = max(shape.writes) + d  # inputs of the regression
+        known = _most_regressed(plan)
         system = 2 * known * (known + d) * FLOAT64  # of two halves of the windows
         steps["block"] += system
         # The products, and a batch of inputs as it is and divided by the size of the stream.
@@ -88,9 +88,19 @@ def activation_bytes(
     group of places that share a basis looks ahead on a copy.
     """
     d = plan.shape.hidden_size
-    per_token = 3 * d + max(plan.shape.writes) if compensated else d
-    per_token += d * plan.layout.shares_bases
-    return tokens * per_token * dtype.itemsize
+    kept = 2 * d if compensated else d
+    extra = _most_regressed(plan) if compensated else 0
+    ahead = d * plan.layout.shares_bases  # before a block runs, so not next to its inputs
+    return tokens * (kept + max(extra, ahead)) * dtype.itemsize
+
+
+def _most_regressed(plan: SlicePlan) -> int:
+    """Inputs of the largest regression of a compensation: of writing maps, and of a shortcut."""
+    writes, widths = plan.shape.writes, plan.place_widths
+    return max(
+        writes[place % len(writes)] + has_shortcut * widths[place]
+        for place, has_shortcut in enumerate(plan.shortcuts)
+    )
 
 
 def shown_bytes(size: int) -> str:
