@@ -136,6 +136,10 @@ TINY = {
     "phi": partial(_tiny, "Phi", intermediate_size=80),
 }
 
+# Every family with one table for embedding and head.
+TIED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "opt", "opt-plain", "phi")
+TIED = {name: partial(TINY[name], tie_word_embeddings=True) for name in TIED}
+
 
 @pytest.fixture(params=TINY)
 def tiny(request):

@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import CPU, TINY, projector_oracle
+from conftest import CPU, TIED, TINY, projector_oracle
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,9 +18,6 @@ from dynslice.method.layout import PUBLISHED, Layout, basis_groups
 from dynslice.method.plan import SlicePlan, constant, of_places
 from dynslice.method.slicing import slice_model
 
-# Every family with one table for embedding and head; those that leave it apart are told not to.
-TIED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "opt", "opt-plain", "phi")
-TIED = {name: partial(TINY[name], tie_word_embeddings=True) for name in TIED}
 PLAIN = ("llama", "llama-biases", "mistral", "mistral-sliding", "qwen2", "qwen2-sliding", "qwen3")
 PLAIN = (*PLAIN, "phi3")
 WIDTHS = (40, 36, 17, 48, 31, 23)  # of places; of the layers' ones where attention and MLP are one
