@@ -1,18 +1,21 @@
 """What notebook 07 compares: sizes that are equal, choices that read no test window, its tables."""
 
+from itertools import pairwise
 from math import exp
 from statistics import fmean
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError
 from dynslice.experiment.agenda import describe, needs
+from dynslice.experiment.equal_size import BEST_RECIPE, LEVERS, LR, SHARED, SLICEGPT, UNTIED
 from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import load
-from dynslice.experiment.requests import Point
+from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
-from dynslice.experiment.validate import check_settings
 from dynslice.report import equal_size, statistics, style
 
 WANTED = {
@@ -28,8 +31,10 @@ WANTED = {
     "ablation_last_layers": [],
     "single_layer_slice": None,
     "beyond_slice_percentages": [0.25, 0.5],
-    "beyond_schedules": ["lr", "sensitivity"],
-    "beyond_candidates": ["first", "embedding", "search"],
+    "beyond_basis_layers_tried": [1, "all"],
+    "beyond_candidates": ["first", "sensitivity", "search"],
+    "beyond_slice_bases": [0.1],
+    "beyond_shuffles": 2,
     "beyond_ridges": [1.0],
     "beyond_calibration_windows": [4],
 }
@@ -46,30 +51,76 @@ def study(tmp_path_factory):
         yield study
 
 
+SIZES = WANTED["beyond_slice_percentages"]
+LORA = "2 steps of LoRA"
+
+
 def every(study):
-    return [p for sp in (0.25, 0.5) for p in study.beyond.contest(sp)] + study.beyond.variants(0.5)
+    return [p for sp in SIZES for p in study.beyond.contest(sp)] + study.beyond.variants(0.5)
 
 
-def test_no_network_stores_more_than_the_constant_one(study):
-    for point in [*every(study), *study.beyond.recovered(0.5)]:
-        budget = study.get(
-            study.slice_request(study.beyond.contest(point.slice_percentage)[0])
-        ).value
-        stored = study.get(study.slice_request(point)).value
-        assert stored["parameters"] <= budget["parameters"]
-        if point.schedule == "constant":
-            assert stored["parameters"] == budget["parameters"]
+def rungs_of(study, sp=0.5):
+    """The rungs of a size by name."""
+    return {equal_size.name(point): point for point in study.beyond.contest(sp)}
+
+
+def test_no_network_stores_more_than_the_constant_one_with_its_table(study):
+    """Nor much less: widths come in steps, and each network takes the largest that fits."""
+    for point in every(study):
+        slicegpt = rungs_of(study, point.slice_percentage)[SLICEGPT]
+        budget = study.get(study.slice_request(slicegpt)).value
+        plan = slicegpt.network["plan"]
+        assert (plan["schedule"], plan["layout"]) == ("constant", {"keep_tied": True})
+        assert 0.9 * budget["parameters"] < study.size(point) <= budget["parameters"]
+    with_lora = rungs_of(study)[LORA]
+    assert study.size(with_lora) == study.size(rungs_of(study)[BEST_RECIPE])
+
+
+def test_each_rung_has_one_lever_more(study):
+    for sp in SIZES:
+        rungs = study.beyond.contest(sp)
+        assert [equal_size.name(point) for point in rungs] == [*LEVERS, LORA]
+        for before, point in pairwise(rungs[1:]):
+            a, b = before.network, point.network
+            changed = [key for key in a | b if a.get(key) != b.get(key)]
+            assert len(changed) == 1
+    first, second = (rungs_of(study)[rung] for rung in (UNTIED, SLICEGPT))
+    sizes = [statistics.sizes(study, point) for point in (first, second)]
+    assert sizes[0][statistics.SIZE] == sizes[0][statistics.UNTIED]
+    assert sizes[1][statistics.SIZE] < sizes[1][statistics.UNTIED]
+
+
+def test_a_variant_changes_one_thing_of_the_rung_that_it_is_compared_with(study):
+    rungs, table = rungs_of(study), equal_size.variant_table(study).set_index("network")
+    for point in study.beyond.variants(0.5):
+        varied = rungs[table.loc[equal_size.name(point), "varies"]]
+        a, b = varied.network, point.network
+        assert len([key for key in a | b if a.get(key) != b.get(key)]) == 1
+        row = table.loc[equal_size.name(point)]
+        change = statistics.selection_change(study, point, varied)
+        assert tuple(row[["one change (%)", "low, change", "high, change"]]) == change
+    assert set(table["varies"]) == {"-", SLICEGPT, SHARED, BEST_RECIPE}
+
+
+def test_draws_differ_in_their_calibration_windows_alone(study):
+    (recipe, slicegpt), (ours, theirs) = study.beyond.draws(0.5)
+    rungs = rungs_of(study)
+    assert (recipe, slicegpt) == (rungs[BEST_RECIPE], rungs[SLICEGPT])
+    for point, again in ((recipe, ours), (slicegpt, theirs)):
+        a, b = point.network, again.network
+        assert a | {"calibration": {**a["calibration"], "seed": 1}} == b
+        assert a["calibration"]["seed"] == 42
 
 
 def test_choices_read_no_test_window():
-    """Test windows are asked of the networks that are compared, and of nothing else."""
+    """Test windows are asked of rungs, of their draws, and of nothing else."""
     study = Study.open("smoke", **WANTED)
-    compared = [p.network for sp in (0.25, 0.5) for p in study.beyond.contest(sp)]
-    compared += [p.network for p in study.beyond.recovered(0.5)] + [None]
+    compared = [p.network for sp in SIZES for p in study.beyond.contest(sp)] + [None]
+    compared += [p.network for sp in SIZES for pair in study.beyond.draws(sp) for p in pair]
     evidence = [n for r in study.beyond.requests() for n in needs(r)]
     assert {request.kind for request in evidence} == {"lr", "places", "search"}
     for request in [*study.beyond.requests(), *evidence]:
-        if request.config.get("split") == "test" or request.kind == "task":
+        if request.config.get("split") == "test" or request.kind in ("task", "speed"):
             assert request.config["slice"] in compared
         calibration = (request.config.get("slice") or request.config).get("calibration", {})
         assert calibration.get("split") in (None, "train")
@@ -90,7 +141,7 @@ def test_what_schedules_rest_on_is_not_what_ranks_them():
     study = Study.open("smoke", **{**WANTED, "selection_windows": 5})
     kinds = {"places", "search"}
     skips = [r.config["skip"] for r in study.beyond.evidence_requests() if r.kind in kinds]
-    assert skips == [5] * 3
+    assert skips == [5] * 2
 
 
 def test_evidence_is_compared_with_the_record(study):
@@ -105,90 +156,207 @@ def test_evidence_is_compared_with_the_record(study):
 
 
 def test_labels_and_descriptions_differ(study):
-    points = [*every(study), *study.beyond.recovered(0.5)]
+    points = every(study)
     assert len({point.label for point in points}) == len(points)
     names = [equal_size.name(p) for p in [*study.beyond.contest(0.5), *study.beyond.variants(0.5)]]
-    assert len(set(names)) == len(names)
-    said = describe(study.slice_request(study.beyond.recovered(0.5)[1]))
-    assert said == "slice constant SP 0.5 with compensation with recovery"
+    assert len(set(names)) == len(names) == 6 + 16
+    said = describe(study.slice_request(study.beyond.contest(0.5)[-1]))
+    assert said == "slice lr SP 0.5 with compensation with recovery"
     assert describe(study.beyond.search_request(0.5)).endswith("constant SP 0.5")
 
 
-def test_the_table_compares_with_plain_constant_slicing(study):
-    table = equal_size.contest_table(study)
-    assert len(table) == 2 * 6 * len(study.profile.eval_texts)
-    plain = table[table["network"] == "constant"]
-    assert (plain[["perplexity (%)", "low", "high"]] == 0).all(axis=None)
-    row = table[(table["network"] == "lr, compensated") & (table["SP"] == 0.5)].iloc[0]
-    by_name = {equal_size.name(point): point for point in study.beyond.contest(0.5)}
-    text = study.profile.eval_texts[0]
-    ours, reference = by_name["lr, compensated"], by_name["constant"]
-    expected = statistics.perplexity_change(study, ours, reference, text)
-    assert row["perplexity (%)"] == expected.estimate
-    ratio = row["perplexity"] / table.iloc[6]["perplexity"]
-    assert 100 * (ratio - 1) == pytest.approx(expected.estimate)
+def test_the_table_compares_with_the_rung_before_and_with_slicegpt(study):
+    table, text = equal_size.ladder_table(study), study.profile.eval_texts[0]
+    assert len(table) == 2 * 7 * len(study.profile.eval_texts)
+    step, whole = (["this step (%)", "low, step", "high, step"], ["against SliceGPT (%)"])
+    assert table[table["network"].isin(["dense", UNTIED])][step].isna().all(axis=None)
+    assert (table[table["network"] == SLICEGPT][whole] == 0).all(axis=None)
+    rungs, here = rungs_of(study), table[table["SP"] == 0.5].set_index("network")
+    assert here.loc["dense", "perplexity"] == study.perplexity(DENSE, text)
+    for before, name in pairwise(rungs):
+        change = statistics.perplexity_change(study, rungs[name], rungs[before], text)
+        assert tuple(here.loc[name, step]) == change
+        ratio = here.loc[name, "perplexity"] / here.loc[before, "perplexity"]
+        assert here.loc[name, step[0]] == pytest.approx(100 * (ratio - 1))
+        ratio = here.loc[name, "perplexity"] / here.loc[SLICEGPT, "perplexity"]
+        assert here.loc[name, whole[0]] == pytest.approx(100 * (ratio - 1))
+
+
+def test_accuracy_is_compared_with_slicegpt(study):
+    table = equal_size.accuracy_table(study).set_index(["SP", "network"])
+    rungs, tasks = rungs_of(study), ["piqa"]
+    change = statistics.accuracy_change(study, rungs[LR], rungs[SLICEGPT], tasks)
+    assert tuple(table.loc[(0.5, LR), ["accuracy (points)", "low", "high"]]) == change
+    assert table.loc[(0.5, SLICEGPT), "accuracy (points)"] == 0
+    gap = table.loc[(0.5, LR), "accuracy (%)"] - table.loc[(0.5, SLICEGPT), "accuracy (%)"]
+    assert gap == pytest.approx(change.estimate)
 
 
 def test_what_it_costs(study):
-    costs = equal_size.cost_table(study)
-    compensated = costs["network"].str.contains("compensated")
-    assert set(costs["calibration passes"][compensated]) == {2}
-    assert set(costs["calibration passes"][~compensated]) == {1}
-    assert costs["evidence (s)"][costs["network"] == "constant"].isna().all()
-    assert (costs["evidence (s)"][costs["network"] == "sensitivity"] > 0).all()
+    costs = equal_size.cost_table(study).set_index(["SP", "network"])
+    assert costs["evidence (s)"].isna().tolist() == [True, True, *[False] * 4] * 2
+    assert costs.loc[(0.5, LR), "evidence (s)"] == study.get(study.lr_request()).seconds
+    # Fine-tuning comes on top of slicing; the dense model is the whole.
+    assert costs.loc[(0.5, LORA), "slicing (s)"] > costs.loc[(0.5, BEST_RECIPE), "slicing (s)"]
+    share = costs.loc[(0.5, SLICEGPT), "parameters (M)"] / (study.size(DENSE) / 1e6)
+    assert costs.loc[(0.5, SLICEGPT), "of dense (%)"] == pytest.approx(100 * share)
 
 
-def test_each_schedule_has_one_line_of_widths(study):
+def test_speed_is_the_gain_over_dense(study):
+    speeds = equal_size.speed_table(study).set_index(["SP", "network"])
+    (request,) = study.beyond.speed_requests(rungs_of(study)[BEST_RECIPE])
+    value = study.get(request).value
+    dense, sliced = (np.median(value["decode_seconds"][name]) for name in ("dense", "sliced"))
+    assert speeds.loc[(0.5, BEST_RECIPE), "decode (x)"] == pytest.approx(dense / sliced)
+    assert study.beyond.speed_requests(rungs_of(study)[LORA]) == []
+    assert (speeds.loc[(0.5, LORA)] == speeds.loc[(0.5, BEST_RECIPE)]).all()
+    assert (speeds["prefill, counted (x)"] > 1).all()
+
+
+def test_each_network_has_one_line_of_widths(study):
     (axis,) = equal_size.widths_figure(study).axes
     names = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert names == ["constant", "lr", "sensitivity", "first", "embedding", "search"]
-    by_name = dict(zip(names, axis.lines, strict=True))
-    d = study.get(study.slice_request(study.beyond.contest(0.5)[0])).value["widths"][-1]
-    assert set(by_name["first"].get_ydata()[:2]) == {64}
-    assert set(by_name["constant"].get_ydata()) == {d} == {32}
+    tried = [f"{name} widths, shared bases" for name in WANTED["beyond_candidates"]]
+    assert names == [UNTIED, SLICEGPT, LR, SHARED, *tried]
+    lines = dict(zip(names, axis.lines, strict=False))
+    width = study.get(study.slice_request(rungs_of(study)[SLICEGPT])).value["widths"][-1]
+    assert set(lines[SLICEGPT].get_ydata()) == {width} == {32}
+    assert set(lines["first widths, shared bases"].get_ydata()[:2]) == {64}
+    # Four layers, the first alone and then two each: a border before layers 1 and 3.
+    borders = [line.get_xdata()[0] + 0.25 for line in axis.lines[len(names) :]]
+    assert borders == [1, 3]
     assert len(equal_size.places_figure(study).axes) == 1
 
 
+def test_the_figure_has_a_panel_per_size_and_a_mark_per_rung(study):
+    table = equal_size.ladder_table(study)
+    axes = equal_size.ladder_figure(table).axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["size of SP 25%", "size of SP 50%"]
+    for axis, sp in zip(axes, SIZES, strict=True):
+        curve, *_, dense = (line for line in axis.lines if len(line.get_xdata()))
+        here = table[(table["SP"] == sp) & (table["network"] != "dense")]
+        assert [*curve.get_xdata()] == [*here["perplexity"]]
+        assert [label.get_text() for label in axis.get_yticklabels()] == [*LEVERS, LORA]
+        assert dense.get_xdata()[0] == study.perplexity(DENSE, study.profile.eval_texts[0])
+        assert axis.get_xscale() == "log"
+
+
 def test_sentences_say_the_direction_that_the_interval_shows(study):
-    prose = equal_size.question_prose(study)
-    by_name = {equal_size.name(point): point for point in study.beyond.contest(0.5)}
-    pair = by_name["lr, compensated"], by_name["constant, compensated"]
-    change = statistics.perplexity_change(study, *pair, study.profile.eval_texts[0])
-    assert f"{change.format('%')} (**{change.direction}**)" in prose
+    rungs, text = rungs_of(study), study.profile.eval_texts[0]
+    change = statistics.perplexity_change(study, rungs[BEST_RECIPE], rungs[SLICEGPT], text)
+    said = equal_size.ladder_prose(study)
+    assert f"{change.format('%')} (**{change.direction}**)" in said.splitlines()[1]
+    lower = [
+        name
+        for before, name in pairwise(rungs)
+        if statistics.perplexity_change(study, rungs[name], rungs[before], text).high < 0
+    ]
+    assert f"on every text: {', '.join(lower) or 'none'};" in said.splitlines()[1]
+    readme = equal_size.readme_prose(study)
+    assert said in readme
+    assert "notebooks/rendered/smoke/07_ladder.ipynb" in readme
+    assert f"{study.perplexity(rungs[BEST_RECIPE], text):.1f} (" in readme
+    assert (paths.NOTEBOOKS / "07_ladder.ipynb").is_file()
+
+
+def test_the_choice_is_that_of_validation_windows_without_fine_tuning(study):
     variants = equal_size.variant_table(study)
-    assert len(variants) == 6 + 2 + 6 + 2
-    best = variants.sort_values("validation perplexity").iloc[0]["network"]
-    assert f"**{best}** has the lowest" in equal_size.choice_prose(study, variants)
-    recovery = equal_size.recovery_table(study)
-    assert len(recovery) == 4 * len(study.profile.eval_texts)
+    assert len(variants) == 6 + 16
+    plain = variants[variants["network"] != LORA]
+    best = plain.sort_values("validation perplexity").iloc[0]["network"]
+    said = equal_size.choice_prose(study, variants)
+    assert f"Of {len(plain)} networks" in said
+    assert f"**{best}** has the lowest" in said
+    assert "Of 16 variants" in said
+    assert "Of 2 random orders" in said
+    low = variants.assign(**{"validation perplexity": 0.0})
+    is_lora = low["network"] == LORA
+    won = variants.where(~is_lora, low)  # however good, it is not what is chosen
+    assert equal_size.choice_prose(study, won) == said
 
 
-def test_a_profile_that_asks_for_nothing_shows_nothing(study, monkeypatch):
+# Draws of the calibration windows
+
+
+def test_an_interval_over_draws_is_that_of_resampling_draws_and_then_windows():
+    rng = np.random.default_rng(5)
+    draws, windows = 3, 12
+    samples = rng.normal(0, 1, windows) + rng.normal(0, 0.5, (draws, 1))
+    samples = samples + 0.2 * rng.normal(size=samples.shape)
+    direct = []
+    for _ in range(8000):
+        taken, read = rng.integers(draws, size=draws), rng.integers(windows, size=windows)
+        direct.append(np.mean([np.mean([samples[d, w] for w in read]) for d in taken]))
+    found = statistics.mean_over_draws(samples)
+    assert found.estimate == pytest.approx(samples.mean())
+    width = found.high - found.low
+    assert np.quantile(direct, [0.025, 0.975]) == pytest.approx(found[1:], abs=0.05 * width)
+
+
+def test_draws_that_differ_widen_an_interval_and_draws_that_agree_do_not():
+    """Where windows say the same the interval is that of two draws; where draws do, of windows."""
+    apart = np.repeat([[-0.3], [0.1]], 20, axis=1)
+    assert statistics.mean_over_draws(apart) == pytest.approx((-0.1, -0.3, 0.1))
+    windows = np.random.default_rng(6).normal(size=400)
+    alike = statistics.mean_over_draws(np.tile(windows, (3, 1)))
+    normal = 2 * stats.norm.ppf(0.975) * windows.std() / np.sqrt(len(windows))
+    assert alike.high - alike.low == pytest.approx(normal, rel=0.05)
+
+
+def test_the_draws_of_a_size_stand_above_all_of_them(study):
+    table, text = equal_size.draws_table(study), study.profile.eval_texts[0]
+    here = table[table["SP"] == 0.5]
+    assert [*here["draw"]] == ["42", "1", "all"]
+    pairs = study.beyond.draws(0.5)
+    changes = [statistics.perplexity_change(study, *pair, text) for pair in pairs]
+    assert [*here["perplexity (%)"]][:2] == [change.estimate for change in changes]
+    losses = [np.log1p(change.estimate / 100) for change in changes]
+    over_all = statistics.change_over_draws(study, pairs, text)
+    assert over_all.estimate == pytest.approx(100 * np.expm1(np.mean(losses)))
+    assert tuple(here.iloc[-1][["perplexity (%)", "low", "high"]]) == over_all
+    said = equal_size.draws_prose(table)
+    assert said.startswith("Over 2 draws")
+    assert f"at SP 50% on {text} {over_all.format('%')}" in said
+    assert "over all draws the draws of calibration windows too" in style.interval_note(table)
+
+
+def test_a_profile_that_asks_for_nothing_shows_nothing(study):
     bare = Study.open("smoke", **{**WANTED, "beyond_slice_percentages": []})
     assert bare.beyond.requests() == []
     for table in (
-        equal_size.contest_table(bare),
+        equal_size.ladder_table(bare),
         equal_size.accuracy_table(bare),
         equal_size.cost_table(bare),
+        equal_size.speed_table(bare),
+        equal_size.draws_table(bare),
         equal_size.variant_table(bare),
-        equal_size.recovery_table(bare),
     ):
         assert table.empty
-    assert equal_size.question_prose(bare) == style.NONE
+    assert equal_size.ladder_prose(bare) == style.NONE
+    assert equal_size.draws_prose(equal_size.draws_table(bare)) == style.NONE
     assert equal_size.choice_prose(bare, equal_size.variant_table(bare)) == style.NONE
     assert equal_size.places_figure(bare) is None
     assert equal_size.readme_prose(bare) == ""
 
 
+def test_one_draw_has_no_table(study):
+    one = Study.open("smoke", device="cpu", **{**WANTED, "beyond_calibration_seeds": []})
+    assert equal_size.draws_table(one).empty
+    assert "draws" not in equal_size.readme_prose(one)
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"beyond_ridges": [0.1]}, "names 0.1, which is compared anyway"),
+        ({"beyond_basis_layers_tried": [2]}, "names 2, which is compared anyway"),
         ({"beyond_candidates": ["lr"]}, "names lr, which is compared anyway"),
+        ({"beyond_slice_bases": [0.0]}, "names 0.0, which is compared anyway"),
+        ({"beyond_calibration_seeds": [42]}, "names 42, which is compared anyway"),
         ({"beyond_calibration_windows": [8]}, "names 8, which is compared anyway"),
         ({"beyond_slice_percentages": [1.0]}, "slice share 1.0 is outside 0 to 1"),
-        ({"beyond_schedules": ["best"]}, "beyond_schedules"),
-        ({"beyond_ridge": 0.0}, "beyond_ridge"),
+        ({"beyond_candidates": ["best"]}, "beyond_candidates"),
+        ({"beyond_basis_layers": 0}, "beyond_basis_layers"),
+        ({"beyond_ridges": [0.0]}, "beyond_ridges"),
         ({"sensitivity_reach": 1.0}, "sensitivity_reach"),
     ],
 )
@@ -203,19 +371,8 @@ def test_without_validation_windows_nothing_else_is_tried():
     assert len(study.beyond.contest(0.5)) == 6
 
 
-def test_a_text_without_validation_split_measures_no_schedule(tmp_path):
-    """It would be the text that is reported."""
-    text = tmp_path / "own.txt"
-    text.write_text("Words that are evaluated. " * 400)
-    own = {**WANTED, "eval_texts": [str(text)], "eval_split": None, "selection_windows": None}
-    with pytest.raises(RequestError, match="is what schedules of notebook 07 are measured on"):
-        check_settings(Study.open("smoke", **own).profile)
-    check_settings(Study.open("smoke", **{**own, "beyond_slice_percentages": []}).profile)
-
-
-def test_requests_of_networks_without_extras_are_as_they_were(study):
-    """Their results are those of the main comparison."""
-    plain = study.beyond.contest(0.25)[0]
+def test_slicegpt_is_the_constant_network_of_the_main_comparison(study):
+    """Its results are measured once."""
     main = next(p for p in study.points() if p.schedule == "constant")
-    assert isinstance(plain, Point)
-    assert study.slice_request(plain).key == study.slice_request(main).key
+    slicegpt = rungs_of(study, 0.25)[SLICEGPT]
+    assert study.slice_request(slicegpt).key == study.slice_request(main).key

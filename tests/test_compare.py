@@ -18,6 +18,7 @@ from dynslice.report import tasks as task_report
 RNG = np.random.default_rng(4)
 LAYERS, ITEMS = 12, 40
 TASKS = {"piqa": ITEMS, "arc_easy": ITEMS}
+UNTIED = 30 * 10**6  # what a second table would add
 TEXT_LEVEL = {"sotu": 3.0, "wikipedia": 3.4}
 SETTINGS = {
     "slice_percentages": [0.2, 0.3],
@@ -85,6 +86,9 @@ class Invented(Study):
         slices = [shares[0]] * LAYERS
         widths = [64] * LAYERS
         sizes = {"parameters": int(size), "shortcut_parameters": 10**6, "mean_slice": shares[0]}
+        sizes["parameters_dense"] = 200 * 10**6
+        if shares[0]:  # the dense model has no other layout
+            sizes["parameters_untied"] = int(size) + UNTIED + (shares[1] is not None) * 10**6
         return {**sizes, "widths": widths, "final_slice": slices}
 
     def fill(self):
@@ -237,6 +241,37 @@ def test_the_constant_curve_is_interpolated_at_the_networks_size(invented):
     assert statistics.curve_change(invented, dynamic, "sotu") is None
 
 
+def test_both_counts_of_stored_parameters_are_shown(invented):
+    """Dense 200 M; sliced 160, 161, 140, 141 M, and 30 M more with a second table, 31 dynamic."""
+    table = perplexity.perplexity_table(invented).drop_duplicates("network")
+    counts = table.set_index("network")[[statistics.SIZE, statistics.UNTIED]]
+    assert tuple(counts.loc["constant, SP 30%"]) == (140, 170)
+    assert tuple(counts.loc["dynamic, SP 30%, SB 0%"]) == (141, 172)
+    assert np.isnan(counts.loc["dense", statistics.UNTIED])
+    said = perplexity.size_prose(table)
+    assert "**0 store more parameters than the dense model** (200.0 M)" in said
+    assert "would store 170.0 to 192.0 M, 0 of them more" in said
+    view = task_report.accuracy_view(task_report.task_table(invented))
+    assert view.loc[statistics.SIZE, "dynamic, SP 30%, SB 0%"] == "141.0"
+    assert view.loc[statistics.UNTIED, "dense"] == "-"
+    changes = perplexity.perplexity_comparison(invented)
+    at_slice = changes[changes["against constant at"] == statistics.EQUAL_SLICE].iloc[-1]
+    assert at_slice["size (%)"] == pytest.approx(100 / 140)
+    assert at_slice["size, untied (%)"] == pytest.approx(200 / 170)
+    stored = claims.claims_table(invented)["stored"]
+    assert stored[0] == "+0.6 %, embedding untied +1.1 %"
+    assert "store +0.6 to +0.7 %" in claims.findings(invented)
+    assert "it would be +1.1 to +1.2 %" in claims.findings(invented)
+
+
+def test_a_model_without_a_common_table_has_one_count(invented):
+    for point in invented.points()[1:]:
+        request = invented.slice_request(point)
+        alter(invented, request, lambda v: {**v, "parameters_untied": v["parameters"]})
+    said = perplexity.size_prose(perplexity.perplexity_table(invented))
+    assert said.endswith("Embedding and head are a table each, in both counts.")
+
+
 def test_mcnemar_is_the_exact_binomial_test(invented):
     a, b = invented.task_points()[:2]
     flips = (a, [0, 0, 0, 0, 0, 0, 0, 1]), (b, [1, 1, 1, 1, 1, 1, 1, 0])
@@ -369,6 +404,7 @@ def test_every_page_and_figure_comes_from_these_results(invented):
     ablations.shuffle_figure(ablations.shuffle_table(invented))
     deviations = pages.deviations_block(invented)
     assert "nan" not in deviations
+    assert "constant, SP 30% stores 140.0 M parameters instead of 170.0 M" in deviations
     before = pages.claims_block(invented)
     request = invented.perplexity_request(points(invented, "dynamic")[0], "sotu")
     alter(invented, request, shift_nll(-0.3))
@@ -392,7 +428,7 @@ def test_generation_tasks_have_a_row_and_no_part_in_averages(others, tmp_path):
     assert set(shown["accuracy"]) == {50.0}
     assert shown["margin"].isna().all()
     assert ("average" in set(rows["task"])) == bool(others)
-    assert task_report.accuracy_view(rows).shape[0] == len(tasks) + bool(others)
+    assert task_report.accuracy_view(rows).shape[0] == len(tasks) + bool(others) + 2
     compared = task_report.task_comparison(study)
     assert set(compared.get("task", [])) == ({*others, "average"} if others else set())
     task_report.accuracy_figure(rows)

@@ -86,18 +86,21 @@ def leaks(roles):
 
 
 @cache
-def windows_of(profile):
-    """The windows of a profile by role."""
-    return windows_by_role(Study.open(profile))
+def windows_of(profile, *candidates):
+    """The windows of a profile by role; candidates: schedules that it tries, else its own."""
+    changes = {"beyond_candidates": [*candidates]} if candidates else {}
+    return windows_by_role(Study.open(profile, **changes))
 
 
-@pytest.mark.parametrize("profile", ["quick", "standard"])
-def test_calibration_selection_and_report_share_no_text(profile):
-    roles = windows_of(profile)
+@pytest.mark.parametrize(
+    "asked", [("quick",), ("standard",), ("standard", "sensitivity", "search")], ids=" ".join
+)
+def test_calibration_selection_and_report_share_no_text(asked):
+    roles = windows_of(*asked)
     assert roles["calibration"]
     assert roles["report"]
     assert roles["LR"]
-    assert bool(roles["evidence"]) == (profile == "standard")
+    assert bool(roles["evidence"]) == ("search" in asked)
     assert not leaks(roles)
 
 

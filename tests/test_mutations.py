@@ -151,7 +151,7 @@ TABLE = {
     "residual connection left out": (
         mutation(
             modeling_sliced.SlicedLayerMixin.forward,
-            'hidden_states @ shortcut + output',
+            "hidden_states @ shortcut + output",
             "output",
         ),
         keeps_logits("llama"),
@@ -297,6 +297,22 @@ TABLE = {
     "bootstrap that ignores the pairs": (
         mutation(statistics.relative_change, "a - b", "a - np.roll(b, 1)"),
         lambda given: test_compare.test_a_perplexity_change_is_paired(given.invented),
+    ),
+    "one draw of the calibration taken for all": (
+        mutation(statistics.mean_over_draws, "drawn @ samples", "np.ones_like(drawn) @ samples"),
+        lambda _: (
+            test_beyond.test_draws_that_differ_widen_an_interval_and_draws_that_agree_do_not()
+        ),
+    ),
+    "other windows for each draw": (
+        mutation(
+            statistics.mean_over_draws,
+            "drawn @ samples * read",
+            "sum(drawn[:, [i]] * row * rng.permutation(read) for i, row in enumerate(samples))",
+        ),
+        lambda _: (
+            test_beyond.test_draws_that_differ_widen_an_interval_and_draws_that_agree_do_not()
+        ),
     ),
     "selection on the reported windows": (
         mutation(Design.selection_request, '"validation"', "p.eval_split"),

@@ -63,9 +63,12 @@ CHANGED = {
     "ablation_lr_tokens": [640],
     "single_layer_slice": 0.375,
     "beyond_slice_percentages": [0.125, 0.375],
-    "beyond_schedules": ["sensitivity"],
-    "beyond_candidates": ["embedding"],
-    "beyond_ridge": 0.5,
+    "beyond_basis_layers": 1,
+    "beyond_calibration_seeds": [11],
+    "beyond_basis_layers_tried": [2],
+    "beyond_candidates": ["sensitivity"],
+    "beyond_slice_bases": [0.0625],
+    "beyond_shuffles": 1,
     "beyond_ridges": [0.0625, 2.0],
     "beyond_calibration_windows": [3],
     "sensitivity_reach": 0.75,
@@ -98,8 +101,11 @@ BARE = {
     "ablation_lr_tokens": [],
     "single_layer_slice": None,
     "beyond_slice_percentages": [],
-    "beyond_schedules": [],
+    "beyond_calibration_seeds": [],
+    "beyond_basis_layers_tried": [],
     "beyond_candidates": [],
+    "beyond_slice_bases": [],
+    "beyond_shuffles": 0,
     "beyond_ridges": [],
     "beyond_calibration_windows": [],
     "recovery_steps": 0,
@@ -218,6 +224,12 @@ def test_changed_parameters_are_those_that_the_notebooks_speak_of(changed):
         "after the final norm",
         "windows of 48 tokens",
         "Guessing gives 50 % on PIQA and 25 % on ARC",
+        "sensitivity widths, shared bases",
+        "LR widths in random order 0",
+        "SB 6.25%, shared bases",
+        "compensation, ridge 0.0625",
+        "compensation, 3 calibration windows",
+        "1 steps of LoRA",
     ):
         assert words in text
     for words in ("SmolLM2", "tiny-random", "sotu", "update", "hellaswag", "MMLU", "draw 1"):
@@ -240,7 +252,8 @@ def test_percentages_models_and_layers_are_those_of_the_run(changed, folder):
     for name in re.findall(r"\b[\w-]+/[\w.-]*(?:[Ll]lama|[Mm]istral|opt|SmolLM)[\w.-]*\w", text):
         assert name in held
     layers = models.load_config(settings.model).num_hidden_layers
-    assert set(re.findall(r"(\d+) layers\b", text)) == {str(layers)}
+    assert set(re.findall(r"(?<!a basis for each )\b(\d+) layers\b", text)) == {str(layers)}
+    assert set(re.findall(r"a basis for each (\w+) layers", text)) == {"2"}
 
 
 def test_sources_hold_no_number_of_a_run():

@@ -168,8 +168,8 @@ FACTS = {
     ("README.md", "128"): "windows of the published protocol",
     ("README.md", "120"): "of which `paper` takes so many for validation",
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
-    ("07_beyond", "32"): "the rank of LoRA",
-    ("07_beyond", "10"): "and its alpha",
+    ("07_ladder", "32"): "the rank of LoRA",
+    ("07_ladder", "10"): "and its alpha",
 }
 
 

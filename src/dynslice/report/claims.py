@@ -7,7 +7,7 @@ import pandas as pd
 from dynslice.core import paths
 from dynslice.experiment.study import Study
 from dynslice.report import ablations, perplexity, single_layer, statistics, style
-from dynslice.report.statistics import BASES, Estimate, Pair
+from dynslice.report.statistics import BASES, EQUAL_SLICE, Estimate, Pair
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
 NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
@@ -39,9 +39,10 @@ def outcomes(study: Study) -> list[dict]:
     A claim says "up to", so one dynamic network speaks for it: of those that the study compares,
     the one with the largest gain in perplexity on the validation windows. A profile without
     validation windows takes the one with the largest gain in what is shown, which favours the
-    claim. `change` is that from constant to dynamic slicing, None where nothing was measured; in
-    percent of perplexity, or in points of accuracy with `ratio`, the same in percent of constant's
-    accuracy where that is not zero.
+    claim. `stored` is how much more it stores than the constant network, in both counts. `change`
+    is that from constant to dynamic slicing, None where nothing was measured; in percent of
+    perplexity, or in points of accuracy with `ratio`, the same in percent of constant's accuracy
+    where that is not zero.
     """
     measure = {"perplexity": _perplexities, "accuracy": _accuracy}
     claims = pd.read_csv(paths.PUBLISHED / "claims.csv").itertuples()
@@ -53,6 +54,7 @@ def outcomes(study: Study) -> list[dict]:
             "measured on": on,
             "network": network,
             "chosen": how,
+            "stored": stored,
             "measured": _measured(claim.metric, change, ratio),
             "verdict on this model": verdicts(change, ratio, claim.value),
             "source": claim.source,
@@ -63,7 +65,7 @@ def outcomes(study: Study) -> list[dict]:
             "ratio": ratio,
         }
         for claim, basis in product(claims, BASES)
-        for on, network, how, change, ratio in measure[claim.metric](study, basis)
+        for on, network, how, stored, change, ratio in measure[claim.metric](study, basis)
     ]
 
 
@@ -84,14 +86,20 @@ def claims_table(study: Study) -> pd.DataFrame:
     return table.assign(source=sources)
 
 
-# A text or tasks, the network that speaks and how it was chosen, then the changes of an outcome.
-Measured = tuple[str, str, str, Estimate | None, Estimate | None]
+# A text or tasks, the network that speaks, how it was chosen and what it stores against constant,
+# then the changes of an outcome.
+Measured = tuple[str, str, str, str, Estimate | None, Estimate | None]
 
-NOTHING = ("-", "-", None, None)
+NOTHING = ("-", "-", "-", None, None)
 
 
 def _how(study: Study) -> str:
     return IN_HINDSIGHT if study.profile.selection_windows is None else ON_VALIDATION
+
+
+def _stored(study: Study, pair: Pair) -> str:
+    stored, untied = statistics.size_changes(study, *pair[:2]).values()
+    return f"{stored:+.1f} %, embedding untied {untied:+.1f} %"
 
 
 def _perplexities(study: Study, basis: str) -> list[Measured]:
@@ -99,7 +107,7 @@ def _perplexities(study: Study, basis: str) -> list[Measured]:
     for text in study.profile.eval_texts:
         if pair := statistics.chosen(study, basis) or statistics.best(study, basis, text):
             change = statistics.perplexity_change(study, *pair[:2], text)
-            found.append((text, pair[0].label, _how(study), change, None))
+            found.append((text, pair[0].label, _how(study), _stored(study, pair), change, None))
         else:
             found.append((text, *NOTHING))
     return found
@@ -121,7 +129,7 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
     change = statistics.accuracy_change(study, *pair[:2], tasks)
     whole = statistics.accuracy(study, pair[1], tasks)
     ratio = change.map(lambda points: 100 / whole * points) if whole else None
-    return [(on, pair[0].label, how, change, ratio)]
+    return [(on, pair[0].label, how, _stored(study, pair), change, ratio)]
 
 
 # What we found
@@ -134,7 +142,8 @@ def findings(study: Study) -> str:
     # On a text that nothing was calibrated on, how far a network is from dense says more.
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
     others = [perplexity.size_prose(perplexity.perplexity_table(study))]
-    others += [_levels(study, text) for text in foreign] + _ablation_findings(study)
+    others += _size_gap(study) + [_levels(study, text) for text in foreign]
+    others += _ablation_findings(study)
     claims, more = ("\n".join(f"- {line}" for line in part) for part in (lines, others))
     return f"{style.say('findings')}\n\n{claims}\n\n{style.say('findings_more')}\n\n{more}"
 
@@ -147,6 +156,16 @@ def _finding(outcome: dict) -> str:
         word = "Not shown" if change.low <= 0 <= change.high else "Does not hold"
     claimed = "lower" if outcome["value"] < 0 else "higher"
     return style.say("finding", word=word, claimed=claimed, o=outcome)
+
+
+def _size_gap(study: Study) -> list[str]:
+    """What equal mean slice leaves open, in both counts of stored parameters."""
+    pairs = statistics.pairs(study.points(), EQUAL_SLICE)
+    gaps = pd.DataFrame(statistics.size_changes(study, a, b) for a, b, _ in pairs)
+    if gaps.empty:
+        return []
+    stored, untied = (gaps[column].describe() for column in gaps)
+    return [style.say("gap", stored=stored, untied=untied)]
 
 
 def _levels(study: Study, text: str) -> str:

@@ -10,10 +10,11 @@ import pandas as pd
 from dynslice.core import paths
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
-from dynslice.report import style
+from dynslice.report import statistics, style
+from dynslice.report.statistics import SIZE, UNTIED
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STEPS = {"prefill": "prefill_flops", "decode": "decode_bytes"}  # and what bounds each
+STEPS = {"prefill": "prefill_flops", "decode": "decode_bytes"}  # and what bounds each
 
 # The benchmark of each machine: its file, and the command that measures it there.
 _SMALL = "dynslice bench --device cuda --windows 128 --window 2048"
@@ -36,7 +37,7 @@ def size_table(study: Study) -> pd.DataFrame:
             "network": label,
             "SP": point.slice_percentage,
             "SB": point.slice_base,
-            "parameters (M)": study.size(point) / 1e6,
+            **statistics.sizes(study, point),
             "stored (MB)": study.size(point) * _BYTES[study.profile.dtype] / 1e6,
             "against dense (%)": 100 * (study.size(point) / sliced.value["parameters_dense"] - 1),
             "slicing (s)": None if point.network is None else sliced.seconds,
@@ -64,14 +65,13 @@ def speed_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(
         _speed_row(point, study.get(study.design.speed_request(point)).value, step)
         for point in study.design.speed_points()
-        for step in _STEPS
+        for step in STEPS
     )
 
 
 def _speed_row(point: Point, value: dict, step: str) -> dict:
     dense, sliced = (np.array(value[f"{step}_seconds"][name]) for name in ("dense", "sliced"))
-    counted = value[_STEPS[step]]["dense"] / value[_STEPS[step]]["sliced"]
-    gain, tokens = median(dense) / median(sliced), value[f"{step}_tokens"]
+    (gain, counted), tokens = gains(value, step), value[f"{step}_tokens"]
     prefill = step == "prefill"
     return {
         "network": point.label,
@@ -87,6 +87,13 @@ def _speed_row(point: Point, value: dict, step: str) -> dict:
         "gain / counted": gain / counted,
         "peak memory (MB)": _peak(value, "sliced") if prefill else None,
     }
+
+
+def gains(value: dict, step: str) -> tuple[float, float]:
+    """How many times as fast as dense a network is at a step of STEPS: measured, and counted."""
+    seconds, count = value[f"{step}_seconds"], value[STEPS[step]]
+    measured = median(seconds["dense"]) / median(seconds["sliced"])
+    return measured, count["dense"] / count["sliced"]
 
 
 def _flops(value: dict, network: str) -> str:
@@ -117,14 +124,15 @@ def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
     """How constant and dynamic networks of equal mean slice compare in work and in size."""
     if speeds.empty:
         return ""
-    both = speeds.merge(sizes[["network", "SP", "parameters (M)"]], on="network")
+    both = speeds.merge(sizes[["network", "SP", SIZE, UNTIED]], on="network")
     of = {schedule: both[both["schedule"] == schedule] for schedule in ("dynamic", "constant")}
     pairs = of["dynamic"].merge(of["constant"], on=["SP", "step"], suffixes=("", ", constant"))
     if pairs.empty:
         return ""
     work = pairs["counted (x), constant"] / pairs["counted (x)"] - 1
-    size = pairs["parameters (M)"] / pairs["parameters (M), constant"] - 1
-    return style.say("work", work=(100 * work).describe(), size=(100 * size).describe())
+    size, untied = (pairs[count] / pairs[f"{count}, constant"] - 1 for count in (SIZE, UNTIED))
+    changes = {"work": work, "size": size, "untied": untied}
+    return style.say("work", **{name: (100 * x).describe() for name, x in changes.items()})
 
 
 def speed_figure(table: pd.DataFrame) -> plt.Figure:

@@ -1,210 +1,354 @@
-"""Notebook 07: what wins at equal stored parameters."""
+"""Notebook 07: the ladder at equal stored parameters, one lever more on each rung."""
 
-from itertools import cycle
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from dynslice.experiment.equal_size import BEST_RECIPE, SHARED, SLICEGPT
 from dynslice.experiment.profile import percent
-from dynslice.experiment.requests import Point
+from dynslice.experiment.requests import DENSE, Point
 from dynslice.experiment.store import Request
 from dynslice.experiment.study import Study
+from dynslice.method.layout import basis_groups
 from dynslice.method.scores import rises
-from dynslice.report import statistics, style
-from dynslice.report.comparison import forest
-from dynslice.report.statistics import ACCURACY, PERPLEXITY, columns
+from dynslice.report import efficiency, statistics, style
+from dynslice.report.statistics import ACCURACY, PERPLEXITY, columns, of_row
 
-COLOURS = ("C0", "C1", "C2", "C3")
+# The columns of a change and of its interval: from the rung before, from SliceGPT, from what a
+# variant varies.
+STEP = ("this step (%)", "{}, step")
+WHOLE = (f"against {SLICEGPT} (%)", f"{{}}, {SLICEGPT}")
+VARIED = ("one change (%)", "{}, change")
+ALL_DRAWS = "all"
 
 
-def contests(study: Study) -> dict[float, list[Point]]:
-    """The networks that are compared at each size, which constant slicing gives, the first."""
+def ladders(study: Study) -> dict[float, list[Point]]:
+    """The rungs of each size, lowest first."""
     return {sp: study.beyond.contest(sp) for sp in study.profile.beyond_slice_percentages}
 
 
 def name(point: Point) -> str:
-    """A network by its schedule and what was done to it, the size left out."""
+    """A network by what was done to it, the size left out."""
     return ", ".join(x for x in point.label.split(", ") if not x.startswith("size of SP"))
 
 
-def contest_table(study: Study) -> pd.DataFrame:
-    """Perplexity by size, network and text, and its change from plain constant slicing."""
+def rung(rungs: list[Point], lever: str) -> Point:
+    """The rung that has a lever as its last."""
+    return next(point for point in rungs if name(point) == lever)
+
+
+def ladder_table(study: Study) -> pd.DataFrame:
+    """Perplexity by size, text and rung, and its paired changes from the rung before and SliceGPT.
+
+    The dense model stands above the rungs of each text, with no change.
+    """
     study.ensure(study.beyond.requests())
-    return pd.DataFrame(
-        {
-            "SP": sp,
-            "network": name(point),
-            "parameters (M)": study.size(point) / 1e6,
-            **_perplexity(study, point, contest[0], text),
-        }
-        for sp, contest in contests(study).items()
-        for text in study.profile.eval_texts
-        for point in contest
-    )
+    rows = []
+    for (sp, rungs), text in product(ladders(study).items(), study.profile.eval_texts):
+        changes = _changes(study, rungs, text)
+        for point in (DENSE, *rungs):
+            row = {"SP": sp, "text": text, "network": name(point)}
+            row |= columns(statistics.perplexity(study, point, text), "perplexity")
+            step, whole = changes.get(point.label, (None, None))
+            rows.append({**row, **columns(step, *STEP), **columns(whole, *WHOLE)})
+    return pd.DataFrame(rows)
 
 
-def _perplexity(study: Study, point: Point, reference: Point, text: str) -> dict:
-    change = statistics.perplexity_change(study, point, reference, text)
-    found = {"text": text, "perplexity": study.perplexity(point, text)}
-    return found | columns(change, PERPLEXITY)
+def _changes(
+    study: Study, rungs: list[Point], text: str
+) -> dict[str, tuple[statistics.Estimate | None, statistics.Estimate]]:
+    """The changes from the rung before, and from SliceGPT, by label."""
+
+    def change(a: Point, b: Point) -> statistics.Estimate:
+        return statistics.perplexity_change(study, a, b, text)
+
+    reference, before = rung(rungs, SLICEGPT), [None, *rungs[:-1]]
+    return {
+        point.label: (change(point, lower) if lower else None, change(point, reference))
+        for lower, point in zip(before, rungs, strict=True)
+    }
 
 
 def accuracy_table(study: Study) -> pd.DataFrame:
-    """Average accuracy by size and network, and its change from plain constant slicing."""
+    """Average accuracy by size and rung, and its change from SliceGPT in points."""
     tasks = statistics.choice_tasks(study)
-    return pd.DataFrame(
-        {
-            "SP": sp,
-            "network": name(point),
-            "tasks": len(tasks),
-            "accuracy (%)": statistics.accuracy(study, point, tasks),
-            **columns(statistics.accuracy_change(study, point, contest[0], tasks), ACCURACY),
-        }
-        for sp, contest in contests(study).items()
-        for point in contest
-        if tasks
-    )
+    rows = []
+    for sp, rungs in ladders(study).items() if tasks else ():
+        for point in (DENSE, *rungs):
+            pair = (point, rung(rungs, SLICEGPT))
+            change = None if point is DENSE else statistics.accuracy_change(study, *pair, tasks)
+            row = {"SP": sp, "network": name(point), "tasks": len(tasks)}
+            row["accuracy (%)"] = statistics.accuracy(study, point, tasks)
+            rows.append({**row, **columns(change, ACCURACY)})
+    return pd.DataFrame(rows)
 
 
 def cost_table(study: Study) -> pd.DataFrame:
-    """What each network took: passes over the calibration tokens, seconds, memory.
+    """What each rung stores and took: seconds of slicing (and fine-tuning), and peak memory.
 
-    Evidence is what its schedule rests on (LR, losses by place, a search), once for all of them.
+    Evidence is what its widths rest on, measured once for all networks that use it.
     """
     rows = []
-    for sp, point in [(sp, point) for sp, contest in contests(study).items() for point in contest]:
+    for sp, point in [(sp, point) for sp, rungs in ladders(study).items() for point in rungs]:
         sliced = study.get(study.slice_request(point))
         asked = point.network["plan"].get("evidence")
-        row = {"SP": sp, "network": name(point)}
-        row["calibration passes"] = 2 if point.network.get("compensation") else 1
-        row["slicing (s)"] = sliced.seconds
+        row = {"SP": sp, "network": name(point), **statistics.sizes(study, point)}
+        row["of dense (%)"] = 100 * study.size(point) / sliced.value["parameters_dense"]
         row["evidence (s)"] = asked and study.get(Request(**asked)).seconds
+        row["slicing (s)"] = sliced.seconds
         row["peak memory (GB)"] = sliced.peak_memory_bytes / 1e9
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def contest_figure(changes: pd.DataFrame, accuracies: pd.DataFrame) -> plt.Figure:
-    """Change from plain constant slicing by network: perplexity left, accuracy right."""
-    if changes.empty:
+def speed_table(study: Study) -> pd.DataFrame:
+    """How many times as fast as the dense model each rung is, measured and counted.
+
+    A rung that changes no shape has the speed of the one before it.
+    """
+    rows = []
+    for sp, rungs in ladders(study).items():
+        speed: dict[str, float] = {}
+        for point in rungs:
+            for request in study.beyond.speed_requests(point):  # one, or none
+                value = study.get(request).value
+                for step in efficiency.STEPS:
+                    measured, counted = efficiency.gains(value, step)
+                    speed |= {f"{step} (x)": measured, f"{step}, counted (x)": counted}
+            rows += [{"SP": sp, "network": name(point), **speed}] if speed else []
+    return pd.DataFrame(rows)
+
+
+def ladder_figure(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity by rung, a panel per size, a curve per text; a line where the dense model is."""
+    if table.empty:
         return style.nothing()
-    percentages = changes["SP"].unique()
-    height = (0.55 + 0.24 * changes["network"].nunique()) * len(percentages) + 0.3
-    shown = [(changes, PERPLEXITY, "text")]
-    shown += [] if accuracies.empty else [(accuracies, ACCURACY, None)]
-    figure, axes = style.panels(
-        len(percentages), len(shown), height, squeeze=False, sharey="row", sharex="col"
-    )
-    for row, sp in zip(axes, percentages, strict=True):
-        for axis, (table, column, by) in zip(row, shown, strict=True):
-            forest(axis, table[table["SP"] == sp], column, "network", by)
-            if sp == percentages[-1]:
-                axis.set_xlabel(f"change of {column}")
-        row[0].set_title(f"size of constant, SP {percent(sp)}", fontsize=7, loc="left")
-    axes[0, 0].legend(fontsize=6)
+    percentages, dense = table["SP"].unique(), table["network"] == DENSE.schedule
+    names = list(table["network"][~dense].unique())
+    height = (0.5 + 0.2 * len(names)) * len(percentages) + 0.4
+    size = {"height": height, "width": style.COLUMN_WIDTH}
+    figure, axes = style.panels(len(percentages), 1, squeeze=False, sharex=True, **size)
+    for axis, sp in zip(axes[:, 0], percentages, strict=True):
+        texts = table[table["SP"] == sp].groupby("text", sort=False)
+        looks = zip(("o-", "s--", "^:", "D-."), ("C0", "C1", "C2", "C4"), strict=True)
+        for (text, rows), (form, colour) in zip(texts, looks, strict=False):
+            whole, here = rows[rows["network"] == DENSE.schedule], rows[~dense.loc[rows.index]]
+            reach = [here["perplexity"] - here["low"], here["high"] - here["perplexity"]]
+            y = [-names.index(rung) for rung in here["network"]]
+            look = {"color": colour, "markersize": 4, "linewidth": 1, "capsize": 2}
+            look["markerfacecolor"] = "w" if form[0] in "s^" else colour
+            axis.errorbar(here["perplexity"], y, xerr=reach, fmt=form, label=text, **look)
+            axis.axvline(*whole["perplexity"], color=colour, linestyle=form[1:], linewidth=1)
+        axis.set_yticks([-i for i in range(len(names))], names)
+        axis.set_ylim(-len(names) + 0.4, 0.6)
+        axis.set_title(f"size of SP {percent(sp)}", loc="left")
+    axes[-1, 0].set_xlabel("perplexity (vertical lines: dense)")
+    axes[-1, 0].set_xscale("log")
+    style.log_ticks(axes[-1, 0].xaxis, 1, 2, 3, 5, 7)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]))
     return figure
 
 
-def question_prose(study: Study) -> str:
-    """What compensation and each schedule change at equal size, as sentences (Markdown)."""
-    if not contests(study):
+# In sentences
+
+
+def ladder_prose(study: Study) -> str:
+    """What the whole recipe changes at each size, and which steps lower perplexity (Markdown)."""
+    if not ladders(study):
         return style.NONE
-    ours = "constant, compensated"
-    asked = [(style.say("compensation"), ours, "constant")]
-    for schedule in study.profile.beyond_schedules:
-        asked += [(style.say("schedule", schedule=schedule), f"{schedule}, compensated", ours)]
-    lines = []
-    for said, *pair in asked:
-        found = "; ".join(_difference(study, sp, *pair) for sp in contests(study))
-        lines.append(f"- {said}: {found}.")
-    return "\n".join(lines)
+    return "\n".join(f"- {_size_prose(study, sp)}" for sp in ladders(study))
 
 
-def _difference(study: Study, sp: float, *names: str) -> str:
-    """How two networks of a size differ in perplexity on each text, and in accuracy."""
-    named = {name(point): point for point in contests(study)[sp]}
-    a, b = map(named.get, names)
+def _size_prose(study: Study, sp: float) -> str:
+    rungs, texts = ladders(study)[sp], study.profile.eval_texts
+    recipe, reference = rung(rungs, BEST_RECIPE), rung(rungs, SLICEGPT)
     found = [
-        (f"perplexity on {text}", statistics.perplexity_change(study, a, b, text), "%")
-        for text in study.profile.eval_texts
+        (f"perplexity on {text}", statistics.perplexity_change(study, recipe, reference, text), "%")
+        for text in texts
     ]
     if tasks := statistics.choice_tasks(study):
-        found.append(("accuracy", statistics.accuracy_change(study, a, b, tasks), "points"))
-    changes = ", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found)
-    return f"at SP {percent(sp)} {changes}"
+        change = statistics.accuracy_change(study, recipe, reference, tasks)
+        found.append(("accuracy", change, "points"))
+    by_text = [_changes(study, rungs, text) for text in texts]
+    helps = {
+        name(point): all(of[point.label][0].direction == "lower" for of in by_text)
+        for point in rungs[1:]
+    }
+    return style.say(
+        "ladder",
+        share=percent(sp),
+        stored=study.size(recipe) / 1e6,
+        dense=study.get(study.slice_request(recipe)).value["parameters_dense"] / 1e6,
+        untied=statistics.sizes(study, recipe)[statistics.UNTIED],
+        changes=", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found),
+        helps=", ".join(lever for lever, lower in helps.items() if lower) or "none",
+        others=", ".join(lever for lever, lower in helps.items() if not lower) or "none",
+    )
 
 
 def readme_prose(study: Study) -> str:
-    """The same under a heading that says what is compared; nothing where nothing is."""
+    """The same with a small table of the rungs, and over draws; nothing where nothing is asked."""
+    if not ladders(study):
+        return ""
     heading = style.say("beyond", profile=study.profile.name)
-    return f"{heading}\n\n{question_prose(study)}" if contests(study) else ""
+    parts, draws = [heading, ladder_prose(study), _rungs(study)], draws_table(study)
+    return "\n\n".join(parts if draws.empty else [*parts, draws_prose(draws)])
+
+
+def _rungs(study: Study) -> str:
+    """A row per rung: the perplexities, each with its step, and accuracy with its change."""
+    rows: dict[tuple, dict] = {}
+    for row in ladder_table(study).to_dict("records"):
+        cells = rows.setdefault((row["SP"], row["network"]), {k: row[k] for k in ("SP", "network")})
+        step = "" if pd.isna(row[STEP[0]]) else f" ({of_row(row, *STEP).format('%')})"
+        cells[f"perplexity, {row['text']}"] = f"{row['perplexity']:.1f}{step}"
+    for row in accuracy_table(study).to_dict("records"):
+        change = "" if pd.isna(row[ACCURACY]) else f" ({of_row(row, ACCURACY).format()})"
+        rows[row["SP"], row["network"]]["accuracy (%)"] = f"{row['accuracy (%)']:.1f}{change}"
+    return style.markdown(pd.DataFrame(rows.values()))
+
+
+# Over draws of the calibration windows
+
+
+def draws_table(study: Study) -> pd.DataFrame:
+    """The recipe against SliceGPT by size, text and draw, then over all draws.
+
+    Each draw's interval resamples windows, that over all draws the draws too.
+    """
+    rows = []
+    for sp, text in product(ladders(study), study.profile.eval_texts):
+        pairs = study.beyond.draws(sp)
+        for pair in pairs if len(pairs) > 1 else ():
+            levels = [study.perplexity(point, text) for point in pair]
+            change = statistics.perplexity_change(study, *pair, text)
+            seed = str(pair[0].network["calibration"]["seed"])
+            rows.append({**_draw(sp, text, seed, levels), **columns(change, PERPLEXITY)})
+        if len(pairs) > 1:
+            levels = [
+                np.mean([study.perplexity(point, text) for point in points])
+                for points in zip(*pairs, strict=True)
+            ]
+            change = statistics.change_over_draws(study, pairs, text)
+            rows.append({**_draw(sp, text, ALL_DRAWS, levels), **columns(change, PERPLEXITY)})
+    return pd.DataFrame(rows)
+
+
+def _draw(sp: float, text: str, seed: str, levels: list[float]) -> dict:
+    names = ("recipe", SLICEGPT)
+    return {"SP": sp, "text": text, "draw": seed, **dict(zip(names, levels, strict=True))}
+
+
+def draws_prose(table: pd.DataFrame) -> str:
+    """The recipe against SliceGPT over all draws in a sentence (Markdown)."""
+    if table.empty:
+        return style.NONE
+    found = [
+        f"at SP {percent(row['SP'])} on {row['text']} {of_row(row, PERPLEXITY).format('%')}"
+        for row in table[table["draw"] == ALL_DRAWS].to_dict("records")
+    ]
+    return style.say("draws", count=table["draw"].nunique() - 1, changes="; ".join(found))
 
 
 # What else was tried at the last of the sizes
 
 
 def variant_table(study: Study) -> pd.DataFrame:
-    """Perplexity on validation windows of everything that was tried at the last of the sizes."""
-    if not contests(study) or study.profile.selection_windows is None:
+    """Perplexity on validation windows of the rungs and of all that was tried at the last size.
+
+    A variant changes one thing of a rung, and is compared with it and with SliceGPT.
+    """
+    if not ladders(study) or study.profile.selection_windows is None:
         return pd.DataFrame()
-    *_, (sp, contest) = contests(study).items()
-    return pd.DataFrame(
-        {
-            "network": name(point),
-            "parameters (M)": study.size(point) / 1e6,
-            "validation perplexity": study.get(study.selection_request(point)).value["perplexity"],
-            **columns(statistics.selection_change(study, point, contest[0]), PERPLEXITY),
-        }
-        for point in [*contest, *study.beyond.variants(sp)]
-    )
+    *_, (sp, rungs) = ladders(study).items()
+    reference, rows = rung(rungs, SLICEGPT), []
+    for point in [*rungs, *study.beyond.variants(sp)]:
+        varied = None if point in rungs else _varied(point, rungs)
+        row = {"network": name(point), "varies": name(varied) if varied else "-"}
+        row |= statistics.sizes(study, point)
+        value = study.get(study.selection_request(point)).value
+        row["validation perplexity"] = value["perplexity"]
+        change = statistics.selection_change(study, point, varied) if varied else None
+        whole = statistics.selection_change(study, point, reference)
+        rows.append({**row, **columns(change, *VARIED), **columns(whole, *WHOLE)})
+    return pd.DataFrame(rows)
+
+
+def _varied(point: Point, rungs: list[Point]) -> Point:
+    """The rung of which a variant changes one thing."""
+    if "compensation" in point.network:
+        return rung(rungs, BEST_RECIPE)
+    slicegpt = rung(rungs, SLICEGPT)
+    is_constant = point.network["plan"] == slicegpt.network["plan"]
+    return slicegpt if is_constant else rung(rungs, SHARED)
 
 
 def choice_prose(study: Study, table: pd.DataFrame) -> str:
-    """Whether the networks that are compared are those that validation windows would choose."""
-    if not contests(study):
+    """Whether validation windows choose the recipe, and what the variants did (Markdown)."""
+    if not ladders(study):
         return style.NONE
     if table.empty:
         return "This profile has no validation windows, so nothing is chosen in it."
-    *_, (sp, contest) = contests(study).items()
-    ranked = table.sort_values("validation perplexity", ignore_index=True)
-    compared = ranked[ranked["network"].isin(map(name, contest))]
-    best, first = ranked.iloc[0], compared.iloc[0]
-    ours = style.say("choice_ours" if compared.index[0] == 0 else "choice_other", first=first)
-    return style.say("choice", count=len(table), share=percent(sp), best=best, ours=ours)
+    *_, (sp, rungs) = ladders(study).items()
+    tuned = [name(point) for point in rungs if "recovery" in point.network]
+    ranked = table[~table["network"].isin(tuned)].sort_values("validation perplexity")
+    best, recipe = ranked.iloc[0], ranked[ranked["network"] == BEST_RECIPE].iloc[0]
+    ours = style.say("choice_ours" if best.equals(recipe) else "choice_other", recipe=recipe)
+    lines = [style.say("choice", count=len(ranked), share=percent(sp), best=best, ours=ours)]
+    variants = table[table["varies"] != "-"]
+    shuffled = [name(p) for p in study.beyond.variants(sp) if p.schedule == "shuffled"]
+    orders = variants[variants["network"].isin(shuffled)]
+    for said, rows in (("variants", variants), ("orders", orders)):
+        if len(rows):
+            higher, lower = (rows[VARIED[1].format(end)] for end in ("low", "high"))
+            better = ", ".join(rows["network"][lower < 0]) or "none"
+            counts = {"count": len(rows), "worse": int((higher > 0).sum()), "better": better}
+            lines.append(style.say(said, **counts, changes=rows[VARIED[0]].describe()))
+    return "\n\n".join(lines)
 
 
 def widths_figure(study: Study) -> plt.Figure:
-    """The width of the stream at each place, by schedule, at the last of the sizes."""
-    if not contests(study):
+    """The width of the stream at each place, by network, at the last of the sizes.
+
+    Vertical lines are where the recipe takes another basis.
+    """
+    if not ladders(study):
         return style.nothing()
-    *_, (sp, contest) = contests(study).items()
-    figure, axis = style.panels(height=2.2)
-    looks = zip(cycle(["-", "--", ":", "-."]), cycle(COLOURS), strict=False)
-    for point in [*contest, *study.beyond.variants(sp)]:
-        if point.network != {**contest[0].network, "plan": point.network["plan"]}:
-            continue  # compensation and the calibration text leave the widths alone
+    *_, (sp, rungs) = ladders(study).items()
+    calibration, candidates = rungs[0].network["calibration"], study.profile.beyond_candidates
+    tried = [p for p in study.beyond.variants(sp) if p.network["plan"]["schedule"] in candidates]
+    tried = [p for p in tried if p.network["calibration"] == calibration]
+    figure, axis = style.panels(height=2.4)
+    looks = zip(["-", "--", ":", "-."] * 3, [f"C{i}" for i in range(10)], strict=False)
+    for point in [*rungs, *tried]:
+        if {"compensation", "recovery"} & set(point.network):
+            continue  # they leave the widths alone
         value = study.get(study.slice_request(point)).value
         attention = value.get("attention_widths", value["widths"])
         pairs = np.column_stack((attention, value["widths"])).ravel()
-        places = np.arange(len(pairs)) / 2
         line, colour = next(looks)
-        axis.step(places, pairs, line, where="mid", color=colour, label=point.schedule)
+        at = np.arange(len(pairs)) / 2
+        axis.step(at, pairs, line, where="mid", color=colour, label=name(point))
+    layers, asked = len(value["widths"]), study.profile.beyond_basis_layers
+    for layer in np.cumsum(basis_groups(1, layers, asked, study.lr()))[:-1]:
+        axis.axvline(layer - 0.25, color="0.6", linewidth=0.8, zorder=0)
     axis.set(xlabel="layer (MLP half a layer later)", ylabel=f"width, size of SP {percent(sp)}")
     style.whole_numbers(axis)
-    axis.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
 def places_figure(study: Study) -> plt.Figure | None:
     """The rise of the loss by place, cut less or more than all others.
 
-    None where no schedule is `sensitivity`, which rests on these losses.
+    None where no candidate is `sensitivity`, which rests on these losses.
     """
-    schedules = (*study.profile.beyond_schedules, *study.profile.beyond_candidates)
-    if not contests(study) or "sensitivity" not in schedules:
+    if not ladders(study) or "sensitivity" not in study.profile.beyond_candidates:
         return None
-    value = study.get(study.beyond.places_request([*contests(study)][-1])).value
+    value = study.get(study.beyond.places_request([*ladders(study)][-1])).value
     table = pd.DataFrame(rises(value))
     figure, axis = style.panels(height=2.2)
     for share, form in zip(value["shares"], ("oC0", "vC1"), strict=True):
@@ -213,42 +357,4 @@ def places_figure(study: Study) -> plt.Figure | None:
     axis.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
     style.whole_numbers(axis)
     axis.legend()
-    return figure
-
-
-# Recovery fine-tuning
-
-
-def recovery_table(study: Study) -> pd.DataFrame:
-    """Closed form and fine-tuning: minutes, perplexity, and its change from plain slicing."""
-    if not contests(study) or not study.profile.recovery_steps:
-        return pd.DataFrame()
-    *_, (sp, contest) = contests(study).items()
-    constant = [p for p in contest if p.schedule == "constant"]
-    return pd.DataFrame(
-        {
-            "network": name(point),
-            "minutes": study.get(study.slice_request(point)).seconds / 60,
-            **_perplexity(study, point, constant[0], text),
-        }
-        for text in study.profile.eval_texts
-        for point in [*constant, *study.beyond.recovered(sp)]
-    )
-
-
-def recovery_figure(table: pd.DataFrame) -> plt.Figure:
-    """Change of perplexity against minutes, a panel per text."""
-    if table.empty:
-        return style.nothing()
-    texts = list(table.groupby("text", sort=False))
-    figure, axes = style.panels(1, len(texts), squeeze=False)
-    for axis, (text, rows) in zip(axes[0], texts, strict=True):
-        networks = rows.groupby("network", sort=False)
-        for (label, row), marker, colour in zip(networks, "D^vs", COLOURS, strict=False):
-            look = (marker, colour, label)
-            style.points_with_intervals(axis, row["minutes"], row, PERPLEXITY, *look)
-        axis.set(xlabel="minutes (slicing and fine-tuning)", ylabel=f"perplexity (%), {text}")
-        style.zero_line(axis)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=2)
     return figure

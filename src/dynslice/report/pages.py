@@ -37,6 +37,7 @@ def deviations_block(study: Study) -> str:
     """
     p, dense, constant = study.profile, study.points()[0], study.ablation.ablated()[0]
     sliced = study.get(study.slice_request(constant)).value
+    largest = study.design.points_at([max(p.slice_percentages)], [])[-1]
     last_layers = (study.lr(study.lr_request(last_layer=end))[-1] for end in ("raw", "normed"))
     networks = ablations.ablation_table(study).drop_duplicates("varied").set_index("varied")
     dynamic = [point for point in study.points() if point.schedule == "dynamic"]
@@ -50,6 +51,8 @@ def deviations_block(study: Study) -> str:
         "validation": study.get(study.selection_request(dense)).value,
         "centred": study.get(study.ablation.centred_request()).value,
         "constant": constant,
+        "layout": {"network": largest.label, **statistics.sizes(study, largest)},
+        "dense_size": sliced["parameters_dense"] / 1e6,
         "stored": sliced["parameters"] / 1e6,
         "shortcuts": sliced["shortcut_parameters"] / 1e6,
         "largest": max(max(plan["final_slice"]) for plan in plans),

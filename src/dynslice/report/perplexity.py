@@ -10,7 +10,7 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.comparison import BY, SAYS
-from dynslice.report.statistics import PERPLEXITY, columns
+from dynslice.report.statistics import PERPLEXITY, SIZE, UNTIED, columns
 
 LEGEND_COLUMNS = 4
 
@@ -25,7 +25,7 @@ def perplexity_table(study: Study) -> pd.DataFrame:
             "SP": point.slice_percentage,
             "SB": point.slice_base,
             "mean slice": study.get(study.slice_request(point)).value["mean_slice"],
-            "parameters (M)": study.size(point) / 1e6,
+            **statistics.sizes(study, point),
             "text": text,
             **columns(statistics.perplexity(study, point, text), "perplexity"),
             "windows": study.get(study.perplexity_request(point, text)).value["windows"],
@@ -47,7 +47,7 @@ def perplexity_comparison(study: Study) -> pd.DataFrame:
             "SB": a.slice_base,
             BY: basis,
             "text": text,
-            "size (%)": 100 * (study.size(a) / study.size(b) - 1),
+            **statistics.size_changes(study, a, b),
             **columns(statistics.perplexity_change(study, a, b, text), PERPLEXITY, says=SAYS),
         }
         for a, b, basis in statistics.pairs(study.points())
@@ -74,10 +74,17 @@ def perplexity_figure(table: pd.DataFrame) -> plt.Figure:
 
 def size_prose(table: pd.DataFrame) -> str:
     """How the sliced networks compare with the dense one in what they store, as Markdown."""
-    networks = table.drop_duplicates("network").set_index("schedule")["parameters (M)"]
-    dense, sliced = networks["dense"], networks.drop("dense")
+    networks = table.drop_duplicates("network").set_index("schedule")
+    dense, sliced = networks.loc["dense", SIZE], networks.drop("dense")
+    counts = {
+        name: {"more": int((sizes > dense).sum()), **sizes.describe()}
+        for name, sizes in (("stored", sliced[SIZE]), ("untied", sliced[UNTIED].astype(float)))
+    }
     name = "size_of_one" if len(sliced) == 1 else "size_of_several"
-    return style.say(name, dense=dense, sliced=sliced.describe(), more=int((sliced > dense).sum()))
+    found = style.say(name, dense=dense, **counts)
+    if counts["stored"] == counts["untied"]:
+        return f"{found} {style.say('size_is_untied')}"
+    return f"{found} {style.say(f'{name}_untied', dense=dense, **counts)}"
 
 
 # Choosing the slice base

@@ -3,7 +3,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogLocator, NullLocator
 from scipy import stats
 
 from dynslice.experiment.profile import percent
@@ -79,10 +78,8 @@ def figure(losses: pd.DataFrame) -> plt.Figure:
     if (losses["low"] > 0).all():
         left.set_yscale("log")
     for axis in (left.xaxis, left.yaxis):
-        if axis.get_scale() == "log":  # 1, 2, 5, 10 ...
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter("{x:g}")
+        if axis.get_scale() == "log":
+            style.log_ticks(axis, 1, 2, 5)
     right.set(xlabel="layer")
     style.whole_numbers(right)
     return fig

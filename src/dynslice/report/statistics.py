@@ -16,6 +16,7 @@ CONFIDENCE, RESAMPLES = 0.95, 9999
 INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap interval, {RESAMPLES:,} resamples, seed 0"
 
 PERPLEXITY, ACCURACY = "perplexity (%)", "accuracy (points)"  # the columns of changes
+SIZE, UNTIED = "parameters (M)", "parameters, untied (M)"  # and those of sizes
 EQUAL_SLICE, EQUAL_SIZE = BASES = ("equal mean slice", "equal stored parameters")
 
 Pair = tuple[Point, Point, str]
@@ -81,6 +82,25 @@ def pairs(
     ]
 
 
+def sizes(study: Study, point: Point) -> dict[str, float | None]:
+    """Stored parameters in millions, and with embedding and head apart, as published.
+
+    The latter is None of the dense model, which is stored as it is.
+    """
+    value = study.get(study.slice_request(point)).value
+    untied = value.get("parameters_untied")
+    return {SIZE: value["parameters"] / 1e6, UNTIED: untied and untied / 1e6}
+
+
+def size_changes(study: Study, a: Point, b: Point) -> dict[str, float]:
+    """How much more a stores than b in percent, in both counts of `sizes`."""
+    names = {"size (%)": SIZE, "size, untied (%)": UNTIED}
+    sizes_of = [sizes(study, point) for point in (a, b)]
+    return {
+        name: 100 * (sizes_of[0][count] / sizes_of[1][count] - 1) for name, count in names.items()
+    }
+
+
 # Perplexity
 
 
@@ -107,7 +127,20 @@ def nll(study: Study, request: Request) -> np.ndarray:
 
 def relative_change(a: np.ndarray, b: np.ndarray) -> Estimate:
     """Perplexity of a relative to b in percent from NLL by window: exp(mean difference) - 1."""
-    return mean(a - b).map(lambda x: 100 * np.expm1(x))
+    return mean(a - b).map(_percent)
+
+
+def change_over_draws(study: Study, pairs: list[tuple[Point, Point]], text: str) -> Estimate:
+    """Perplexity of a relative to b in percent over draws of the calibration windows.
+
+    pairs: (a, b) of each draw. The interval resamples draws and windows (`mean_over_draws`).
+    """
+    losses = [[nll(study, study.perplexity_request(p, text)) for p in pair] for pair in pairs]
+    return mean_over_draws(np.array([a - b for a, b in losses])).map(_percent)
+
+
+def _percent(difference: float) -> float:
+    return 100 * np.expm1(difference)
 
 
 def curve_change(study: Study, point: Point, text: str) -> Estimate | None:
@@ -208,6 +241,20 @@ def mean(*samples: np.ndarray) -> Estimate:
         return (means + alone) / len(samples)
 
     return Estimate(estimate, *bootstrap(tuple(several), mean_of_means, paired=False))
+
+
+def mean_over_draws(samples: np.ndarray) -> Estimate:
+    """The mean of samples [draws, windows]; its interval resamples draws, and windows within.
+
+    All draws read the same windows, so one resample takes the same windows of each of its draws:
+    what makes a window hard does not average out over draws.
+    """
+    rng = np.random.default_rng(0)
+    # How often each draw and each window is taken: the same as taking them one by one.
+    drawn, read = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) for n in samples.shape)
+    means = np.sum(drawn @ samples * read, axis=1) / samples.size
+    bounds = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(*(float(x) for x in (samples.mean(), *bounds)))
 
 
 def bootstrap(samples: tuple, statistic: Callable, paired: bool) -> tuple[float, float]:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import yaml
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from dynslice.core import files, paths
 from dynslice.experiment.profile import percent
@@ -72,6 +73,8 @@ def interval_note(table: pd.DataFrame) -> str:
     of_items = "task" in table.columns or "accuracy (points)" in table.columns
     resampled = "items resampled" if of_items else "windows resampled"
     paired = " in pairs" if "(%)" in names or "(points)" in names else ""  # a difference
+    if "draw" in table.columns:
+        paired += ", over all draws the draws of calibration windows too"
     return f"low, high: {statistics.INTERVAL}, {resampled}{paired}."
 
 
@@ -141,6 +144,13 @@ def lr_curves(axis: plt.Axes, table: pd.DataFrame) -> None:
     whole_numbers(axis)
     axis.set(xlabel="layer", ylabel="layer redundancy (cosine)")
     axis.legend()
+
+
+def log_ticks(axis: Axis, *digits: int) -> None:
+    """Plain numbers on a logarithmic axis: these digits times powers of ten."""
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def whole_numbers(axis: plt.Axes) -> None:

@@ -12,7 +12,7 @@ from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
 from dynslice.report.comparison import BY, SAYS
-from dynslice.report.statistics import ACCURACY, columns
+from dynslice.report.statistics import ACCURACY, SIZE, UNTIED, columns
 
 MARGIN = ("margin", "margin {}")  # the columns of a margin and of its interval
 
@@ -31,7 +31,7 @@ def task_table(study: Study) -> pd.DataFrame:
             "schedule": point.schedule,
             "SP": point.slice_percentage,
             "SB": point.slice_base,
-            "parameters (M)": study.size(point) / 1e6,
+            **statistics.sizes(study, point),
             **_scores(study, point, tasks, name),
         }
         for point in study.task_points()
@@ -81,14 +81,19 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
-    """The task table for reading: a row per task, a column per network, `45.0 [38.0, 52.0]`."""
+    """The task table for reading: a row per task, a column per network, `45.0 [38.0, 52.0]`.
+
+    Below it, what each network stores in millions of parameters.
+    """
     if table.empty:
         return table
     text = [f"{r.accuracy:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in table.itertuples()]
     view = table.assign(text=text).pivot_table(
         index="task", columns="network", values="text", aggfunc="first"
     )
-    return view.loc[table["task"].unique(), table["network"].unique()]
+    sizes = table.drop_duplicates("network").set_index("network")[[SIZE, UNTIED]].T
+    sizes = sizes.map(lambda x: "-" if pd.isna(x) else f"{x:.1f}")
+    return pd.concat([view.loc[table["task"].unique()], sizes])[table["network"].unique()]
 
 
 def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
