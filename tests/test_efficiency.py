@@ -224,6 +224,7 @@ def speeds():
     points = [Point(schedule, 0.3, 0.0, {}) for schedule in ("constant", "dynamic")]
     rows = [efficiency._speed_row(p, value, step) for p in points for step in ("prefill", "decode")]
     sizes = {"network": [p.label for p in points], "SP": 0.3, "parameters (M)": [50.0, 55.0]}
+    sizes["parameters, untied (M)"] = [60.0, 75.0]
     return pd.DataFrame(rows), pd.DataFrame(sizes)
 
 
@@ -249,6 +250,7 @@ def test_equal_work_is_told_from_equal_size():
     text = efficiency.work_prose(*speeds())
     assert "by +0.0 to +0.0 % in what it needs" in text
     assert "by +10.0 to +10.0 % in what it stores" in text
+    assert "that would be +25.0 to +25.0 %" in text
     assert efficiency.work_prose(pd.DataFrame(), speeds()[1]) == ""
 
 

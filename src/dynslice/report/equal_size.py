@@ -206,7 +206,8 @@ def _rungs(study: Study) -> str:
         step = "" if pd.isna(row[STEP[0]]) else f" ({of_row(row, *STEP).format('%')})"
         cells[f"perplexity, {row['text']}"] = f"{row['perplexity']:.1f}{step}"
     for row in accuracy_table(study).to_dict("records"):
-        change = "" if pd.isna(row[ACCURACY]) else f" ({of_row(row, ACCURACY).format()})"
+        has_change = row["network"] not in (DENSE.schedule, SLICEGPT)
+        change = f" ({of_row(row, ACCURACY).format()})" if has_change else ""
         rows[row["SP"], row["network"]]["accuracy (%)"] = f"{row['accuracy (%)']:.1f}{change}"
     return style.markdown(pd.DataFrame(rows.values()))
 
