@@ -18,7 +18,7 @@ from dynslice.method.activations import Activations, BlockInPlace, run_block
 from dynslice.method.numerics import TINY, add_gram
 from dynslice.method.slicing import Step
 
-RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)  # that held-out calibration tokens choose from
+RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # that held-out calibration tokens choose from
 SKETCH = 64  # random directions of the stream in which they are compared
 
 
