@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from dynslice.method.activations import Activations, BlockInPlace, run_block
 from dynslice.method.numerics import TINY, add_gram
 from dynslice.method.slicing import Step
 
-RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # that held-out calibration tokens choose from
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # that held-out calibration tokens choose from
+START = 3.0
 SKETCH = 64  # random directions of the stream in which they are compared
 
 
@@ -72,7 +73,7 @@ class Regression:
     """Ridge regression of what the stream [.., d] lacks on the inputs [.., k], batch by batch.
 
     sizes: how many inputs belong to each matrix, k in all. Sums are kept in two halves, of windows
-    in turn, so that each can judge what the other one gives. Products are float32, as the ridge
+    in turn, so that one can judge what the other one gives. Products are float32, as the ridge
     keeps the system well conditioned; sums and solution are float64.
     """
 
@@ -97,30 +98,33 @@ class Regression:
     def choose(self) -> float | None:
         """The ridge of RIDGES with the least held-out error; None where no one lowers it.
 
-        A single window leaves nothing to judge by, so it corrects nothing.
-
-        The squared error that D leaves on the other half is tr(D^T G D) - 2 tr(D^T C), up to what
-        is missing anyway. Compared in SKETCH random directions, and from large ridges to smaller
-        ones as long as it falls.
+        D comes from one half. The squared error that it leaves on the other one, up to what is
+        missing anyway, is tr(D^T G D) - 2 tr(D^T C), compared in SKETCH random directions. From
+        START the ridges go up or down as long as it falls. A single window leaves nothing to judge
+        by, so it corrects nothing.
         """
         d = self._crosses[0].shape[1]
         directions = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(0))
         sketch = directions.to(self._crosses[0]) if d > SKETCH else None
-        grams = [gram.float() for gram in self._grams]
-        crosses = [(c if sketch is None else c @ sketch).float() for c in self._crosses]
-        best, least = None, 0.0
-        for ridge in RIDGES:
-            error = 0.0
-            for fit, test in ((0, 1), (1, 0)):
-                D = _solution(grams[fit].clone(), crosses[fit], self._penalties(ridge).float())
-                if D is None:
-                    return best
-                GD = torch.triu(grams[test]) @ D + torch.triu(grams[test], 1).T @ D
-                error += ((D * GD).sum() - 2 * (D * crosses[test]).sum()).item()
-            if error >= least:
-                break
-            best, least = ridge, error
-        return best
+        fit, test = (gram.float() for gram in self._grams)
+        C, unseen = ((c if sketch is None else c @ sketch).float() for c in self._crosses)
+        above = torch.triu(test, 1)
+        test.triu_()
+
+        @cache
+        def error(place: int) -> float:
+            if not 0 <= place < len(RIDGES):
+                return math.inf
+            D = _solution(fit.clone(), C, self._penalties(RIDGES[place]).float())
+            if D is None:
+                return math.inf
+            return ((D * (test @ D + above.T @ D)).sum() - 2 * (D * unseen).sum()).item()
+
+        best = RIDGES.index(START)
+        step = 1 if error(best + 1) < error(best) else -1
+        while error(best + step) < error(best):
+            best += step
+        return RIDGES[best] if error(best) < 0 else None
 
     def solve(self, ridge: float) -> Tensor:
         """D [k, d] in float64, so that z D comes near to what is missing; used up by it.
