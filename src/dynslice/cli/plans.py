@@ -73,7 +73,7 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
             )
         measured_lr = lr_of(lr)
     rises = _rises(options, losses) if schedule == "sensitivity" else None
-    layout, round_to = _layout(options, shape, measured_lr), _round_to(options)
+    layout, round_to = _layout(options, shape, measured_lr), _round_to(options, shape)
     share, base = options.slice_percentage, options.slice_base or 0.0
     if options.size is None and schedule == "constant":
         return constant(shape, share, round_to, layout=layout)
@@ -113,17 +113,16 @@ def _layout(options, shape: ModelDims, lr: Sequence[float] | None) -> Layout:
     return Layout(tied=shape.tied and not options.untie, basis_groups=groups)
 
 
-def _round_to(options) -> int:
+def _round_to(options, shape: ModelDims) -> int:
     """The multiple for widths; those of a plain checkpoint are ones that transformers takes."""
     if not options.plain:
         return options.round_to or 8
     from dynslice.inputs import models
-    from dynslice.method.architectures import plain_multiple
+    from dynslice.method.architectures import check_plain
 
-    if not options.model:
-        raise RequestError("--plain needs --model, whose heads decide the widths; add it")
-    heads = plain_multiple(models.load_config(options.model, options.revision))
-    return math.lcm(heads, options.round_to or 1)
+    if options.model:
+        check_plain(models.load_config(options.model, options.revision))
+    return math.lcm(shape.heads or 1, options.round_to or 1)
 
 
 _UNITS = {"K": 3, "M": 6, "B": 9, "KB": 3, "MB": 6, "GB": 9}  # powers of ten
@@ -159,7 +158,8 @@ def measures_lr(options) -> bool:
             "--stream has no whole model to measure LR on; run `dynslice lr --out lr.json` and "
             "give --lr lr.json"
         )
-    shape, round_to, base = dims(options), _round_to(options), options.slice_base or 0.0
+    shape, base = dims(options), options.slice_base or 0.0
+    round_to = _round_to(options, shape)
     if options.size is None:
         check_request(shape, options.slice_percentage, base, round_to)
     _budget(options, shape, round_to, _layout(options, shape, None))

@@ -15,6 +15,7 @@ UNTIED, SLICEGPT, LR, SHARED, BEST_RECIPE = LEVERS = (
     "shared bases",
     "compensation",
 )
+PLAIN = "ordinary checkpoint"
 
 
 class EqualSize:
@@ -51,6 +52,21 @@ class EqualSize:
         note = f"{p.recovery_steps} steps of LoRA"
         best = self._at_size(slice_percentage, note, "lr", self._shared, {})
         return [replace(best, network={**best.network, "recovery": recovery})]
+
+    def plain(self, slice_percentage: float) -> list[Point]:
+        """The published layout at its own size, and ordinary checkpoints that store no more.
+
+        Nothing where the profile asks for none. A family without such checkpoints fails there.
+        """
+        if not self.profile.beyond_plain:
+            return []
+        budget = replace(self.design.constant(slice_percentage), layout=None)
+        ordinary = WithinBudget("constant", budget, layout={"plain": True})
+        return [
+            self._point(budget, slice_percentage, f"{UNTIED}, as published", None),
+            self._point(ordinary, slice_percentage, PLAIN, None),
+            self._point(ordinary, slice_percentage, f"{PLAIN}, compensation", {}),
+        ]
 
     def draws(self, slice_percentage: float) -> list[tuple[Point, Point]]:
         """(recipe, SliceGPT) of one size, for each draw of the calibration windows."""
@@ -129,6 +145,8 @@ class EqualSize:
             requests += [*design.candidate_requests(point), *design.reported_requests(point)]
             requests += [*design.accuracy_requests(point), *self.speed_requests(point)]
         for point in (point for sp in sizes for pair in self.draws(sp) for point in pair):
+            requests += [design.slice_request(point), *design.reported_requests(point)]
+        for point in (point for sp in sizes for point in self.plain(sp)):
             requests += [design.slice_request(point), *design.reported_requests(point)]
         for sp in sizes[-1:]:
             for point in self.variants(sp):

@@ -165,9 +165,10 @@ class WithinBudget(PlanSpec):
                 return plan.of_places("search", *found)
             is_lr = request.kind == "lr"
             known = {"lr": scores_of(value["layers"])} if is_lr else {"rises": rises(value)}
-        known |= {"layout": layout_of(self.layout, dims, known.get("lr"))}
-        known |= {"slice_base": self.slice_base or 0.0}
-        evidence = schedules.Evidence(dims, budget.round_to, **known)
+        layout = layout_of(self.layout, dims, known.get("lr"))
+        known |= {"layout": layout, "slice_base": self.slice_base or 0.0}
+        round_to = dims.heads or 1 if layout.plain else budget.round_to
+        evidence = schedules.Evidence(dims, round_to, **known)
         return schedules.within(self.schedule, evidence, budget.parameters)
 
 

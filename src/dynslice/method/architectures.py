@@ -88,6 +88,7 @@ def dims_of(config) -> ModelDims:
         position_rows=positions or 0,
         tied=head.weight is embedding.weight,
         final_scale=final_scale,
+        heads=0 if _obstacle_to_plain(config) else config.num_attention_heads,
     )
 
 
@@ -95,9 +96,10 @@ def check_plan(config, plan: SlicePlan) -> None:
     """Raise RequestError when a plan was made for a model of another shape."""
     require_dense(config, "slicing")
     shape = dims_of(config)
-    for name in plan.shape.known:
-        here, planned = getattr(shape, name), getattr(plan.shape, name)
-        if here != planned:
+    for name, planned in vars(plan.shape).items():
+        here = getattr(shape, name)
+        is_new = name in ("tied", "final_scale", "heads")  # a file of an earlier version lacks it
+        if here != planned and (planned or not is_new):
             raise RequestError(
                 f"the plan was made for another model ({name} {planned}, here {here}); make it "
                 "anew with `dynslice plan`"
@@ -143,21 +145,20 @@ def _narrower(model: PreTrainedModel, plan: SlicePlan) -> dict:
     }
 
 
-def plain_multiple(config) -> int:
-    """What the width of an ordinary checkpoint must be a multiple of: the number of heads.
-
-    Raises RequestError with the reason when no ordinary checkpoint of the family can be a slice.
-    """
-    family, reason = family_of(config), None
-    if not hasattr(config, "rms_norm_eps"):
-        reason = "its norms (LayerNorm) take away a mean over the full width"
-    elif family.norm_offset:
-        reason = "its embedding is scaled by the hidden size"
-    if reason:
+def check_plain(config) -> None:
+    """Raise RequestError with the reason when no ordinary checkpoint of a family can be a slice."""
+    if reason := _obstacle_to_plain(config):
         raise RequestError(
             f"a model of type {config.model_type!r} has no plain slice: {reason}; leave --plain out"
         )
-    return config.num_attention_heads
+
+
+def _obstacle_to_plain(config) -> str | None:
+    if not hasattr(config, "rms_norm_eps"):
+        return "its norms (LayerNorm) take away a mean over the full width"
+    if family_of(config).norm_offset:
+        return "its embedding is scaled by the hidden size"
+    return None
 
 
 def obstacle(config: PretrainedConfig) -> str | None:

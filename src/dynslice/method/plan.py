@@ -30,7 +30,8 @@ class ModelDims:
     features of its reading maps; the summed input features of its writing maps, plus one for each
     bias). `fixed` is what slicing leaves alone, `position_rows` the rows of learned positions.
     `tied`: whether embedding and head are one table; `final_scale` is the scale of the last norm,
-    which only a head of its own takes up.
+    which only a head of its own takes up. `heads`: of attention, whose number
+    divides the width of an ordinary checkpoint; 0 where none can be a slice.
     """
 
     hidden_size: _Positive
@@ -43,6 +44,7 @@ class ModelDims:
     position_rows: _Count = 0
     tied: bool = False
     final_scale: _Count = 0
+    heads: _Count = 0
 
     def __post_init__(self):
         if len(self.reads) != len(self.writes):
@@ -50,11 +52,6 @@ class ModelDims:
                 f"the shape of the model has {len(self.reads)} blocks that read and "
                 f"{len(self.writes)} that write; make the file anew with `dynslice lr`"
             )
-
-    @property
-    def known(self) -> list[str]:
-        """The names of what is said: a file of an earlier version does not say `tied`."""
-        return [name for name in vars(self) if self.tied or name not in ("tied", "final_scale")]
 
     @classmethod
     def from_dict(cls, values: dict | None) -> "ModelDims":
@@ -117,6 +114,11 @@ class SlicePlan:
             )
         if layout.plain and len({*self.attention_widths, *self.mlp_widths}) > 1:
             raise RequestError("a plain checkpoint has one hidden size; slice all layers equally")
+        if layout.plain and (not self.shape.heads or self.widths[0] % self.shape.heads):
+            raise RequestError(
+                f"a width of {self.widths[0]} makes no plain checkpoint of this model, which needs "
+                f"a multiple of {self.shape.heads} (0: it has none); make the plan with --plain"
+            )
 
     @property
     def attention_widths(self) -> tuple[int, ...]:
