@@ -13,6 +13,9 @@ from safetensors import safe_open
 
 from dynslice.core import assets, paths
 from dynslice.evaluate import harness, task_table
+from dynslice.extensions.compensation import RIDGES
+from dynslice.extensions.schedules import BEST
+from dynslice.method.layout import basis_groups
 
 MODEL = ["--model", "embedded:tiny-random"]
 
@@ -155,7 +158,8 @@ def test_without_json_a_table_is_printed(ask):
     status, stdout, stderr = ask("plan", *MODEL, "--slice-percentage", 0.25)
     assert (status, stderr) == (0, "")
     assert "mean slice 0.2500" in stdout
-    assert len(stdout.splitlines()) == 6  # heading, four layers, sum
+    assert "with embedding and head apart 160,624 parameters" in stdout
+    assert len(stdout.splitlines()) == 7  # heading, four layers, sums of both layouts
 
 
 def test_dropped_tokens_are_said(ask):
@@ -181,11 +185,16 @@ def test_slice_compensates(result, tmp_path):
     plain = result(*asked, "--out", tmp_path / "plain")
     ours = result(*asked, "--compensate", "--ridge", 0.5, "--out", out)
     assert plain["compensation"] is None
-    assert ours["compensation"] == {"ridge": 0.5, "shortcut": True}
+    assert ours["compensation"] == {"ridge": 0.5, "shortcut": True, "chosen": [0.5] * 8}
     assert stored_in(out) == ours["parameters"] == plain["parameters"]
     assert json.loads((out / "slice.json").read_text())["compensation"]["ridge"] == 0.5
     default = result(*asked, "--compensate", "--out", tmp_path / "default")
-    assert default["compensation"]["ridge"] == 0.1
+    assert default["compensation"]["ridge"] is None
+    chosen = default["compensation"]["chosen"]
+    assert len(chosen) == 8
+    assert {*chosen} <= {None, *RIDGES}
+    saved = json.loads((tmp_path / "default" / "slice.json").read_text())
+    assert saved["compensation"] == default["compensation"]
     text = ["--text", "text.txt", "--window", 64, "--windows", 4]
     nll = [result("ppl", "--model", tmp_path / name, *text)["nll_mean"] for name in ("plain", out)]
     assert nll[0] != nll[1]
@@ -290,6 +299,158 @@ def test_slice_streams_a_compensation(result, tmp_path):
     check_same_tensors(tmp_path / "whole", tmp_path / "streamed")
 
 
+# Sizes, layouts and recipes
+
+
+def test_what_a_compensation_chose_is_said(ask, monkeypatch, tmp_path):
+    asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION, "--compensate"]
+    _, given, _ = ask(*asked, "--ridge", 0.5, "--out", tmp_path / "given")
+    assert given.endswith("compensated 8 of 8 blocks, with ridges from 0.5 to 0.5\n")
+    one = ["--windows", 1, "--out", tmp_path / "one"]  # it has nothing to judge by
+    _, none, _ = ask(*asked, *one)
+    assert "compensated 0 of 8 blocks: held-out calibration windows showed no gain" in none
+
+
+@pytest.mark.parametrize("layout", [[], ["--untie"], ["--basis-layers", 2], ["--plain"]])
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        (["0.84"], 138_163),  # of 164,480
+        (["150K"], 150_000),
+        (["0.0006GB"], 150_000),  # in float32
+        (["0.28MB", "--dtype", "bfloat16"], 140_000),
+        (["0.14m"], 140_000),
+    ],
+)
+def test_a_size_is_a_share_a_count_or_bytes(size, parameters, layout, result):
+    plan = result("plan", *MODEL, "--size", *size, *layout)
+    assert 0.95 * parameters < plan["parameters"] <= parameters
+    assert plan["layout"]["tied"] == (layout == [] or layout[0] == "--basis-layers")
+    # As much as fits: the next wider plan does not.
+    unit = 4 if layout == ["--plain"] else 8 / 4
+    wider = plan["slice_percentage"] - unit / 64
+    more = result("plan", *MODEL, "--slice-percentage", wider, *layout)
+    assert more["parameters"] > parameters
+
+
+def test_a_slice_of_a_size_stores_no_more(result, tmp_path):
+    out = tmp_path / "sliced"
+    sliced = result("slice", *MODEL, "--size", "140K", *CALIBRATION, "--out", out)
+    assert 0.95 * 140_000 < stored_in(out) == sliced["parameters"] <= 140_000
+
+
+def test_a_tied_model_is_sliced_into_one_table_unless_it_is_untied(result, tmp_path):
+    asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION]
+    tied = result(*asked, "--out", tmp_path / "tied")
+    apart = result(*asked, "--untie", "--out", tmp_path / "apart")
+    assert (tied["layout"]["tied"], apart["layout"]["tied"]) == (True, False)
+    assert tied["parameters"] == stored_in(tmp_path / "tied") == 151_424
+    assert apart["parameters"] == stored_in(tmp_path / "apart") == 160_624
+    assert tied["parameters_untied"] == apart["parameters_untied"] == 160_624
+    text = ["--text", "text.txt", "--window", 64, "--windows", 4]
+    one, two = (
+        result("ppl", "--model", tmp_path / name, *text)["perplexity"] for name in ("tied", "apart")
+    )
+    assert one == pytest.approx(two, rel=1e-5)
+    untied = ["--model", "embedded:tiny-llama-3", "--slice-percentage", 0.25]
+    assert not result("plan", *untied)["layout"]["tied"]
+
+
+def test_the_best_recipe_needs_a_model_a_size_and_a_text(ask, result, tmp_path):
+    out = tmp_path / "best"
+    asked = ["slice", *MODEL, "--size", 0.84, *CALIBRATION, "--recipe", "best"]
+    best = result(*asked, "--out", out)
+    text = ["--text", "text.txt", "--window", 64, "--stride", 64, "--max-tokens", 256]
+    lr = result("lr", *MODEL, *text, "--out", tmp_path / "lr.json")
+    groups = basis_groups(2, 4, BEST["basis_layers"], [layer["lr"] for layer in lr["layers"]])
+    assert best["schedule"] == BEST["schedule"] == "lr"
+    assert best["layout"] == {"tied": True, "basis_groups": list(groups), "plain": False}
+    assert best["compensation"]["ridge"] is None
+    assert len(best["compensation"]["chosen"]) == 8
+    assert stored_in(out) == best["parameters"] <= 0.84 * 164_480
+    assert json.loads((out / "slice.json").read_text())["recipe"] == "best"
+    # The same by its parts.
+    parts = ["--schedule", "lr", "--lr", tmp_path / "lr.json", "--compensate"]
+    parts += ["--basis-layers", BEST["basis_layers"], "--out", tmp_path / "parts"]
+    result("slice", *MODEL, "--size", 0.84, *CALIBRATION, *parts)
+    check_same_tensors(out, tmp_path / "parts")
+    # A GPU or not: a tasks run and a pass over a text work on it.
+    assert (
+        result("tasks", "--model", out, "--tasks", "piqa", "--limit", 2)["tasks"]["piqa"]["n"] == 2
+    )
+
+
+def test_options_go_before_the_recipe(result, tmp_path):
+    asked = ["slice", *MODEL, "--size", 0.84, *CALIBRATION, "--recipe", "best"]
+    own = ["--schedule", "constant", "--basis-layers", 1, "--untie", "--ridge", 0.5]
+    made = result(*asked, *own, "--out", tmp_path / "own")
+    assert (made["schedule"], made["measured_lr"]) == ("constant", False)
+    assert made["layout"] == {"tied": False, "basis_groups": [2, 2, 2, 2], "plain": False}
+    assert made["compensation"]["chosen"] == [0.5] * 8
+    plain = result(*asked, "--plain", "--out", tmp_path / "plain")
+    assert (plain["schedule"], plain["layout"]["plain"]) == ("constant", True)
+    assert len(plain["compensation"]["chosen"]) == 8
+
+
+def test_the_published_recipe_is_what_is_made_without_one(result, tmp_path):
+    asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION]
+    result(*asked, "--out", tmp_path / "none")
+    result(*asked, "--recipe", "published", "--out", tmp_path / "published")
+    check_same_tensors(tmp_path / "none", tmp_path / "published")
+
+
+@pytest.mark.parametrize("compensated", [[], ["--compensate"]])
+def test_a_plain_slice_is_an_ordinary_checkpoint(compensated, ask, result, tmp_path):
+    out, asked = tmp_path / "plain", ["slice", *MODEL, "--plain", *CALIBRATION, *compensated]
+    status, stdout, stderr = ask(*asked, "--size", 0.84, "--out", out)
+    assert status == 0, stderr
+    config = json.loads((out / "config.json").read_text())
+    width = config["hidden_size"]
+    assert f"an ordinary checkpoint of hidden size {width}, which transformers loads" in stdout
+    assert (config["model_type"], "auto_map" in config) == ("llama", False)
+    assert config["head_dim"] == 16
+    assert width % 4 == 0  # the number of heads
+    assert 0.95 * 0.84 * 164_480 < stored_in(out) <= 0.84 * 164_480
+    assert not list(out.glob("*.py"))
+    tasks = result("tasks", "--model", out, "--tasks", "piqa", "--limit", 2)["tasks"]
+    assert tasks["piqa"]["n"] == 2
+    result(*asked, "--size", 0.84, "--stream", "--out", tmp_path / "streamed")
+    check_same_tensors(out, tmp_path / "streamed")
+
+
+def test_a_grouped_slice_is_streamed(result, tmp_path):
+    asked = ["slice", *MODEL, "--size", "140K", *CALIBRATION, "--basis-layers", "all"]
+    for extra in ([], ["--compensate"]):
+        folders = [tmp_path / f"{name}{len(extra)}" for name in ("whole", "streamed")]
+        result(*asked, *extra, "--out", folders[0])
+        result(*asked, *extra, "--stream", "--out", folders[1])
+        check_same_tensors(*folders)
+
+
+def test_files_of_an_earlier_version_still_serve(result, tmp_path):
+    """They know neither of one table nor of layouts."""
+    result("lr", *MODEL, "--text", "page.txt", "--window", 64, "--out", tmp_path / "lr.json")
+    amounts = ["--slice-percentage", 0.3, "--lr", tmp_path / "lr.json", "--untie"]
+    plan = result("plan", *MODEL, *amounts, "--out", tmp_path / "plan.json")
+    for name in ("lr.json", "plan.json"):
+        values = json.loads((tmp_path / name).read_text())
+        for key in {*values["shape"]} & {"tied", "final_scale", "heads"}:
+            del values["shape"][key]
+        for key in {*values} & {"layout", "parameters_untied"}:
+            del values[key]
+        (tmp_path / f"old-{name}").write_text(json.dumps(values))
+    lr = ["--slice-percentage", 0.3, "--lr", tmp_path / "old-lr.json"]
+    assert result("plan", *lr)["parameters"] == plan["parameters"]
+    assert result("plan", *MODEL, *lr, "--untie")["parameters"] == plan["parameters"]
+    assert result("plan", *MODEL, *lr)["parameters"] == plan["parameters"] - 257 * 64 + 64
+    match = result("plan", "--match-parameters", tmp_path / "old-plan.json")
+    assert match["parameters"] == pytest.approx(plan["parameters"], rel=0.02)
+    for name in ("plan", "old-plan"):
+        by_plan = ["--plan", tmp_path / f"{name}.json", *CALIBRATION, "--out", tmp_path / name]
+        assert result("slice", *MODEL, *by_plan)["parameters"] == plan["parameters"]
+    check_same_tensors(tmp_path / "plan", tmp_path / "old-plan")
+
+
 HEAVY = ("torch", "transformers", "datasets", "lm_eval")
 
 
@@ -315,7 +476,8 @@ def test_what_is_there_already_costs_no_heavy_import(ask, tmp_path):
     assert ask("assets", "fetch")[0] == 0
     assert loads(["assets", "fetch"], tmp_path) == "[]"
     shutil.copytree(paths.record("quick"), tmp_path / "data/results/quick")
-    for extra in ([], ["--from-record"]):
+    # The record first: where it lacks a value it says so, and the other would measure it.
+    for extra in (["--from-record"], []):
         assert loads(["reproduce", "--profile", "quick", *extra], tmp_path) == "[]"
 
 

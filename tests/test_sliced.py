@@ -93,31 +93,46 @@ except ImportError:
 else:
     sys.exit("dynslice could be imported")
 
+from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    trusted = {"trust_remote_code": any(Path(folder).glob("*.py"))}
+    model = AutoModelForCausalLM.from_pretrained(folder, **trusted).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
     ids = torch.tensor([tokenizer("A fixed sentence.")["input_ids"]])
     with torch.inference_mode():
         torch.save({"ids": ids, "logits": model(ids, use_cache=False).logits}, out)
 """
 
 
-def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, tmp_path):
+# Layouts, and the names of the classes of which their slices are.
+LAYOUTS = {
+    "untied": (["--untie"], "SlicedLlamaForCausalLM"),
+    "grouped": (["--basis-layers", "all", "--compensate"], "SlicedLlamaForCausalLM"),
+    "plain": (["--plain"], "LlamaForCausalLM"),
+}
+
+
+def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, ask, tmp_path):
     text, folder, out = tmp_path / "text.txt", tmp_path / "sliced", tmp_path / "logits.pt"
     text.write_text(paragraphs(4), encoding="utf-8")
     request = ["--model", "embedded:tiny-random", "--slice-percentage", "0.25", "--json"]
-    request += ["--calibration", text, "--windows", "4", "--window", "64", "--out", folder]
-    status, stdout, stderr = dynslice("slice", *request)
+    request += ["--calibration", text, "--windows", "4", "--window", "64", "--out"]
+    status, stdout, stderr = dynslice("slice", *request, folder)
     assert (status, json.loads(stdout)["out"]) == (0, str(folder)), stderr
 
     plan = SlicePlan.read(folder / "plan.json")
     assert plan.widths == (48, 48, 48, 48)
+    assert plan.layout.tied
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert (folder / "tokenizer.json").is_file()
 
     folders = {folder: out, EARLIER / "llama": tmp_path / "earlier.pt"}
+    for layout, (options, _) in LAYOUTS.items():
+        assert ask("slice", *request, tmp_path / layout, *options)[0] == 0
+        folders[tmp_path / layout] = tmp_path / f"{layout}.pt"
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
         [sys.executable, "-c", LOAD_ELSEWHERE, *(x for pair in folders.items() for x in pair)],
@@ -131,8 +146,14 @@ def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, tmp_pa
         there = torch.load(logits)
         model, tokenizer = models.load(str(saved), torch.device("cpu"), torch.float32)
         assert there["ids"].tolist() == [tokenizer("A fixed sentence.")["input_ids"]]
-        assert model.num_parameters() == SlicePlan.read(saved / "plan.json").parameters
+        stored = load_file(saved / "model.safetensors").values()
+        plan = SlicePlan.read(saved / "plan.json")
+        assert sum(weight.numel() for weight in stored) == plan.parameters
         assert torch.equal(there["logits"], logits_of(model, there["ids"]))
+    for layout, (_, kind) in LAYOUTS.items():
+        settings = json.loads((tmp_path / layout / "config.json").read_text())
+        assert settings["architectures"] == [kind]
+        assert ("auto_map" in settings) == (layout != "plain")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
