@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import CPU, TIED, TINY, projector_oracle
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dynslice.core.errors import RequestError
@@ -122,6 +122,82 @@ def test_a_tied_plan_of_an_untied_model_is_refused(tokens):
     plan = plan_of(TIED["mistral"](), tied=True)
     with pytest.raises(RequestError, match=r"another model"):
         slice_model(model, tokens, plan)
+
+
+# A checkpoint whose config is wrong about its tables
+
+
+def saved(model, folder, change=None, **settings):
+    """A model directory with changed weights, and a config that says something else."""
+    model.save_pretrained(folder)
+    models.load_tokenizer("embedded:tiny-random").save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    if change:
+        change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def check_slices(folder, wanted, tokens, tmp_path):
+    """What is loaded gives the logits of `wanted`, and so do whole and streamed slices."""
+    config = models.load_config(folder)
+    model, _ = models.load(folder, CPU, torch.float32)
+    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert config.tie_word_embeddings == (tables[0] is tables[1])
+    shape = dims_of(config)
+    assert shape == dims_of(model.config)
+    assert shape.dense_parameters == sum(p.numel() for p in model.parameters())
+    assert torch.equal(logits_of(model, unseen()), logits_of(wanted, unseen()))
+    plan = constant(shape, 0.0, 4, layout=Layout(tied=shape.tied))
+    check_equal(
+        logits_of(slice_model(model, tokens, plan).model, unseen()), logits_of(wanted, unseen())
+    )
+    plan = plan_of(model, (40, 36, 17, 44, 31, 23), tied=shape.tied)
+    whole = slice_model(model, tokens, plan).model
+    models.slice_saved(tmp_path / "out", folder, tokens, plan, CPU, torch.float32)
+    streamed, _ = models.load(str(tmp_path / "out"), CPU, torch.float32)
+    # Products of memory that a file is mapped to round differently.
+    check_equal(logits_of(streamed, unseen()), logits_of(whole, unseen()), 1e-5)
+    return shape
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+def test_a_checkpoint_that_says_tied_but_holds_another_head_is_untied(name, tokens, tmp_path):
+    model = TIED[name]()
+    head = torch.randn(97, 48, generator=torch.Generator().manual_seed(2)) * 0.2
+
+    def with_head(weights):
+        weights["lm_head.weight"] = head
+
+    folder = saved(model, tmp_path / "dense", with_head)
+    model.config.tie_word_embeddings = False
+    model.lm_head = torch.nn.Linear(48, 97, bias=False)
+    model.lm_head.weight.data = head
+    assert not check_slices(folder, model, tokens, tmp_path).tied
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "phi"])
+def test_a_checkpoint_that_says_untied_but_holds_one_table_twice_is_tied(name, tokens, tmp_path):
+    model = TIED[name]()
+    table = model.get_output_embeddings().weight.detach().clone()
+
+    def with_head(weights):
+        weights["lm_head.weight"] = table
+
+    folder = saved(model, tmp_path / "dense", with_head, tie_word_embeddings=False)
+    assert check_slices(folder, model, tokens, tmp_path).tied
+
+
+def test_a_checkpoint_without_a_head_that_says_untied_is_refused(tokens, tmp_path):
+    folder = saved(TIED["llama"](), tmp_path / "dense", tie_word_embeddings=False)
+    plan = plan_of(TINY["llama-biases"]())
+    with pytest.raises(RequestError, match=r"lacks 1 weights \(first lm_head.weight\)"):
+        models.load(folder, CPU, torch.float32)
+    with pytest.raises(RequestError, match=r"holds no weight 'lm_head.weight'"):
+        models.slice_saved(tmp_path / "out", folder, tokens, plan, CPU, torch.float32)
 
 
 # A basis for several places

@@ -1,6 +1,7 @@
 """Schedules at equal size: none exceeds its budget, and each follows the evidence it is given."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import TINY
@@ -8,22 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynslice.core.errors import RequestError
-from dynslice.extensions.schedules import SCHEDULES, Evidence, budget_of, search, within
+from dynslice.extensions.schedules import SCHEDULES, Evidence, budget_of, search, size_range, within
 from dynslice.method.architectures import dims_of
+from dynslice.method.layout import Layout, basis_groups
 from dynslice.method.plan import ModelDims, SlicePlan, constant
 from dynslice.method.scores import read_rises, rises
 
-SHAPES = {name: dims_of(TINY[name]().config) for name in ("llama", "opt", "phi")}
+SHAPES = {name: dims_of(TINY[name]().config) for name in ("llama", "mistral", "opt", "phi")}
 SMOLLM2 = ModelDims(576, 30, 49152, (960, 3072), (576, 1536), 28311552, 134515008)
+SMOLLM2_TIED = replace(SMOLLM2, tied=True, final_scale=576, heads=9)
 
 
 def places_of(shape):
     return len(shape.reads) * shape.layers
 
 
+def layouts(shape):
+    """Every kind of layout that plans of a shape can have."""
+    groups = [None, (1,) * places_of(shape)]
+    groups += [basis_groups(len(shape.reads), shape.layers, n) for n in (1, 2, "all")]
+    made = [Layout(tied, given) for tied in {False, shape.tied} for given in groups]
+    return [*made, Layout(plain=True)] if shape.heads else made
+
+
 @st.composite
 def evidence(draw):
-    shape = draw(st.sampled_from([*SHAPES.values(), SMOLLM2]))
+    shape = draw(st.sampled_from([*SHAPES.values(), SMOLLM2, SMOLLM2_TIED]))
     share = draw(st.floats(0.1, 0.5))
     loss = st.floats(-0.1, 3.0)
     rises = [
@@ -31,24 +42,62 @@ def evidence(draw):
         for _ in range(places_of(shape))
     ]
     lr = draw(st.lists(st.floats(0.0, 1.0), min_size=shape.layers, max_size=shape.layers))
-    round_to = draw(st.sampled_from([1, 4, 8]))
-    return share, Evidence(shape, round_to, lr, rises)
+    round_to, layout = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from(layouts(shape)))
+    if layout.plain:
+        round_to = math.lcm(round_to, shape.heads)
+    return share, Evidence(shape, round_to, lr, rises, layout)
+
+
+def check_plan(plan, evidence, budget):
+    assert plan.parameters <= budget
+    assert all(width % evidence.round_to == 0 for width in plan.place_widths[:-1])
+    assert plan.layout == evidence.layout
+    assert SlicePlan.from_dict(plan.to_dict()) == plan  # it can be saved and read
+
+
+def check_refusal(error, name, layout):
+    if layout.plain and name != "constant":
+        assert "a plain checkpoint has one hidden size" in str(error)
+        return
+    assert "is below the" in str(error)
+    # Of the embedding alone, in the tiny shapes; of one width, where a unit is all of it.
+    assert name in ("embedding", "first", "sensitivity") or layout.plain
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(evidence(), st.sampled_from(sorted(SCHEDULES)))
 def test_no_schedule_exceeds_its_budget(known, name):
     share, evidence = known
-    budget = budget_of(evidence.shape, share, evidence.round_to)
+    layout = evidence.layout
+    budget = budget_of(evidence.shape, share, evidence.round_to, layout)
     try:
         plan = within(name, evidence, budget)
-    except RequestError as error:  # of the embedding alone, in the tiny shapes
-        assert "is below the" in str(error)
-        assert name in ("embedding", "first", "sensitivity")
+    except RequestError as error:
+        check_refusal(error, name, layout)
+    else:
+        check_plan(plan, evidence, budget)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(evidence(), st.sampled_from(sorted(SCHEDULES)), st.floats(0, 1))
+def test_no_plan_of_a_size_exceeds_it(known, name, part):
+    """Any size between the narrowest plan and the widest, for every schedule and layout."""
+    evidence = known[1]
+    shape, unit = evidence.shape, evidence.round_to
+    least, most = size_range(shape, unit, evidence.layout)
+    size = int(least + part * (most - 1 - least))
+    try:
+        plan = within(name, evidence, size)
+    except RequestError as error:
+        check_refusal(error, name, evidence.layout)
+        assert name != "constant"
         return
-    assert plan.parameters <= budget
-    assert all(width % evidence.round_to == 0 for width in plan.place_widths[:-1])
-    assert SlicePlan.from_dict(plan.to_dict()) == plan  # it can be saved and read
+    check_plan(plan, evidence, size)
+    if name == "constant":  # one unit more, in one layer or in all of a plain one, is too large
+        more = unit / (shape.hidden_size * (1 if plan.layout.plain else shape.layers))
+        share = max(0.0, plan.slice_percentage - more)
+        wider = constant(shape, share, unit, layout=plan.layout)
+        assert wider.parameters > size
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -62,6 +111,18 @@ def test_a_schedule_uses_its_budget(name, share):
     assert budget - plan.parameters < 0.005 * budget
     if name == "constant":
         assert plan.parameters == budget
+
+
+@pytest.mark.parametrize("groups", [None, basis_groups(2, 30, 4), basis_groups(2, 30, "all")])
+def test_what_a_layout_saves_goes_into_the_widths(groups):
+    """At the size of SliceGPT with one table, SmolLM2 at 30 %: 112.96 M (docs/method.md)."""
+    budget = budget_of(SMOLLM2_TIED, 0.3, 8, Layout(tied=True))
+    assert budget == pytest.approx(112.96e6, rel=1e-4)
+    plan = within("constant", Evidence(SMOLLM2_TIED, layout=Layout(True, groups)), budget)
+    assert budget - plan.parameters < 0.001 * budget
+    [low, high] = min(plan.widths), max(plan.widths)
+    wanted = (400, 408) if groups is None else (440, 448) if len(groups) > 2 else (448, 456)
+    assert wanted[0] <= low <= high <= wanted[1], (low, high)
 
 
 def test_lr_keeps_the_layers_that_change_most():
@@ -109,7 +170,11 @@ def test_sensitivity_takes_a_hollow_curve_for_noise():
 @pytest.mark.parametrize(
     ("name", "known", "sentence"),
     [
-        ("best", {}, "schedule 'best' is unknown; there are constant, lr, embedding, first"),
+        (
+            "best",
+            {},
+            "schedule 'best' is unknown; there are constant, dynamic, lr, embedding, first",
+        ),
         ("lr", {}, "schedule 'lr' needs lr, which was not measured"),
         ("lr", {"lr": [0.5] * 29}, "LR has 29 layers, the model 30"),
         ("sensitivity", {}, "schedule 'sensitivity' needs rises"),
