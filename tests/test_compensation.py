@@ -1,17 +1,21 @@
 """Compensation: plain slicing without it, the dense output where that can be had, and its size."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import CPU, TINY
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynslice.core.errors import RequestError, RunError
-from dynslice.extensions.compensation import Compensation, Regression
+from dynslice.extensions.compensation import RIDGES, Compensation, Regression
 from dynslice.inputs import models
+from dynslice.inputs.windows import token_windows
 from dynslice.method import activations, bases
 from dynslice.method.activations import Activations
 from dynslice.method.architectures import dims_of, empty_sliced, family_of
+from dynslice.method.layout import Layout
 from dynslice.method.numerics import RoundingAudit
 from dynslice.method.plan import constant, of_places
 from dynslice.method.slicing import slice_model, sliced_weights
@@ -210,6 +214,127 @@ def test_it_minimises_the_stated_objective():
     assert D.grad.abs().max() < 1e-4 * objective(torch.zeros_like(got))
     assert objective(got) < objective(1.01 * got)
     assert objective(got) < objective(0.99 * got)
+
+
+def with_signal(strength, k=40, d=6, windows=6, tokens=20, seed=0):
+    """Windows of inputs, and of what is missing: a linear function of them and noise of size 1."""
+    draw = torch.Generator().manual_seed(seed)
+    z = torch.randn(windows, tokens, k, generator=draw)
+    D = torch.randn(k, d, generator=draw) * strength / k**0.5
+    e = z @ D + torch.randn(windows, tokens, d, generator=draw)
+    regression = Regression([k], d, CPU)
+    # The size of the dense stream weights the tokens: here each has the size 1.
+    h = torch.randn(windows, tokens, d, generator=draw)
+    h /= h.pow(2).mean(-1, keepdim=True).sqrt()
+    for first in range(0, windows, 4):  # batches of several windows, the last one shorter
+        part = slice(first, first + 4)
+        regression.add(z[part], h[part] - e[part], h[part])
+    return regression, z.double(), e.double()
+
+
+def held_out_errors(z, e):
+    """By each ridge: fitted to every other window, and judged by those between."""
+    (fit, test), (wanted, unseen) = ([v[i::2].flatten(0, 1) for i in (0, 1)] for v in (z, e))
+    penalty = z.flatten(0, 1).pow(2).sum(0).mean()
+    gram = fit.T @ fit
+    errors = {}
+    for ridge in RIDGES:
+        D = torch.linalg.solve(gram + ridge * penalty * torch.eye(len(gram)), fit.T @ wanted)
+        errors[ridge] = float((unseen - test @ D).pow(2).sum() - unseen.pow(2).sum())
+    return errors
+
+
+def test_the_ridge_is_the_one_with_the_least_held_out_error():
+    chosen = []
+    for seed in range(12):
+        regression, z, e = with_signal([0.6, 1.0, 2.0][seed % 3], seed=seed)
+        errors = held_out_errors(z, e)
+        best = min(errors, key=errors.get)
+        chosen.append(regression.choose())
+        assert chosen[-1] == (best if errors[best] < 0 else None)
+    assert len({*chosen} - {None, RIDGES[0], RIDGES[-1]}) >= 2  # not only the ends of the grid
+
+
+def test_a_linear_signal_takes_a_small_ridge_and_noise_a_large_one_or_none():
+    assert with_signal(100.0, windows=40)[0].choose() == min(RIDGES)
+    of_noise = [with_signal(0.0, seed=seed)[0].choose() for seed in range(12)]
+    assert {*of_noise} <= {None, 10.0, 30.0}
+    assert None in of_noise
+
+
+def test_more_tokens_take_smaller_ridges():
+    ridges = [with_signal(0.7, windows=windows)[0].choose() for windows in (4, 16, 128)]
+    assert ridges == sorted(ridges, reverse=True)
+    assert ridges[0] > ridges[-1]
+
+
+def test_a_single_window_corrects_nothing(tiny, tokens):
+    plan, start = uneven(tiny), Compensation()
+    plain = slice_model(tiny, tokens[:1], plan).model.state_dict()
+    ours = slice_model(tiny, tokens[:1], plan, start).model.state_dict()
+    assert start.chosen == [None] * (len(plan.place_widths) - 1)
+    assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
+
+
+def test_the_ridges_of_the_last_slice_are_told(tokens):
+    model, start = TINY["llama"](), Compensation()
+    for _ in range(2):
+        slice_model(model, tokens, uneven(model), start)
+        assert len(start.chosen) == 6
+    assert {*start.chosen} <= {None, *RIDGES}
+    given = Compensation(0.3)
+    slice_model(model, tokens, uneven(model), given)
+    assert given.chosen == [0.3] * 6
+
+
+def divergences(model, dense, windows):
+    """What a slice's predictions lose of the dense model's, in nats per token, by window."""
+    with torch.inference_mode():
+        ours, wanted = (m(windows, use_cache=False).logits.log_softmax(-1) for m in (model, dense))
+    return (wanted.exp() * (wanted - ours)).sum(-1).mean(-1).double()
+
+
+def change_of(model, calibration, held_out, plan, start):
+    """By how much a compensation changes the mean loss on held-out windows, and what is noise."""
+    plain, ours = (
+        divergences(slice_model(model, calibration, plan, made).model, model, held_out)
+        for made in (None, start)
+    )
+    noise = 2 * (ours - plain).std() / len(plain) ** 0.5
+    return float((ours - plain).mean() / plain.mean()), float(noise / plain.mean())
+
+
+@pytest.mark.parametrize("layout", ["apart", "grouped"])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi"])
+def test_it_never_harms_whatever_the_calibration(name, layout):
+    """From 512 to 65,536 tokens of 32 a window."""
+    model, draw = TINY[name](), torch.Generator().manual_seed(4)
+    shape = dims_of(model.config)
+    blocks = len(shape.reads)
+    groups = (blocks, 2 * blocks) if layout == "grouped" else None
+    plan = constant(shape, 0.5, 1, layout=Layout(basis_groups=groups))
+    windows = torch.randint(2, 97, (2048 + 32, 32), generator=draw)
+    held_out, windows = windows[:32], windows[32:]
+    given = partial(change_of, model, held_out=held_out, plan=plan)
+    changes = [given(windows[:count], start=Compensation()) for count in (16, 128, 2048)]
+    assert all(change <= noise for change, noise in changes), changes
+    assert changes[2][0] < changes[1][0] < -0.05  # and it gains where there is something to gain
+    if name == "llama":  # the check can fail: a ridge that is too small for 512 tokens
+        change, noise = given(windows[:16], start=Compensation(0.03))
+        assert change > noise
+
+
+def test_it_never_harms_a_real_model(smollm2):
+    """Its first six layers, with their real weights: 512 and 2,048 tokens."""
+    settings = {**smollm2[0].config.to_dict(), "num_hidden_layers": 6}
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    assert not model.load_state_dict(smollm2[0].state_dict(), strict=False)[0]
+    plan = constant(dims_of(model.config), 0.3, layout=Layout(True, basis_groups=(2, 10)))
+    windows = token_windows("sotu", "train", smollm2[1], 256, 8, seed=1)
+    held_out = token_windows("sotu", "test", smollm2[1], 256, 4, seed=1)
+    for count in (2, 8):
+        change, noise = change_of(model, windows[:count], held_out, plan, Compensation())
+        assert change <= noise
 
 
 def test_inputs_that_are_zero_take_no_correction():
