@@ -398,6 +398,15 @@ def test_a_plain_slice_equals_the_dense_model_with_projectors(family_with_plain,
     assert (logits_of(model, unseen()) - expected).abs().max() > 0.05 * expected.abs().max()
 
 
+def test_a_plain_slice_has_the_eps_of_its_width(tokens):
+    """Seen where eps is not small next to the stream."""
+    model = TINY["llama"](rms_norm_eps=0.3)
+    plan = plain_plan(model, 20)
+    sliced = slice_model(model, tokens, plan).model
+    expected = projector_oracle(model, tokens, unseen(), plan.place_widths, plan.bases)
+    check_equal(logits_of(sliced, unseen()), expected, 5e-4)
+
+
 @pytest.mark.parametrize("start", [None, Compensation(0.1)], ids=["uncorrected", "compensated"])
 def test_a_plain_slice_is_saved_as_what_the_library_has(family_with_plain, tokens, start, tmp_path):
     model = family_with_plain

@@ -15,13 +15,14 @@ import test_compare
 import test_compensation
 import test_corpora
 import test_evaluation
+import test_layout
 import test_plan
 import test_redundancy
 import test_results
 import test_schedules
 import test_slicing
 import torch
-from conftest import TINY
+from conftest import TIED, TINY
 from prose import paragraphs
 
 from dynslice.core import assets
@@ -31,10 +32,11 @@ from dynslice.experiment.profile import load
 from dynslice.experiment.requests import Design
 from dynslice.experiment.store import Request, Store
 from dynslice.extensions import compensation, schedules
-from dynslice.inputs import models
+from dynslice.inputs import checkpoints, models
 from dynslice.inputs.windows import sample_windows, token_stream
-from dynslice.method import activations, modeling_sliced, redundancy, slicing
+from dynslice.method import activations, architectures, modeling_sliced, redundancy, slicing
 from dynslice.method.activations import centring
+from dynslice.method.bases import Bases
 from dynslice.method.controls import _nearest, shuffled
 from dynslice.method.numerics import covariance, principal_basis
 from dynslice.method.plan import SlicePlan, dynamic, final_slices, rounded_widths
@@ -120,6 +122,24 @@ def keeps_logits(family):
     )
 
 
+def groups_equal_projectors(family="llama", name="four and two"):
+    return lambda given: test_layout.test_groups_equal_the_dense_model_with_projectors(
+        TINY[family](), given.tokens, name
+    )
+
+
+def equals_untied(family):
+    return lambda given: test_layout.test_a_tied_slice_is_the_function_of_the_untied_one(
+        TIED[family](), given.tokens, test_layout.WIDTHS
+    )
+
+
+def plain_equals_projectors(given, family="llama"):
+    test_layout.test_a_plain_slice_equals_the_dense_model_with_projectors(
+        TINY[family](), given.tokens, 20
+    )
+
+
 # (mutation, the test that must notice), by what goes wrong
 TABLE = {
     "eigenvectors smallest first": (
@@ -180,8 +200,116 @@ TABLE = {
         mutation(slicing._maps, "W.float() @ b.float()", "0 * W.float() @ b.float()"),
         keeps_logits("opt"),
     ),
+    "padding before the stream": (
+        mutation(modeling_sliced.fitted, "(0, more)", "(more, 0)"),
+        groups_equal_projectors(),
+    ),
+    "the leading directions of a group cut": (
+        mutation(modeling_sliced.fitted, "x[..., :width]", "x[..., -width:]"),
+        groups_equal_projectors(),
+    ),
+    "the last directions of a basis kept": (
+        mutation(Bases.at, "self._basis[:, :width], ", "self._basis[:, -width:], "),
+        groups_equal_projectors(),
+    ),
+    "the basis of the first place for its group": (
+        mutation(Bases._covariance, "if ahead:", "if False:"),
+        groups_equal_projectors(),
+    ),
+    "the covariance of the last place of a group alone": (
+        mutation(Bases._covariance, "covariance(stream, total)", "total = covariance(stream)"),
+        groups_equal_projectors(),
+    ),
+    "looking ahead to the next place alone": (
+        mutation(Bases._covariance, "len(bases) - 1)", "min(len(bases) - 1, place + 1))"),
+        groups_equal_projectors(),
+    ),
+    "a basis of its own at a place that is whole": (
+        mutation(SlicePlan.bases, "if is_cut else ORIGINAL", ""),
+        lambda given: test_layout.test_shortcuts_are_at_the_borders_of_groups_alone(
+            given.tokens, given.folder
+        ),
+    ),
+    "shortcuts inside a group": (
+        mutation(SlicePlan.shortcuts, "if not self.layout.shares_bases", "if True"),
+        lambda given: test_layout.test_shortcuts_are_at_the_borders_of_groups_alone(
+            given.tokens, given.folder
+        ),
+    ),
+    "map of the embedding left out": (
+        mutation(
+            slicing._embeddings,
+            "audit.rotated(torch.eye(len(Q), device=Q.device), Q, centred)",
+            "torch.eye(*Q.shape)",
+        ),
+        equals_untied("llama"),
+    ),
+    "scale of the final norm replaced by ones": (
+        mutation(
+            slicing._head,
+            'f"{family.final_norm}.{name}", parameter.clone()',
+            'f"{family.final_norm}.{name}", torch.ones_like(parameter)',
+        ),
+        equals_untied("llama"),
+    ),
+    "map of the embedding not counted": (
+        mutation(SlicePlan.parameters, "self.maps_embedding * ", "0 * "),
+        lambda given: test_layout.test_tied_groups_equal_the_dense_model_with_projectors(
+            TIED["llama"](), given.tokens, "four and two"
+        ),
+    ),
+    "scale of plain norms turned round": (
+        mutation(slicing._plain_scales, "plan.shape.hidden_size / width", "width / 48"),
+        plain_equals_projectors,
+    ),
+    "eps of plain norms kept": (
+        mutation(architectures._narrower, "config.rms_norm_eps * d / width", "config.rms_norm_eps"),
+        lambda given: test_layout.test_a_plain_slice_has_the_eps_of_its_width(given.tokens),
+    ),
+    "head of a plain slice without the scale of its norm": (
+        mutation(
+            slicing._head,
+            "audit.rotated(head.weight, Q, lambda W: W * scale)",
+            "audit.rotated(head.weight, Q, lambda W: W)",
+        ),
+        plain_equals_projectors,
+    ),
+    "a ridge judged on what it was fitted to": (
+        mutation(
+            compensation.Regression.choose,
+            "((D * (test @ D + above.T @ D)).sum() - 2 * (D * unseen).sum())",
+            "((D * (fit.triu() @ D + fit.triu(1).T @ D)).sum() - 2 * (D * C).sum())",
+        ),
+        lambda _: (
+            test_compensation.test_a_linear_signal_takes_a_small_ridge_and_noise_a_large_one_or_none()
+        ),
+    ),
+    "a ridge that is chosen without being better than none": (
+        mutation(compensation.Regression.choose, "if error(best) < 0 else None", ""),
+        lambda _: (
+            test_compensation.test_a_linear_signal_takes_a_small_ridge_and_noise_a_large_one_or_none()
+        ),
+    ),
+    "every window in the half that is fitted to": (
+        mutation(compensation.Regression.add, "% 2", "* 0"),
+        lambda _: test_compensation.test_the_ridge_is_the_one_with_the_least_held_out_error(),
+    ),
+    "a size of which a unit is left over": (
+        mutation(schedules._widest, "range(low, most + 1)", "range(low + 1, most + 1)"),
+        lambda _: test_schedules.test_a_schedule_uses_its_budget("constant", 0.3),
+    ),
+    "one table where the checkpoint holds two": (
+        mutation(checkpoints.ties_head, "return all(", "return config.tie_word_embeddings or all("),
+        lambda given: test_layout.test_a_checkpoint_that_says_tied_but_holds_another_head_is_untied(
+            "llama", given.tokens, given.folder
+        ),
+    ),
     "massive activations decide the compensation": (
-        mutation(compensation.Regression.add, "z / size, (h - x) / size", "z, h - x"),
+        mutation(
+            compensation.Regression.add,
+            "inputs.float() / size, (h.float() - x.float()) / size",
+            "inputs.float(), h.float() - x.float()",
+        ),
         lambda _: test_compensation.test_it_minimises_the_stated_objective(),
     ),
     "corrections that the next places do not see": (
@@ -193,7 +321,9 @@ TABLE = {
         ),
     ),
     "corrected towards the sliced stream": (
-        mutation(compensation.compensate_block, "R[:, :0]", "R"),
+        mutation(
+            compensation.compensate_block, "run_block(h, None, block)", "run_block(h, R, block)"
+        ),
         lambda given: test_compensation.test_it_brings_the_stream_nearer_to_the_dense_one(
             TINY["llama"](), given.tokens
         ),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dynslice.core.errors import RequestError
 from dynslice.method.controls import matched, shuffled, single, with_embedding
+from dynslice.method.layout import Layout
 from dynslice.method.plan import ModelDims, SlicePlan, constant, dynamic
 
 EPS = 1e-9
@@ -299,6 +300,57 @@ def test_plan_survives_json(plan):
     values = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert SlicePlan.from_dict(values) == plan
     assert SlicePlan.from_dict(values).to_dict() == plan.to_dict()
+
+
+@st.composite
+def laid_out(draw):
+    """A plan of tied tables and groups of places, drawn freely."""
+    shape, lr, sp, sb, round_to = draw(requests())
+    shape = replace(shape, tied=True, final_scale=draw(st.sampled_from([0, shape.hidden_size])))
+    places = len(shape.reads) * shape.layers
+    borders = sorted({0, places, *draw(st.lists(st.integers(1, places), max_size=places))})
+    groups = draw(st.sampled_from([None, tuple(b - a for a, b in pairwise(borders))]))
+    layout = Layout(tied=draw(st.booleans()), basis_groups=groups)
+    return dynamic(shape, lr, sp, sb, round_to, layout)
+
+
+@repeatable
+@given(laid_out())
+def test_a_layout_is_counted_by_what_it_leaves_out(plan):
+    """Of the published layout: the second table, and shortcuts where the basis stays."""
+    shape, widths = plan.shape, plan.place_widths
+    published = replace(plan, layout=Layout())
+    stays = [a == b for a, b in pairwise(plan.bases)]
+    left_out = 0
+    if plan.layout.basis_groups:
+        left_out = sum(a * b * same for (a, b), same in zip(pairwise(widths), stays, strict=True))
+    if plan.layout.tied:
+        left_out += shape.vocab_size * widths[0] - shape.final_scale
+        left_out -= shape.hidden_size * widths[0] * (plan.bases[0] >= 0)
+    assert plan.parameters == published.parameters - left_out
+    assert matched(plan).layout == plan.layout
+
+
+@repeatable
+@given(laid_out())
+def test_places_share_a_basis_group_by_group(plan):
+    """Places of a group that is cut have its number, every other one the dense coordinates."""
+    d, bases, widths = plan.shape.hidden_size, plan.bases, plan.place_widths
+    groups = plan.layout.basis_groups or (1,) * (len(widths) - 1)
+    first = 0
+    for number, count in enumerate(groups):
+        places = range(first, first + count)
+        expected = number if min(widths[p] for p in places) < d else -1
+        assert {bases[p] for p in places} == {expected}
+        first += count
+    assert (bases[-1], len(bases)) == (-1, len(widths))
+
+
+@repeatable
+@given(laid_out())
+def test_a_layout_survives_json(plan):
+    values = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
+    assert SlicePlan.from_dict(values) == plan
 
 
 JUNK = st.sampled_from([None, "", "x", [], {}, [None], 5, -1, 0, 0.5, math.nan, math.inf])
