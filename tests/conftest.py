@@ -276,8 +276,8 @@ def projector_oracle(model, calibration, evaluation, place_widths, bases=None):
     that reach its place. Before a LayerNorm x is centred first, which the norm does anyway.
 
     bases: the number of the basis at each place and at the head, a basis of its own for each place
-    by default; -1 where nothing is cut. A shared one is that of the sum over its places, which the
-    signals reach with no cut after the first of them.
+    by default; -1 where nothing is cut. A shared one is that of the sum over its places, each over
+    the root of its trace, which the signals reach with no cut after the first of them.
     """
     layers = _blocks(model)
     centred = model.config.model_type in ("opt", "phi")
@@ -321,8 +321,9 @@ def projector_oracle(model, calibration, evaluation, place_widths, bases=None):
     for basis in sorted({*bases} - {-1}):
         places = [place for place, number in enumerate(bases) if number == basis]
         seen, _ = run(calibration)
-        rows = torch.cat([seen[place].reshape(-1, seen[place].shape[-1]) for place in places])
-        _, vectors = torch.linalg.eigh(rows.T @ rows)
+        streams = [seen[place].flatten(0, -2) for place in places]
+        covariances = [x.T @ x / x.norm() for x in streams]  # the norm is the root of the trace
+        _, vectors = torch.linalg.eigh(sum(covariances))
         for place in places:
             Q = vectors[:, vectors.shape[1] - place_widths[place] :]
             projectors[place] = Q @ Q.T

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dynslice.method.activations import Activations, BlockInPlace, centring, run_block
 from dynslice.method.architectures import family_of
 from dynslice.method.modeling_sliced import subtracts_mean
-from dynslice.method.numerics import RoundingAudit, covariance, principal_basis
+from dynslice.method.numerics import TINY, RoundingAudit, covariance, principal_basis
 from dynslice.method.plan import ORIGINAL, SlicePlan
 
 # A module of a model by its name, with its weights on the device as long as the context lasts.
@@ -22,7 +22,8 @@ class Bases:
 
     A place of its own has the leading directions of x. A group of places that share a basis looks
     ahead from x: the dense blocks run on a copy without a cut, and the basis has the leading
-    directions of the sum of the covariances of its places.
+    directions of the covariances of its places, each over the square root of its trace: between
+    weighing every place by its size and weighing all equally.
     """
 
     def __init__(
@@ -62,14 +63,15 @@ class Bases:
 
     @torch.inference_mode()
     def _covariance(self, place: int) -> Tensor:
-        """The sum over the places of a group that starts at this one."""
+        """The sum over the places of a group that starts at this one, which keeps its size."""
         total, bases = covariance(self._x), self._plan.bases
         ahead = [p for p in range(place, len(bases) - 1) if bases[p + 1] == bases[place]]
         if ahead:
-            stream = self._x.copied()
+            stream, size = self._x.copied(), total.trace()
             for p in ahead:
                 self._run(stream, p)
-                covariance(stream, total)
+                found = covariance(stream)
+                total += found.mul_((size / found.trace().clamp(min=TINY)).sqrt())
             stream.clear()
         return total
 

@@ -58,6 +58,7 @@ def slicing_workspace(
     if plan.layout.shares_bases:
         # The layer that is run, the one before it, and the covariance of the group so far.
         steps["ahead"] = 2 * weights + basis + d * d * FLOAT64 + block
+        steps["covariance"] += d * d * FLOAT64
     if compensated:
         known = _most_regressed(plan)
         system = 2 * known * (known + d) * FLOAT64  # of two halves of the windows

@@ -13,13 +13,12 @@ TINY = 1e-30  # smaller than any size that counts
 
 
 @torch.inference_mode()
-def covariance(x: Iterable[Tensor], total: Tensor | None = None) -> Tensor:
+def covariance(x: Iterable[Tensor]) -> Tensor:
     """sum X^T X [d, d] over batches of hidden states [.., d], its upper triangle, in float64.
 
-    total: what it is added to. Products in float32 turn the leading subspace by enough to move
-    perplexity.
+    Products in float32 turn the leading subspace by enough to move perplexity.
     """
-    doubles = None
+    total = doubles = None
     for part in x:
         d = part.shape[-1]
         if total is None:
