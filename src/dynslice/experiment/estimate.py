@@ -207,13 +207,9 @@ class Estimator:
     def _widths(self, network: dict) -> SlicePlan:
         """The constant plan of the mean slice, which is near enough and needs no LR."""
         asked = plan_spec(network["plan"])
-        target, layout = asked.target, getattr(asked, "layout", None)
-        return constant(
-            self.dims,
-            target.slice_percentage,
-            target.round_to,
-            layout=layout_of(layout, self.dims),
-        )
+        target, layout = asked.target, layout_of(getattr(asked, "layout", None), self.dims)
+        round_to = self.dims.heads or 1 if layout.plain else target.round_to
+        return constant(self.dims, target.slice_percentage, round_to, layout=layout)
 
 
 def config_of(name: str, revision: str | None) -> PretrainedConfig:
