@@ -105,6 +105,10 @@ class EqualSize:
             found += [self._at_size(sp, f"compensation, {said}", "lr", shared, {}, **amount)]
         return found
 
+    def task_requests(self, point: Point) -> list[Request]:
+        """Accuracy on every task, if the profile runs them on these networks."""
+        return self.design.accuracy_requests(point) if self.profile.beyond_tasks else []
+
     def speed_requests(self, point: Point) -> list[Request]:
         """Prefill and decoding, where dense and sliced network are in memory at once.
 
@@ -143,7 +147,7 @@ class EqualSize:
         requests = self.evidence_requests()
         for point in (point for sp in sizes for point in self.contest(sp)):
             requests += [*design.candidate_requests(point), *design.reported_requests(point)]
-            requests += [*design.accuracy_requests(point), *self.speed_requests(point)]
+            requests += [*self.task_requests(point), *self.speed_requests(point)]
         for point in (point for sp in sizes for pair in self.draws(sp) for point in pair):
             requests += [design.slice_request(point), *design.reported_requests(point)]
         for point in (point for sp in sizes for point in self.plain(sp)):
@@ -151,7 +155,7 @@ class EqualSize:
         for sp in sizes[-1:]:
             for point in self.variants(sp):
                 requests += design.candidate_requests(point)
-            requests += [*design.reported_requests(DENSE), *design.accuracy_requests(DENSE)]
+            requests += [*design.reported_requests(DENSE), *self.task_requests(DENSE)]
         return unique(requests)
 
     def _at_size(
