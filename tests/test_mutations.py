@@ -217,7 +217,11 @@ TABLE = {
         groups_equal_projectors(),
     ),
     "the covariance of the last place of a group alone": (
-        mutation(Bases._covariance, "covariance(stream, total)", "total = covariance(stream)"),
+        mutation(Bases._covariance, "total += found", "total = found"),
+        groups_equal_projectors(),
+    ),
+    "places of a group weighed by their size": (
+        mutation(Bases._covariance, "found.mul_(", "found; ("),
         groups_equal_projectors(),
     ),
     "looking ahead to the next place alone": (

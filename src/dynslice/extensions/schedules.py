@@ -181,7 +181,7 @@ def _widest(
 def _too_small(budget: int, least: SlicePlan) -> RequestError:
     return RequestError(
         f"a budget of {budget} parameters is below the {least.parameters} that the narrowest plan "
-        "stores; give a smaller slice percentage"
+        "stores; give a smaller slice percentage, or a larger size"
     )
 
 
