@@ -112,11 +112,27 @@ def test_draws_differ_in_their_calibration_windows_alone(study):
         assert a["calibration"]["seed"] == 42
 
 
+def test_ordinary_checkpoints_store_no_more_than_the_published_layout(study):
+    published, *ordinary = study.beyond.plain(0.5)
+    budget = study.get(study.slice_request(published)).value
+    assert budget["parameters"] == budget["parameters_untied"]
+    for point in ordinary:
+        value = study.get(study.slice_request(point)).value
+        assert 0.9 * budget["parameters"] < value["parameters"] <= budget["parameters"]
+        assert len(set(value["widths"])) == 1
+    assert [p.network.get("compensation") for p in ordinary] == [None, {}]
+    table = equal_size.plain_table(study)
+    assert len(table) == 3 * len(SIZES) * len(study.profile.eval_texts)
+    change = statistics.perplexity_change(study, ordinary[1], published, table["text"].iloc[-1])
+    assert table["perplexity (%)"].iloc[-1] == change.estimate
+
+
 def test_choices_read_no_test_window():
-    """Test windows are asked of rungs, of their draws, and of nothing else."""
+    """Test windows are asked of rungs, their draws and ordinary checkpoints, of nothing else."""
     study = Study.open("smoke", **WANTED)
     compared = [p.network for sp in SIZES for p in study.beyond.contest(sp)] + [None]
     compared += [p.network for sp in SIZES for pair in study.beyond.draws(sp) for p in pair]
+    compared += [p.network for sp in SIZES for p in study.beyond.plain(sp)]
     evidence = [n for r in study.beyond.requests() for n in needs(r)]
     assert {request.kind for request in evidence} == {"lr", "places", "search"}
     for request in [*study.beyond.requests(), *evidence]:

@@ -64,6 +64,8 @@ CHANGED = {
     "single_layer_slice": 0.375,
     "beyond_slice_percentages": [0.125, 0.375],
     "beyond_basis_layers": 1,
+    "beyond_tasks": False,
+    "beyond_plain": False,
     "beyond_calibration_seeds": [11],
     "beyond_basis_layers_tried": [2],
     "beyond_candidates": ["sensitivity"],

@@ -73,8 +73,7 @@ def _changes(
 
 def accuracy_table(study: Study) -> pd.DataFrame:
     """Average accuracy by size and rung, and its change from SliceGPT in points."""
-    tasks = statistics.choice_tasks(study)
-    rows = []
+    tasks, rows = _tasks(study), []
     for sp, rungs in ladders(study).items() if tasks else ():
         for point in (DENSE, *rungs):
             pair = (point, rung(rungs, SLICEGPT))
@@ -83,6 +82,10 @@ def accuracy_table(study: Study) -> pd.DataFrame:
             row["accuracy (%)"] = statistics.accuracy(study, point, tasks)
             rows.append({**row, **columns(change, ACCURACY)})
     return pd.DataFrame(rows)
+
+
+def _tasks(study: Study) -> list[str]:
+    return statistics.choice_tasks(study) if study.profile.beyond_tasks else []
 
 
 def cost_table(study: Study) -> pd.DataFrame:
@@ -169,7 +172,7 @@ def _size_prose(study: Study, sp: float) -> str:
         (f"perplexity on {text}", statistics.perplexity_change(study, recipe, reference, text), "%")
         for text in texts
     ]
-    if tasks := statistics.choice_tasks(study):
+    if tasks := _tasks(study):
         change = statistics.accuracy_change(study, recipe, reference, tasks)
         found.append(("accuracy", change, "points"))
     by_text = [_changes(study, rungs, text) for text in texts]
@@ -252,6 +255,25 @@ def draws_prose(table: pd.DataFrame) -> str:
         for row in table[table["draw"] == ALL_DRAWS].to_dict("records")
     ]
     return style.say("draws", count=table["draw"].nunique() - 1, changes="; ".join(found))
+
+
+# Ordinary checkpoints
+
+
+def plain_table(study: Study) -> pd.DataFrame:
+    """Ordinary checkpoints at the sizes of the published layout, and their change from it."""
+    rows = []
+    for sp, text in product(ladders(study), study.profile.eval_texts):
+        published, *ordinary = study.beyond.plain(sp) or [None]
+        for point in (published, *ordinary) if published else ():
+            widths = study.get(study.slice_request(point)).value["widths"]
+            row = {"SP": sp, "text": text, "network": name(point)}
+            row |= {"mean width": np.mean(widths), statistics.SIZE: study.size(point) / 1e6}
+            row |= {"perplexity": study.perplexity(point, text)}
+            pair = None if point is published else (point, published)
+            change = pair and statistics.perplexity_change(study, *pair, text)
+            rows.append({**row, **columns(change, PERPLEXITY)})
+    return pd.DataFrame(rows)
 
 
 # What else was tried at the last of the sizes
