@@ -186,7 +186,7 @@ BAD_REQUESTS = {
     f"{PLAN} --size 1GB": "--size 1GB is 250,000,000 parameters, and slices",
     f"{PLAN} --size 1GB --dtype bfloat16": "--size 1GB is 500,000,000 parameters, and slices",
     f"{PLAN} --size 1GB --dtype float8": "dtype 'float8' is unknown; use auto, float32",
-    f"{PLAN} --size 45K --schedule embedding": "stores; give a smaller slice percentage, or a larger",
+    f"{PLAN} --size 45K --schedule embedding": "give a smaller slice percentage, or a larger size",
     f"{PLAN} --size 1.5": "1.5 is no share of the dense model; give one up to 1, or a unit such as",
     f"{PLAN} --size 113Q": "113Q is no size; give a share (0.84), parameters (113M) or",
     f"{PLAN} --size small": "small is no size; give a share",
