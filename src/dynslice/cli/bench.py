@@ -1,18 +1,22 @@
 """`dynslice bench`: how long each step takes, on what, and whether its result is right."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 from tabulate import tabulate
 
 from dynslice.cli import bench_rows
-from dynslice.cli.bench_rows import Row, Subject
+from dynslice.cli.bench_rows import Row, Slice, Subject
 from dynslice.core.tensors import free_memory
 from dynslice.evaluate import speed
 from dynslice.experiment.profile import percent
 from dynslice.experiment.store import provenance
+from dynslice.extensions import schedules
+from dynslice.extensions.compensation import Compensation
 from dynslice.method import slicing
 from dynslice.method.architectures import dims_of
-from dynslice.method.plan import constant, dynamic
+from dynslice.method.layout import Layout, basis_groups
+from dynslice.method.plan import ModelDims, SlicePlan, constant, dynamic
 from dynslice.method.redundancy import layer_redundancy
 
 
@@ -34,13 +38,11 @@ def run(
     dense = subject.load()
     windows = subject.windows(dense, text, count, window)
     few = windows[: max(1, count // 4)]
-    shape, at = dims_of(dense.config), f"SP {percent(slice_percentage)}"
-    plan = constant(shape, slice_percentage)
-    other = dynamic(shape, layer_redundancy(dense, few).lr, slice_percentage)
-    plans = {f"constant, {at}": plan, f"dynamic, {at}, SB 0%": other}
-    rows += bench_rows.calibration_rows(dense, windows, plans, repeats, rate)
+    slices = _slices(dims_of(dense.config), layer_redundancy(dense, few).lr, slice_percentage)
+    plan = slices[0].plan
+    rows += bench_rows.calibration_rows(dense, windows, slices, repeats, rate)
     rows.append(bench_rows.memory_row(subject, dense, windows, plan))
-    for label, widths in plans.items():
+    for label, widths in {x.label: x.plan for x in slices if not x.start}.items():
         sliced = slicing.slice_model(dense, few, widths).model
         rows += bench_rows.throughput_rows(dense, sliced, label, repeats)
         del sliced
@@ -63,6 +65,28 @@ def run(
         "rows": [{**asdict(row), "limit": row.limit, "met": row.met} for row in rows],
         "provenance": provenance(device),
     }
+
+
+def _slices(shape: ModelDims, lr: Sequence[float], slice_percentage: float) -> list[Slice]:
+    """What is sliced: constant and dynamic, and at the size of constant with shared bases."""
+    at, tied = f"SP {percent(slice_percentage)}", Layout(tied=shape.tied)
+    plan = constant(shape, slice_percentage, layout=tied)
+
+    def shared(layers: int | str) -> SlicePlan:
+        groups = basis_groups(len(shape.reads), shape.layers, layers, lr)
+        layout = replace(tied, basis_groups=groups)
+        known = schedules.Evidence(shape, lr=lr, layout=layout)
+        return schedules.within("lr", known, plan.parameters)
+
+    layers = schedules.BEST["basis_layers"]
+    best = shared(layers)
+    return [
+        Slice(f"constant, {at}", plan, 1.5),
+        Slice(f"dynamic, {at}, SB 0%", dynamic(shape, lr, slice_percentage, layout=tied), 1.5),
+        Slice(f"a basis for {layers} layers, size of {at}", best, 2.6),
+        Slice(f"one basis, size of {at}", shared("all"), 2.6),
+        Slice(f"recipe best, size of {at}", best, 5.0, Compensation()),
+    ]
 
 
 def lines(result: dict) -> list[str]:
