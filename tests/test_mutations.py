@@ -250,7 +250,7 @@ TABLE = {
     ),
     "scale of the final norm replaced by ones": (
         mutation(
-            slicing._head,
+            slicing._final_norm,
             'f"{family.final_norm}.{name}", parameter.clone()',
             'f"{family.final_norm}.{name}", torch.ones_like(parameter)',
         ),
@@ -263,7 +263,11 @@ TABLE = {
         ),
     ),
     "scale of plain norms turned round": (
-        mutation(slicing._plain_scales, "plan.shape.hidden_size / width", "width / 48"),
+        mutation(
+            slicing._plain_scale,
+            "plan.shape.hidden_size / plan.place_widths[-1]",
+            "plan.place_widths[-1] / plan.shape.hidden_size",
+        ),
         plain_equals_projectors,
     ),
     "eps of plain norms kept": (

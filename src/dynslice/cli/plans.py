@@ -80,7 +80,13 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     if options.size is None and schedule == "dynamic":
         return dynamic(shape, measured_lr, share, base, round_to, layout)
     budget = _budget(options, shape, round_to, layout)
-    return within(schedule, Evidence(shape, round_to, measured_lr, rises, layout, base), budget)
+    plan = within(schedule, Evidence(shape, round_to, measured_lr, rises, layout, base), budget)
+    if schedule == "dynamic" and plan.slice_percentage <= base > 0:
+        raise RequestError(
+            f"--slice-base {base} alone stores {plan.parameters:,} parameters, less than --size "
+            f"{options.size}; give a smaller base"
+        )
+    return plan
 
 
 def _rises(options, losses: dict | None) -> list[dict[float, float]]:
@@ -125,6 +131,7 @@ def _round_to(options, shape: ModelDims) -> int:
     return math.lcm(shape.heads or 1, options.round_to or 1)
 
 
+_SIZE = re.compile(r"([0-9.]+)\s*([A-Z]*)")
 _UNITS = {"K": 3, "M": 6, "B": 9, "KB": 3, "MB": 6, "GB": 9}  # powers of ten
 
 
@@ -133,18 +140,23 @@ def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
 
     Raises RequestError for a size that no plan has, with the range of those that there are.
     """
+    check_request(shape, options.slice_percentage or 0.0, 0.0, round_to)
     if options.size is None:
-        return budget_of(shape, options.slice_percentage, round_to, layout)
-    number, unit = re.fullmatch(r"([0-9.]+)\s*([A-Z]*)", options.size.upper()).groups()
-    size = float(number) * (10 ** _UNITS[unit] if unit else shape.dense_parameters)
-    if len(unit) == 2:
-        size /= placed(options)[1].itemsize
-    check_request(shape, 0.0, 0.0, round_to)
+        flag, size = (
+            "slice_percentage",
+            budget_of(shape, options.slice_percentage, round_to, layout),
+        )
+    else:
+        flag, (number, unit) = "size", _SIZE.fullmatch(options.size.upper()).groups()
+        size = float(number) * (10 ** _UNITS[unit] if unit else shape.dense_parameters)
+        if len(unit) == 2:
+            size /= placed(options)[1].itemsize
     least, most = size_range(shape, round_to, layout)
     if not least <= size < most:
         raise RequestError(
-            f"--size {options.size} is {size:,.0f} parameters, and slices of this model in this "
-            f"layout store from {least:,} to {most:,}; give a size between"
+            f"{_flag(flag)} {getattr(options, flag)} allows {size:,.0f} parameters, and slices of "
+            f"this model in this layout store at least {least:,} and less than {most:,}; give a "
+            "--size between"
         )
     return int(size)
 

@@ -207,7 +207,7 @@ class Estimator:
     def _widths(self, network: dict) -> SlicePlan:
         """The constant plan of the mean slice, which is near enough and needs no LR."""
         asked = plan_spec(network["plan"])
-        target, layout = asked.target, layout_of(getattr(asked, "layout", None), self.dims)
+        target, layout = asked.target, layout_of(asked.own_layout, self.dims)
         round_to = self.dims.heads or 1 if layout.plain else target.round_to
         return constant(self.dims, target.slice_percentage, round_to, layout=layout)
 

@@ -48,6 +48,12 @@ class PlanSpec:
         made_from = [value for value in vars(self).values() if isinstance(value, PlanSpec)]
         return made_from[0].target if made_from else self
 
+    @property
+    def own_layout(self) -> dict | None:
+        """The layout that the plan will have: its own, or that of the plan it is made from."""
+        made_from = [value for value in vars(self).values() if isinstance(value, PlanSpec)]
+        return self.layout if "layout" in vars(self) else made_from[0].own_layout
+
     def needs(self) -> list[Request]:
         """The measurements of the dense model that decide the widths."""
         return [] if self.target is self else self.target.needs()

@@ -87,10 +87,9 @@ class Regression:
         """A batch of windows: inputs [b, T, k], what the stream [b, T, d] is and should be."""
         size = h.float().pow(2).mean(-1, keepdim=True).sqrt().clamp(min=TINY)
         z, e = inputs.float() / size, (h.float() - x.float()) / size
-        halves = torch.arange(self._windows, self._windows + len(z), device=z.device) % 2
-        self._windows += len(z)
+        first, self._windows = self._windows, self._windows + len(z)
         for half in (0, 1):
-            rows, missing = (part[halves == half].flatten(0, 1) for part in (z, e))
+            rows, missing = (part[(half - first) % 2 :: 2].flatten(0, 1) for part in (z, e))
             if len(rows):
                 add_gram(self._grams[half], rows)
                 self._crosses[half] += rows.T @ missing
@@ -133,7 +132,7 @@ class Regression:
         system indefinite.
         """
         penalties = self._penalties(ridge)
-        gram, cross = (halves[0].add_(halves[1]) for halves in (self._grams, self._crosses))
+        gram, cross = (halves[0].add_(halves.pop()) for halves in (self._grams, self._crosses))
         D = _solution(gram, cross, penalties)
         if D is None:
             raise RunError(

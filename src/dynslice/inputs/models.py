@@ -24,7 +24,7 @@ from dynslice.inputs.checkpoints import (
     weight_files,
 )
 from dynslice.inputs.embedded_models import EMBEDDED
-from dynslice.method.architectures import check_family
+from dynslice.method.architectures import check_family, is_sliced
 from dynslice.method.modeling_sliced import SLICED_CLASSES
 from dynslice.method.plan import SlicePlan
 from dynslice.method.slicing import Sliced
@@ -179,7 +179,7 @@ def load_config(name: str, revision: str | None = None):
     check_family(config)
     folder = Path(source) if Path(source).is_dir() else hub.snapshot(name, revision)
     with suppress(RequestError):  # of weights that are not there, or cannot be read
-        if folder is not None:
+        if folder is not None and not is_sliced(config):
             config.tie_word_embeddings = ties_head(folder, name, config)
     return config
 

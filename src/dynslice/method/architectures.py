@@ -158,6 +158,8 @@ def _obstacle_to_plain(config) -> str | None:
         return "its norms (LayerNorm) take away a mean over the full width"
     if family_of(config).norm_offset:
         return "its embedding is scaled by the hidden size"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        return "its library class derives the rotary factors from the hidden size (longrope)"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +69,17 @@ class Bases:
         ahead = [p for p in range(place, len(bases) - 1) if bases[p + 1] == bases[place]]
         if ahead:
             stream, size = self._x.copied(), total.trace()
-            for p in ahead:
-                self._run(stream, p)
-                found = covariance(stream)
-                total += found.mul_((size / found.trace().clamp(min=TINY)).sqrt())
+            for layer, places in groupby(ahead, lambda place: place // len(self._family.blocks)):
+                with self._use(f"{self._family.layers}.{layer}") as module:
+                    for p in places:
+                        run_block(stream, None, self._block(module, p))
+                        found = covariance(stream)
+                        total += found.mul_((size / found.trace().clamp(min=TINY)).sqrt())
             stream.clear()
         return total
 
-    def _run(self, stream: Activations, place: int) -> None:
-        """Take a stream past the dense block at a place."""
+    def _block(self, module: nn.Module, place: int) -> BlockInPlace:
+        """The dense block at a place, in its layer."""
         layer, block = divmod(place, len(self._family.blocks))
-        with self._use(f"{self._family.layers}.{layer}") as module:
-            parts = module, self._family.blocks[block], self._arguments[layer], self._centred
-            run_block(stream, None, BlockInPlace(*parts))
+        arguments = self._arguments[layer]
+        return BlockInPlace(module, self._family.blocks[block], arguments, self._centred)

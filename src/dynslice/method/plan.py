@@ -114,10 +114,12 @@ class SlicePlan:
             )
         if layout.plain and len({*self.attention_widths, *self.mlp_widths}) > 1:
             raise RequestError("a plain checkpoint has one hidden size; slice all layers equally")
-        if layout.plain and (not self.shape.heads or self.widths[0] % self.shape.heads):
+        if layout.plain and not self.shape.heads:
+            raise RequestError("no slice of this model is a plain checkpoint; leave plain out")
+        if layout.plain and self.widths[0] % self.shape.heads:
             raise RequestError(
-                f"a width of {self.widths[0]} makes no plain checkpoint of this model, which needs "
-                f"a multiple of {self.shape.heads} (0: it has none); make the plan with --plain"
+                f"a plain checkpoint of width {self.widths[0]} is none that transformers takes; "
+                f"the width must be a multiple of the {self.shape.heads} heads"
             )
 
     @property

@@ -126,8 +126,9 @@ def sliced_weights(
     At each place x goes on as its projection Q Q^T x. Maps that read there become W diag(g) Q (g
     is the scale of the norm before them), maps that wrote there Q^T W, and the residual connection
     between places with bases Q and Q' becomes the shortcut Q^T Q'. The stream at each place is that
-    of the part that is already sliced, and each block runs over the calibration tokens once. A
-    place that keeps the full width keeps its basis. (SliceGPT, section 3.)
+    of the part that is already sliced, and each block runs over the calibration tokens once (twice
+    in a group of places that share a basis). A place that keeps the full width keeps its basis.
+    (SliceGPT, section 3.)
 
     x: an empty store for the stream [tokens, d]. audit: folds and rotates, and takes note of the
     rounding. start: from the first stream to a step past each block, `project` by default.
@@ -157,19 +158,19 @@ def sliced_weights(
                 does_matter = place < bases.last_start, plan.shortcuts[place]
                 residual, added = step(x, Q, R, here, *does_matter)
                 Q_next, R_next = bases.at(place + 1)
-                yield from _stored(_maps(here, family, Q, Q_next, audit, added), dtype, prefix)
+                maps = _maps(here, family, plan, Q, Q_next, audit, added)
+                yield from _stored(maps, dtype, prefix)
                 if plan.shortcuts[place]:
                     shortcut = {f"{block.name}_shortcut": residual @ Q_next}
                     yield from _stored(shortcut.items(), dtype, prefix)
                 Q, R, place = Q_next, R_next, place + 1
-            yield from _stored(_left_alone(layer, family), dtype, prefix)
-            if plan.layout.plain:
-                norms = [block.norm for block in family.blocks]
-                yield from _stored(_plain_scales(plan, norms), dtype, prefix)
-    if plan.layout.plain:
-        yield from _stored(_plain_scales(plan, [family.final_norm]), dtype)
-    with use(family.final_norm) as final_norm, use(family.head) as head:
-        yield from _stored(_head(final_norm, head, family, plan, Q, audit), dtype)
+            yield from _stored(_left_alone(layer, family, plan), dtype, prefix)
+    with use(family.final_norm) as final_norm:
+        yield from _stored(_final_norm(final_norm, family, plan), dtype)
+        # A tied head is the embedding, which is there already.
+        if not plan.layout.tied or model.get_submodule(family.head).bias is not None:
+            with use(family.head) as head:
+                yield from _stored(_head(final_norm, head, family, plan, Q, audit), dtype)
 
 
 def project(
@@ -180,7 +181,7 @@ def project(
     is_needed: bool,
     _has_shortcut: bool,
 ) -> tuple[Tensor, dict]:
-    """The step of SliceGPT: x <- x P + block(x P) where a later place is cut, and nothing else."""
+    """The step of SliceGPT: x <- x P + block(x P) where a later basis needs it, no correction."""
     if is_needed:
         run_block(x, R, block)
     return Q.T, {}
@@ -211,6 +212,7 @@ def _embeddings(model, family: Family, plan: SlicePlan, Q: Tensor, audit, centre
 def _maps(
     here: BlockInPlace,
     family: Family,
+    plan: SlicePlan,
     Q: Tensor,
     Q_next: Tensor,
     audit: RoundingAudit,
@@ -219,7 +221,7 @@ def _maps(
     """The maps of a block in the bases before and after it, by their names in the layer."""
     layer, centred = here.layer, here.centred
     norm = layer.get_submodule(here.block.norm)
-    g, b = _scale(norm, family), getattr(norm, "bias", None)
+    g, b = _scale(norm, family) * _left_to_maps(plan, audit.dtype), getattr(norm, "bias", None)
     for name in here.block.reads:
         read = layer.get_submodule(name)
         W = read.weight
@@ -237,12 +239,26 @@ def _maps(
             yield f"{name}.bias", centred(write.bias.float()) @ Q_next.float()
 
 
-def _left_alone(layer: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a layer that no map to or from the stream holds, such as norms of q."""
+def _left_alone(layer: nn.Module, family: Family, plan: SlicePlan) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a layer that no map to or from the stream holds, such as norms of q.
+
+    With them the scales of the norms before the blocks, where a plain checkpoint has such.
+    """
+    if plan.layout.plain:
+        yield from ((f"{block.norm}.weight", _plain_scales(plan)) for block in family.blocks)
     taken = {name for block in family.blocks for name in (block.norm, *block.reads, *block.writes)}
     for name, parameter in layer.named_parameters():
         if name.rpartition(".")[0] not in taken:
             yield name, parameter.clone()
+
+
+def _final_norm(norm: nn.Module, family: Family, plan: SlicePlan) -> Iterator[tuple[str, Tensor]]:
+    """A LayerNorm stays as it is, and so does the norm before a head that is the embedding too."""
+    if plan.layout.plain:
+        yield f"{family.final_norm}.weight", _plain_scales(plan)
+    if subtracts_mean(norm) or plan.layout.tied:
+        for name, parameter in norm.named_parameters():
+            yield f"{family.final_norm}.{name}", parameter.clone()
 
 
 def _head(
@@ -253,16 +269,9 @@ def _head(
     Q: Tensor,
     audit: RoundingAudit,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The head [V, w] with the scale of the norm before it.
-
-    A LayerNorm stays as it is, and so does the norm before a head that is the embedding too.
-    """
-    scale = torch.ones((), device=head.weight.device)
-    if subtracts_mean(final_norm) or plan.layout.tied:
-        for name, parameter in final_norm.named_parameters():
-            yield f"{family.final_norm}.{name}", parameter.clone()
-    else:
-        scale = _scale(final_norm, family)
+    """The head [V, w] with the scale of an RMS norm before it, where it has a table of its own."""
+    keeps_scale = subtracts_mean(final_norm)
+    scale = 1.0 if keeps_scale else _scale(final_norm, family) * _left_to_maps(plan, audit.dtype)
     if plan.layout.plain:
         yield f"{family.head}.weight", audit.rotated(head.weight, Q, lambda W: W * scale)
     elif not plan.layout.tied:
@@ -274,11 +283,19 @@ def _head(
         yield f"{family.head}.bias", head.bias.clone()
 
 
-def _plain_scales(plan: SlicePlan, norms: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Scales of norms that divide by the width w where the dense model's divide by d."""
-    width = plan.place_widths[-1]
-    scale = torch.full((width,), math.sqrt(plan.shape.hidden_size / width))
-    return ((f"{name}.weight", scale.clone()) for name in norms)
+def _plain_scale(plan: SlicePlan) -> float:
+    """What makes a norm over the width w that of the dense model, which divides by d."""
+    return math.sqrt(plan.shape.hidden_size / plan.place_widths[-1])
+
+
+def _left_to_maps(plan: SlicePlan, dtype: torch.dtype) -> float:
+    """What rounding takes from the scale of a plain checkpoint's norms; 1 without such."""
+    exact = _plain_scale(plan)
+    return exact / torch.tensor(exact, dtype=dtype).item() if plan.layout.plain else 1.0
+
+
+def _plain_scales(plan: SlicePlan) -> Tensor:
+    return torch.full((plan.place_widths[-1],), _plain_scale(plan))
 
 
 def _scale(norm: nn.Module, family: Family) -> Tensor:

@@ -82,7 +82,7 @@ def size_prose(table: pd.DataFrame) -> str:
     }
     name = "size_of_one" if len(sliced) == 1 else "size_of_several"
     found = style.say(name, dense=dense, **counts)
-    if counts["stored"] == counts["untied"]:
+    if sliced[SIZE].equals(sliced[UNTIED].astype(float)):
         return f"{found} {style.say('size_is_untied')}"
     return f"{found} {style.say(f'{name}_untied', dense=dense, **counts)}"
 
