@@ -214,7 +214,7 @@ BAD_REQUESTS = {
     f"{SLICE} --out new --recipe best": "--slice-percentage is missing; give a share such as 0.25",
     f"{SLICE} --out new --recipe good": "invalid choice: 'good'",
     f"{SLICE} --out new --recipe best --size 9": "9 is no share of the dense model",
-    f"{SLICE} --out new --recipe best --size 0.1": "--size 0.1 allows 16,448 parameters, and slices of",
+    f"{SLICE} --out new --recipe best --size 0.1": "--size 0.1 allows 16,448 parameters, and",
     f"{SLICE} --out new --recipe best --size 0.9 --stream": "no whole model to measure LR on; run",
     f"{SLICE} --out new --recipe best --size 0.9 --ridge 0": "ridge 0.0 is no positive number",
     f"{PLAN} --slice-percentage 0.2 --untie --model embedded:tiny-llama-3": "--untie means nothing",
