@@ -80,11 +80,16 @@ def _slices(shape: ModelDims, lr: Sequence[float], slice_percentage: float) -> l
 
     layers = schedules.BEST["basis_layers"]
     best = shared(layers)
+    ordinary = []  # the library's own class, whose speed ours can be held against
+    if shape.heads:
+        narrow = constant(shape, slice_percentage, shape.heads, layout=Layout(plain=True))
+        ordinary.append(Slice(f"ordinary checkpoint, {at}", narrow, 2.6))
     return [
         Slice(f"constant, {at}", plan, 1.5),
         Slice(f"dynamic, {at}, SB 0%", dynamic(shape, lr, slice_percentage, layout=tied), 1.5),
         Slice(f"a basis for {layers} layers, size of {at}", best, 2.6),
         Slice(f"one basis, size of {at}", shared("all"), 2.6),
+        *ordinary,
         Slice(f"recipe best, size of {at}", best, 5.0, Compensation()),
     ]
 
