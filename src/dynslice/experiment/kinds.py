@@ -6,6 +6,7 @@ What measures is imported where it runs: reports read the kinds too and need no 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from importlib import metadata
 from math import exp
 from statistics import fmean
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from dynslice.experiment.runner import Runner
 
 
-class Kind:
+class Kind(ABC):
     """One kind of measurement; `config` is what its request asks, `value` what `run` gave."""
 
     needs_memory = True
     slices_itself = False  # networks of its own, one after the other
 
+    @abstractmethod
     def run(self, runner: Runner, config: dict) -> dict:
         """Measure. A value of `seconds` stands for the time that the whole of it took."""
-        raise NotImplementedError
 
     def seconds(self, estimator: Estimator, config: dict) -> float | None:
         """About how long it takes without slicing; None where nobody knows how much is read."""

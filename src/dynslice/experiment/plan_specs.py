@@ -6,6 +6,7 @@ record.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,7 +38,7 @@ def layout_of(asked: dict | None, dims: ModelDims, lr: Sequence[float] | None = 
 
 
 @dataclass(frozen=True)
-class PlanSpec:
+class PlanSpec(ABC):
     """A plan that is asked for and not yet made."""
 
     schedule: ClassVar[str]
@@ -58,9 +59,9 @@ class PlanSpec:
         """The measurements of the dense model that decide the widths."""
         return [] if self.target is self else self.target.needs()
 
+    @abstractmethod
     def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
         """The plan of a model. Raises RequestError where the model has none like it."""
-        raise NotImplementedError
 
     def describe(self) -> str:
         """Schedule, SP and SB in a few words."""
