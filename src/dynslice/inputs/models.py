@@ -2,7 +2,9 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dynslice.core import files, hub, paths
 from dynslice.core.errors import RequestError, in_one_line
 from dynslice.core.tensors import check_weight
+from dynslice.inputs import gguf
 from dynslice.inputs.checkpoints import (
     SAFE,
     Checkpoint,
@@ -187,11 +190,13 @@ def load_config(name: str, revision: str | None = None):
 def resolve(name: str, revision: str | None = None) -> str:
     """What `from_pretrained` can load: a directory, or the name of a model of the hub.
 
-    Raises RequestError when `name` is neither an embedded model, the directory of a sound one, nor
-    something that the hub (or its local cache) holds.
+    Raises RequestError when `name` is neither an embedded model, the directory of a sound one, a
+    GGUF file, nor something that the hub (or its local cache) holds.
     """
     if name.startswith("embedded:"):
         return str(_embedded(name.removeprefix("embedded:")))
+    if is_gguf(name):
+        return str(_converted(Path(name)))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise RequestError(
@@ -209,13 +214,19 @@ def resolve(name: str, revision: str | None = None) -> str:
     if folder := hub.snapshot(name, revision):  # downloaded before
         return str(folder)
     raise RequestError(
-        f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and {reason}"
+        f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory or GGUF "
+        f"file, and {reason}"
     )
 
 
 def is_remote(name: str) -> bool:
     """Whether a model is one of the hub."""
-    return not name.startswith("embedded:") and not Path(name).is_dir()
+    return not (name.startswith("embedded:") or Path(name).is_dir() or is_gguf(name))
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model is a GGUF file."""
+    return name.endswith(gguf.SUFFIX) and Path(name).is_file()
 
 
 def in_cache(name: str, revision: str | None = None) -> bool:
@@ -235,12 +246,24 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 def _embedded(name: str) -> Path:
     if name not in EMBEDDED:
         raise RequestError(f"embedded model {name!r} is unknown; there are {', '.join(EMBEDDED)}")
-    folder = paths.embedded_model(name)
+    shard = "200KB" if name.startswith("tiny") else "5GB"
+    return _kept(paths.embedded_model(name), f"embedded model {name!r}", EMBEDDED[name], shard)
+
+
+def _converted(file: Path) -> Path:
+    """A GGUF file as a saved model in the cache, by what the file holds."""
+    folder = paths.embedded_model(f"gguf-{files.content_sha256(file)[:16]}")
+    return _kept(folder, f"the model of {file.name!r}", partial(gguf.convert, file))
+
+
+def _kept(folder: Path, what: str, make: Callable, shard: str = "5GB") -> Path:
+    """A saved model in the cache, made unless it is there and sound."""
     if files.is_sound(folder):
         return folder
-    with files.claim(folder.with_name(f".making-{name}")):  # one process makes it, others wait
+    making = folder.with_name(f".making-{folder.name}")
+    with files.claim(making):  # one process makes it, others wait
         if reason := files.damage(folder):
-            print(f"embedded model {name!r} is made anew: {reason}", file=sys.stderr)
+            print(f"{what} is made anew: {reason}", file=sys.stderr)
         if not files.is_sound(folder):
-            save(*EMBEDDED[name](), folder, shard="5GB" if name == "smollm2-135m" else "200KB")
+            save(*make(), folder, shard=shard)
     return folder
