@@ -18,7 +18,8 @@ from dynslice.experiment.study import Study
 from dynslice.inputs.texts import SPLITS
 from dynslice.report import style
 
-CLAIMS = "claims.csv"  # the headline claims, which claims.py reads; every other CSV holds cells
+# What claims.py and forerunner.py read; every other CSV holds cells.
+NO_CELLS = ("claims.csv", "dynamicslicing_logs.csv")
 GUIDE = "data/published/README.md"
 
 PERPLEXITY, ACCURACY = ("perplexity",), ("acc", "acc_norm")
@@ -91,7 +92,7 @@ def read() -> list[Cell]:
 
     Raises RequestError naming the file, line and column that cannot be read.
     """
-    files = [path for path in sorted(paths.PUBLISHED.glob("*.csv")) if path.name != CLAIMS]
+    files = [path for path in sorted(paths.PUBLISHED.glob("*.csv")) if path.name not in NO_CELLS]
     return [cell for path in files for cell in _cells(path)]
 
 
