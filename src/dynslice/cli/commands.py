@@ -327,6 +327,10 @@ def reproduce_command(options) -> tuple[dict, list[str]]:
         if value not in (None, "auto"):
             overrides.setdefault(name, value)
     how = given(options, "only", "dry_run", "from_record", "device", "executor", "address")
+    how |= given(options, "verbose", "machine")
+    for name in ("verbose", "machine"):
+        if how[name] and not options.dry_run:
+            raise RequestError(f"--{name} is about a plan; give --dry-run with it")
     return reproduce.run(options.profile, overrides, **how)
 
 

@@ -29,7 +29,9 @@ NEEDS = {
     "05": lambda study: study.design.efficiency_requests(),
     "06": lambda study: study.requests(),
     "07": lambda study: study.beyond.requests(),
+    "08": lambda study: study.requests(),
 }
+ACROSS = "08"  # about all models of a profile, so it is rendered once, after them
 
 
 def run(
@@ -41,10 +43,13 @@ def run(
     device: str = "auto",
     executor: str = "local",
     address: str | None = None,
+    verbose: bool = False,
+    machine: str | None = None,
 ) -> tuple[dict, list[str]]:
     """Measure what is missing, execute the notebooks, and say how the values agree with the record.
 
-    executor, address: see `executor.run_all`. Returns the outcome as a dict and as lines. Raises
+    executor, address: see `executor.run_all`. verbose, machine: of a dry run, which then lists each
+    measurement, or tells the times of another machine (`estimate.MACHINES`). Returns the outcome as a dict and as lines. Raises
     RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
     """
     how = (executor, address)
@@ -54,7 +59,8 @@ def run(
         study = Study.open(profile, from_record, device, **chosen)
         runs.append((study, chosen, unique([r for n in notebooks for r in NEEDS[n](study)])))
     if dry_run:
-        return of_models([_dry_run(study, requests, *how) for study, _, requests in runs])
+        asked = [(study, requests) for study, _, requests in runs]
+        return of_models([_dry_run(*pair, verbose, machine, *how) for pair in asked])
     for study, _, requests in runs:
         name = study.profile.name
         results = [] if from_record else [study.store.folder]
@@ -64,21 +70,29 @@ def run(
         if not from_record:
             _prepare(study, requests, *how)
     outcomes, failed = [], []
+    of_each = {number: path for number, path in notebooks.items() if number != ACROSS}
     for study, chosen, requests in runs:
         try:
-            outcomes.append(_run_one(profile, study, chosen, notebooks, requests, *how))
+            outcomes.append(_run_one(profile, study, chosen, of_each, requests, *how))
         except RunError as error:  # the other models go on
             failed.append(f"{study.profile.name}: {error}" if len(runs) > 1 else str(error))
     if failed:
         raise RunError("\n".join(failed))
+    if ACROSS in notebooks:
+        rendered = paths.rendered(load(profile, overrides).folder)
+        _render({ACROSS: notebooks[ACROSS]}, rendered, profile, runs[0][0], overrides)
     return of_models(outcomes)
 
 
-def _dry_run(study: Study, requests: list[Request], *how: str | None) -> tuple[dict, list[str]]:
+def _dry_run(
+    study: Study, requests: list[Request], verbose: bool, machine: str | None, *how: str | None
+) -> tuple[dict, list[str]]:
     from dynslice.experiment import preflight
+    from dynslice.experiment.estimate import MACHINES
 
-    found = preflight.forecast(study, study.missing(requests), *how)
-    return preflight.facts(study, requests, found), preflight.lines(study, requests, found)
+    found = preflight.forecast(study, study.missing(requests), *how, MACHINES.get(machine))
+    lines = preflight.lines(study, requests, found, verbose)
+    return preflight.facts(study, requests, found), lines
 
 
 def _prepare(study: Study, requests: list[Request], *how: str | None) -> None:
@@ -108,14 +122,8 @@ def _run_one(
     measured = study.ensure(requests, *how)
     measuring = time.perf_counter() - start
 
-    # A notebook's own None keeps the profile's value, and its texts are read as YAML.
-    chosen = {key: "null" if value is None else value for key, value in overrides.items()}
-    where = {"from_record": study.from_record, "device": study.device}
-    rendered, waiting = paths.rendered(name), "another run renders the notebooks; waiting for it"
-    with files.claim(rendered / ".rendering", partial(print, waiting, file=sys.stderr)):
-        for position, path in enumerate(notebooks.values(), start=1):
-            print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
-            _execute(path, rendered / path.name, {"profile": profile, **where, **chosen})
+    rendered = paths.rendered(name)
+    _render(notebooks, rendered, profile, study, overrides)
     seconds = time.perf_counter() - start
 
     outcome = {
@@ -137,6 +145,24 @@ def _run_one(
     stored = ", the others were in the store" if measured < len(requests) else ""
     line = f"measured {measured} of {len(requests)} values in {_minutes(measuring)}{stored}"
     return outcome, [line, *places, agreement_line(outcome["agreement"], name)]
+
+
+def _render(
+    notebooks: dict[str, Path],
+    rendered: Path,
+    profile: str,
+    study: Study,
+    overrides: dict[str, Any],
+) -> None:
+    """Execute notebooks with the overrides of a run; a study says from where and on what device."""
+    # A notebook's own None keeps the profile's value, and its texts are read as YAML.
+    chosen = {key: "null" if value is None else value for key, value in overrides.items()}
+    where = {"from_record": study.from_record, "device": study.device}
+    waiting = "another run renders the notebooks; waiting for it"
+    with files.claim(rendered / ".rendering", partial(print, waiting, file=sys.stderr)):
+        for position, path in enumerate(notebooks.values(), start=1):
+            print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
+            _execute(path, rendered / path.name, {"profile": profile, **where, **chosen})
 
 
 def _notebooks(only: list[str] | None) -> dict[str, Path]:

@@ -71,6 +71,12 @@ def check_names(names: Iterable[str]) -> None:
             raise RequestError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}")
 
 
+def chance(names: Iterable[str]) -> float | None:
+    """The mean accuracy in percent that guessing gives on tasks with choices; None of no task."""
+    shares = [100 / TASKS[name].choices for name in names]
+    return sum(shares) / len(shares) if shares else None
+
+
 def data_files(name: str) -> dict[str, list[Path]]:
     """The data files of a task by split, downloaded where need be (not of MMLU's subjects apart).
 

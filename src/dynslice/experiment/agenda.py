@@ -105,6 +105,15 @@ def jobs(requests: list[Request]) -> list[Job]:
     return [*dense, *sliced.values()]
 
 
+def by_network(requests: list[Request]) -> list[tuple[str, list[Request]]]:
+    """The requests of each network with its name in words, those of the dense model first."""
+    found: dict[str, list[Request]] = {}
+    for request in requests:
+        found.setdefault(name_of(request.config.get("slice")), []).append(request)
+    dense = found.pop(name_of(None), [])
+    return [("dense", dense)] * bool(dense) + [(network_words(of[0]), of) for of in found.values()]
+
+
 def name_of(network: dict | None) -> str:
     """A short name for a network; None is the dense model."""
     return Request("network", {"slice": network}).key
@@ -112,12 +121,15 @@ def name_of(network: dict | None) -> str:
 
 def describe(request: Request) -> str:
     """A request in a few words."""
-    config, plan = request.config, _plan_of(request)
-    network = config.get("slice") or {}
-    what = config.get("task") or config.get("text")
+    what = request.config.get("task") or request.config.get("text")
+    return " ".join(filter(None, (request.kind, what, network_words(request))))
+
+
+def network_words(request: Request) -> str:
+    """The network of a request in a few words."""
+    plan, network = _plan_of(request), request.config.get("slice") or {}
     extras = [f"with {name}" for name in ("compensation", "recovery") if name in network]
-    words = [request.kind, *([what] if what else []), plan.describe() if plan else "dense"]
-    return " ".join([*words, *extras])
+    return " ".join([plan.describe() if plan else "dense", *extras])
 
 
 def _plan_of(request: Request) -> PlanSpec | None:

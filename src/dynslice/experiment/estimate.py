@@ -48,6 +48,7 @@ class Machine:
     rate_float64: float
     eigenvectors: float
     share: float  # of the matrix product's rate that a pass through the layers reaches
+    assumed: str = ""  # what stands for it, where nothing was measured
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
@@ -62,6 +63,15 @@ class Machine:
         bench = json.loads((paths.BENCH / "smollm2-135m-cpu.json").read_text(encoding="utf-8"))
         ratios = {row["step"]: row.get("ratio") for row in bench["rows"]}
         return cls(device, *rates, min(timed["eigh"]), ratios["one pass through the layers"])
+
+
+# Assumed, not measured: half of an H100's 989 TFLOP/s in half precision and of its 67 in float64
+# (NVIDIA's data sheet, SXM, dense), and 5 s for the eigenvectors at 4,096.
+MACHINES = {
+    "h100": Machine(
+        torch.device("cuda"), 495e12, 33e12, 5 * (EIGENVECTORS_AT / 4096) ** 3, 0.6, "an H100"
+    )
+}
 
 
 class Estimator:

@@ -13,7 +13,7 @@ from dynslice.core import assets, hub, paths
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import pick_device
 from dynslice.evaluate.task_table import TASKS
-from dynslice.experiment.agenda import describe
+from dynslice.experiment.agenda import by_network, describe
 from dynslice.experiment.estimate import Estimate, Estimator, Machine
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.requests import texts_of
@@ -23,6 +23,7 @@ from dynslice.inputs import corpora, models, texts
 from dynslice.inputs.models import is_remote
 from dynslice.method.footprint import shown_bytes
 
+SCREEN = 40  # networks that a plan lists
 SMOLLM2 = "embedded:smollm2-135m"  # whose shape is not known before it is fetched
 
 
@@ -35,6 +36,7 @@ class Forecast:
     obstacles: list[str]  # what is in the way and what to do
     estimates: dict[str, Estimate] = field(default_factory=dict)  # by key
     rate: float = 0.0  # FLOP/s of this machine's matrix product
+    assumed: str = ""  # the machine that was asked about, where it is not this one
     download_bytes: int = 0
     disk_bytes: int = 0
     memory_bytes: int = 0  # on the device here
@@ -61,9 +63,11 @@ def forecast(
     """What a study will take, and what stands in its way.
 
     Of a cluster at an address nothing is known here: times are this machine's, and its room is
-    not asked about. Raises RequestError for a device that is not there.
+    not asked about; nor is it where another machine is assumed. Raises RequestError for a device
+    that is not there.
     """
-    profile, device = study.profile, pick_device("auto" if address else study.device)
+    profile, assumed = study.profile, machine.assumed if machine else ""
+    device = machine.device if assumed else pick_device("auto" if address else study.device)
     model, revision = profile.model, profile.model_revision
     is_here = not is_remote(model) or models.in_cache(model, revision)
     obstacles = []
@@ -83,40 +87,71 @@ def forecast(
         obstacles,
         estimates=estimator.estimate(missing),
         rate=estimator.machine.rate,
+        assumed=assumed,
         download_bytes=0 if is_here else 2 * estimator.dims.dense_parameters,  # half precision
         disk_bytes=estimator.disk(missing),
         memory_bytes=estimator.peak(missing),
         gpu_memory_bytes=on_gpu.peak(missing),
     )
-    if address is None:
+    if address is None and not assumed:
         workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
         obstacles += _room_obstacles(profile, found, workers)
     return found
 
 
-def lines(study: Study, requests: list[Request], found: Forecast) -> list[str]:
-    """The plan of a study as a reader wants it: each measurement, the sums, the obstacles."""
+def lines(
+    study: Study, requests: list[Request], found: Forecast, verbose: bool = False
+) -> list[str]:
+    """The plan of a study as a reader wants it: the networks, the sums, the obstacles.
+
+    verbose: each measurement instead of each network.
+    """
     p, missing = study.profile, {request.key for request in found.missing}
     told = [
         f"profile {p.name}: {p.model} in {p.dtype}, placement {p.placement}, on {found.device.type}"
     ]
-    for request in requests:
-        state, cost = "missing" if request.key in missing else "stored", ""
-        if estimate := found.estimates.get(request.key):
-            cost = f"{_time(estimate.seconds):>9} {shown_bytes(estimate.memory_bytes):>9}"
-        told.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
+    told += _measurements(requests, found) if verbose else _networks(requests, found)
     told.append(f"{len(missing)} of {len(requests)} measurements are missing")
     if found.estimates:
         unknown = f" and {found.unknown} unknown" if found.unknown else ""
+        of_this = "of this machine's own matrix product"
+        rate_of = f"that are assumed of {found.assumed}" if found.assumed else of_this
         on_gpu = f"(on a GPU {shown_bytes(found.gpu_memory_bytes)}), "
         told.append(
             f"time {_time(found.seconds)}{unknown}, by operations counted at the "
-            f"{found.rate / 1e12:.3g} TFLOP/s of this machine's own matrix product; "
+            f"{found.rate / 1e12:.3g} TFLOP/s {rate_of}; "
             f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)} "
             f"{on_gpu if found.device.type == 'cpu' else ''}disk {shown_bytes(found.disk_bytes)}, "
             f"download of weights {shown_bytes(found.download_bytes)}"
         )
     return [*told, *(f"in the way: {obstacle}" for obstacle in found.obstacles)]
+
+
+def _measurements(requests: list[Request], found: Forecast) -> list[str]:
+    told, missing = [], {request.key for request in found.missing}
+    for request in requests:
+        state, cost = "missing" if request.key in missing else "stored", ""
+        if estimate := found.estimates.get(request.key):
+            cost = f"{_time(estimate.seconds):>9} {shown_bytes(estimate.memory_bytes):>9}"
+        told.append(f"{state:8} {request.key:24} {cost:19}  {describe(request)}".rstrip())
+    return told
+
+
+def _networks(requests: list[Request], found: Forecast) -> list[str]:
+    """A line for each network, those that take longest where there are more than a screen holds."""
+    missing, rows = {request.key for request in found.missing}, []
+    for title, of_network in by_network(requests):
+        left = [request for request in of_network if request.key in missing]
+        estimates = [found.estimates[r.key] for r in left if r.key in found.estimates]
+        seconds = sum(e.seconds or 0.0 for e in estimates)
+        size = max((e.memory_bytes for e in estimates), default=0)
+        cost = f"{_time(seconds):>9} {shown_bytes(size):>9}" if estimates else ""
+        rows.append((seconds, f"{len(left):4} of {len(of_network):3} {cost:19}  {title}"))
+    least = sorted((seconds for seconds, _ in rows), reverse=True)[:SCREEN][-1:]
+    kept = [line.rstrip() for seconds, line in rows if [seconds] >= least][:SCREEN]
+    more = f"and {len(rows) - len(kept)} more networks; --verbose lists each measurement"
+    heading = "   missing      time    memory  network"
+    return [heading, *kept, *([more] if len(kept) < len(rows) else [])]
 
 
 def facts(study: Study, requests: list[Request], found: Forecast) -> dict:

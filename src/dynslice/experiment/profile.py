@@ -44,6 +44,7 @@ class Profile(BaseModel):
     model: str  # embedded:NAME, a directory, or a hub id
     revision: str | None = None  # of a hub model
     models: list[str] = []  # run the profile once for each, in folders of their own
+    next_to: list[str] = []  # other profiles, whose records notebook 08 shows too
     revisions: dict[str, str] = {}  # hub model or corpus: branch, tag or commit
     stand_ins: dict[str, str] = {}  # corpus: file, directory or corpus that is read in its place
     # Dense and sliced network on the device at once; or one network at a time, sliced layer by
@@ -185,6 +186,11 @@ class Profile(BaseModel):
                 raise ValueError(f"{key} of {name!r}, which is not read; did you mean {near!r}")
         if len(set(map(_folder_of, self.models))) < len(self.models):
             raise ValueError(f"models {self.models} would share a folder: rename one of them")
+
+    @property
+    def folder(self) -> str:
+        """Where what is written about all of its models goes; `name` is one model's."""
+        return self.name.partition("/")[0]
 
     @property
     def model_revision(self) -> str | None:

@@ -44,19 +44,17 @@ class Study:
 
     @classmethod
     def from_notebook(cls, variables: dict[str, Any]) -> "Study":
-        """The study of a notebook's `globals()` after its parameters cell.
+        """The study of a notebook's `globals()` after its parameters cell (see `parameters`).
 
-        Profile keys that are None keep the profile's value; text (from `papermill -p`) is read as
-        YAML where the key is no string. Raises RequestError for a name that is no parameter.
+        Raises RequestError for a name that is no parameter.
         """
-        plain = (str, int, float, list, dict, type(None))
-        given = {k: v for k, v in variables.items() if isinstance(v, plain) and k[:1] != "_"}
-        for name in ("In", "Out"):  # IPython's
-            given.pop(name, None)
-        fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
-        chosen = given.pop("profile", "quick")
-        overrides = {name: _from_text(name, v) for name, v in given.items() if v is not None}
-        return cls.open(chosen, **fixed, **overrides)
+        name, fixed, overrides = parameters(variables)
+        return cls.open(name, **fixed, **overrides)
+
+    @property
+    def name(self) -> str:
+        """What its folders are called."""
+        return self.profile.name
 
     def requests(self) -> list[Request]:
         """Everything, each once."""
@@ -104,6 +102,21 @@ class Study:
     def lr(self, request: Request | None = None) -> list[float]:
         """LR of every layer, by default on the profile's own text."""
         return [x["lr"] for x in self.get(request or self.lr_request()).value["layers"]]
+
+
+def parameters(variables: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What a notebook's parameters cell sets: profile, `from_record` and `device`, overrides.
+
+    Profile keys that are None keep the profile's value; text (from `papermill -p`) is read as YAML
+    where the key is no string.
+    """
+    plain = (str, int, float, list, dict, type(None))
+    given = {k: v for k, v in variables.items() if isinstance(v, plain) and k[:1] != "_"}
+    for name in ("In", "Out"):  # IPython's
+        given.pop(name, None)
+    fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
+    chosen = given.pop("profile", "quick")
+    return chosen, fixed, {k: _from_text(k, v) for k, v in given.items() if v is not None}
 
 
 def _from_text(name: str, value: Any) -> Any:

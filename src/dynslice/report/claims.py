@@ -11,6 +11,7 @@ from dynslice.report.statistics import BASES, EQUAL_SLICE, Estimate, Pair
 
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
 NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
+UNSEEN = "could not have been seen"
 ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
 
@@ -18,13 +19,15 @@ def verdict(change: Estimate | None, published: float) -> str:
     """The rule: `not supported` unless the interval lies beyond zero on the claimed side.
 
     Then `supported` when the change is at least the published one, else `supported in direction,
-    not in size`. Nothing measured is `not tested here`.
+    not in size`. An interval that holds both zero and the published change decides nothing: that
+    change `could not have been seen`. Nothing measured is `not tested here`.
     """
     if change is None:
         return NOT_TESTED
-    if change.direction != ("lower" if published < 0 else "higher"):
-        return NOT_SUPPORTED
-    return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
+    if change.direction == ("lower" if published < 0 else "higher"):
+        return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
+    decides_nothing = change.low <= min(0, published) and max(0, published) <= change.high
+    return UNSEEN if decides_nothing else NOT_SUPPORTED
 
 
 def verdicts(change: Estimate | None, ratio: Estimate | None, published: float) -> str:

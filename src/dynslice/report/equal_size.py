@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from dynslice.evaluate.task_table import chance
 from dynslice.experiment.equal_size import BEST_RECIPE, SHARED, SLICEGPT
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Point
@@ -80,6 +81,7 @@ def accuracy_table(study: Study) -> pd.DataFrame:
             change = None if point is DENSE else statistics.accuracy_change(study, *pair, tasks)
             row = {"SP": sp, "network": name(point), "tasks": len(tasks)}
             row["accuracy (%)"] = statistics.accuracy(study, point, tasks)
+            row["chance (%)"] = chance(tasks)
             rows.append({**row, **columns(change, ACCURACY)})
     return pd.DataFrame(rows)
 

@@ -14,6 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from dynslice.core import files, paths
+from dynslice.experiment.across import Across
 from dynslice.experiment.profile import percent
 from dynslice.experiment.study import Study
 from dynslice.report import statistics
@@ -38,7 +39,7 @@ def panels(
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
 
 
-def save_figure(figure: plt.Figure, study: Study, name: str) -> None:
+def save_figure(figure: plt.Figure, study: Study | Across, name: str) -> None:
     """Write a figure as PDF and PNG to figures/<profile>/."""
     with files.writing(_folder(study)) as folder:
         # Without dates, so that the same results give the same files.
@@ -46,7 +47,7 @@ def save_figure(figure: plt.Figure, study: Study, name: str) -> None:
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
 
 
-def save_table(table: pd.DataFrame, study: Study, name: str, digits: int = 2) -> None:
+def save_table(table: pd.DataFrame, study: Study | Across, name: str, digits: int = 2) -> None:
     """Write a table as CSV (full precision), Markdown and LaTeX to figures/<profile>/.
 
     The latter two say what the intervals are. A profile that has nothing to show writes nothing.
@@ -192,7 +193,7 @@ def lm_eval_line(study: Study) -> str:
     return f"Scored by lm-eval {', '.join(versions)}." if versions else "No task was scored."
 
 
-def _folder(study: Study) -> Path:
-    folder = paths.figures(study.profile.name)
+def _folder(study: Study | Across) -> Path:
+    folder = paths.figures(study.name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

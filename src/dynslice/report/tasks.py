@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from dynslice.evaluate.task_table import TASKS
+from dynslice.evaluate.task_table import CHOICE_TASKS, TASKS, chance
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.report import comparison, statistics, style
@@ -83,7 +83,7 @@ def _listed(names: Iterable[str]) -> str:
 def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
     """The task table for reading: a row per task, a column per network, `45.0 [38.0, 52.0]`.
 
-    Below it, what each network stores in millions of parameters.
+    First what guessing gives. Below, what each network stores in millions of parameters.
     """
     if table.empty:
         return table
@@ -93,7 +93,17 @@ def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
     )
     sizes = table.drop_duplicates("network").set_index("network")[[SIZE, UNTIED]].T
     sizes = sizes.map(lambda x: "-" if pd.isna(x) else f"{x:.1f}")
-    return pd.concat([view.loc[table["task"].unique()], sizes])[table["network"].unique()]
+    shown = pd.concat([view.loc[table["task"].unique()], sizes])[table["network"].unique()]
+    chances = [_chance(table, row) for row in shown.index]
+    shown.insert(0, "chance", ["-" if x is None else f"{x:.1f}" for x in chances])
+    return shown
+
+
+def _chance(table: pd.DataFrame, row: str) -> float | None:
+    """What guessing gives on a task of a task table, or on their average; None where nothing."""
+    averaged = [task for task in table["task"].unique() if task in CHOICE_TASKS]
+    names = averaged if row == "average" else [row]
+    return chance(names) if set(names) <= set(averaged) else None
 
 
 def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
@@ -106,10 +116,19 @@ def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
     comparison.constant_and_dynamic(left, here, x, "accuracy")
     margins = here.assign(low=here["margin low"], high=here["margin high"])
     comparison.constant_and_dynamic(right, margins, x, "margin")
+    left.axhline(_chance(table, "average"), color="0.5", linestyle="-.", label="chance")
     left.set(xlabel="stored parameters (millions)", ylabel="average accuracy (%)")
     right.set(xlabel="stored parameters (millions)", ylabel="average margin (nats)")
     left.legend()
     return figure
+
+
+def power_prose(comparison: pd.DataFrame) -> str:
+    """How large a difference of the average has to be to show, as Markdown; nothing where none."""
+    rows = comparison if comparison.empty else comparison[comparison["task"] == "average"]
+    if rows.empty:
+        return ""
+    return style.say("power", half=((rows["high"] - rows["low"]) / 2).describe())
 
 
 def task_comparison(study: Study) -> pd.DataFrame:
