@@ -53,3 +53,11 @@ def test_cells_of_the_field_are_read_with_their_sources():
     cells = [cell for cell in published.read() if cell.method in ("FLAP", "output-aware")]
     assert {cell.value for cell in cells} >= {8.42, 18.04, 13.34}
     assert all("arXiv" in cell.source for cell in cells)
+
+
+@pytest.mark.parametrize("model", [LLAMA, MISTRAL])
+def test_the_constant_row_is_the_anchor_of_the_papers_models_at_30_percent(model):
+    cells = [c for c in published.read() if c.source.startswith("raw outputs of the authors")]
+    found = [c.value for c in cells if c.model == model]
+    assert found == pytest.approx(accuracies(model, 0.0), abs=0.005)
+    assert {(c.method, c.slice_percentage, c.eval_windows) for c in cells} == {("SliceGPT", 0.3, 300)}
