@@ -1,0 +1,91 @@
+"""Several models next to each other: which they are, and what is said of each of them."""
+
+from dataclasses import replace
+
+import pytest
+
+from dynslice.core import assets, paths
+from dynslice.experiment.across import Across
+from dynslice.report import across as report
+from dynslice.report import claims
+from dynslice.report.statistics import Estimate
+
+MODELS = ["embedded:tiny-random", "embedded:tiny-llama-3"]
+SMALL = {"slice_bases": [0.0], "tasks": {}, "speed_slice_percentages": [], "recovery_steps": 0}
+SMALL |= {"ablation_slice_percentage": None, "single_layer_slice": None, "beyond_plain": False}
+SMALL |= {"beyond_candidates": [], "beyond_basis_layers_tried": [], "beyond_shuffles": 0}
+SMALL |= {"beyond_ridges": [], "beyond_calibration_seeds": [], "eval_windows": 4}
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory):
+    """Two tiny models by the smoke profile, little of it, measured."""
+    assets.fetch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "OUTPUT", tmp_path_factory.mktemp("across"))
+        across = Across.open("smoke", device="cpu", models=MODELS, **SMALL)
+        across.ensure()
+        yield across
+
+
+def test_a_profile_of_two_models_has_a_study_and_a_column_of_claims_for_each(two_models):
+    names = ["tiny-random", "tiny-llama-3"]
+    assert two_models.name == "smoke"
+    assert [study.name for study in two_models.studies] == [f"smoke/{name}" for name in names]
+    table = report.claims_table(two_models)
+    assert list(table.columns[-2:]) == names
+    assert set(report.lr_table(two_models)["model"]) == set(names)
+    assert set(report.change_table(two_models)["network"]) == {"dynamic", "recipe"}
+
+
+def test_the_table_holds_the_numbers_of_each_study(two_models):
+    table = report.model_table(two_models).set_index(["model", "measured"])
+    for study in two_models.studies:
+        constant = study.design.point(study.design.constant(0.25))
+        row = table.loc[(report.name(study), "perplexity, wikipedia")]
+        assert row["SliceGPT"] == study.perplexity(constant, "wikipedia")
+        assert table.loc[(report.name(study), "parameters (M)"), "dense"] == pytest.approx(
+            study.get(study.slice_request(constant)).value["parameters_dense"] / 1e6
+        )
+    figure = report.model_figure(report.model_table(two_models))
+    assert len(figure.axes) == len(MODELS)
+
+
+def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_models):
+    before = report.claims_table(two_models)
+    study = two_models.studies[1]
+    dynamic = report.networks(study, 0.25)["dynamic"]
+    result = study.get(study.perplexity_request(dynamic, "wikipedia"))
+    lower = [nll - 1.0 for nll in result.value["nll"]]
+    study.store.put(replace(result, value={**result.value, "nll": lower}))
+    try:
+        after = report.claims_table(two_models)
+    finally:
+        study.store.put(result)
+    changed = (before != after).any()
+    assert list(changed[changed].index) == ["tiny-llama-3"]
+    lower = after[after["measured on"] == "wikipedia"]["tiny-llama-3"]
+    assert all(said.startswith(claims.SUPPORTED + ":") for said in lower)
+    assert report.claims_table(two_models).equals(before)
+
+
+def test_recorded_profiles_stand_next_to_it_and_absent_ones_are_named():
+    across = Across.open("smoke", device="cpu", next_to=["quick", "full"])
+    assert [study.name for study in across.studies] == ["smoke", "quick"]
+    assert across.studies[1].from_record
+    assert "`full`" in report.absent_prose(across)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ((-9.0, -12.0, -6.0), claims.SUPPORTED),
+        ((-3.0, -5.0, -1.0), claims.DIRECTION),
+        ((-1.0, -3.0, 1.0), claims.NOT_SUPPORTED),  # the published 7 % would have been seen
+        ((-1.0, -9.0, 7.0), claims.UNSEEN),
+        ((4.0, 1.0, 7.0), claims.NOT_SUPPORTED),
+    ],
+)
+def test_what_the_interval_cannot_exclude_could_not_have_been_seen(change, verdict):
+    assert claims.verdict(Estimate(*change), -7) == verdict
+    assert claims.verdict(Estimate(-change[0], -change[2], -change[1]), 7) == verdict
