@@ -5,6 +5,7 @@ while running. Results go to stdout, as one JSON object with --json; progress go
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -27,10 +28,15 @@ from dynslice.core.paths import shown_path
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = options_of(arguments)
+    if not sys.stderr.isatty():  # a file is no place for bars; read when tqdm is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         with interrupt.handled():
             result, lines = options.run(options)
             print(json.dumps(result) if options.json else "\n".join(lines), flush=True)
+    except BrokenPipeError:  # whoever read the output wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as stop:
         print(interrupt.SENTENCE, file=sys.stderr)
         return interrupt.status(stop)
@@ -121,15 +127,16 @@ def _task_files() -> Path:
 def lr_command(options) -> tuple[dict, list[str]]:
     """Layer redundancy of each layer on a text."""
     from dynslice.inputs import texts
-    from dynslice.inputs.windows import sliding_windows, token_stream
+    from dynslice.inputs.windows import first_token, sliding_windows, token_stream
     from dynslice.method.architectures import dims_of
     from dynslice.method.redundancy import layer_redundancy
 
-    check_output(options.out)
+    check_output(options)
     options.split = texts.checked_split(options.text, options.split)
     model, tokenizer = loaded(options, dense_for="layer redundancy")
     stream = token_stream(options.text, options.split, tokenizer, options.max_tokens, options.seed)
-    windows = sliding_windows(stream, options.window, options.stride)
+    first = first_token(tokenizer, options.bos)
+    windows = sliding_windows(stream, options.window, options.stride, first)
     start = time.perf_counter()
     lr = layer_redundancy(model, windows, options.stride, options.last_layer)
     result = {
@@ -150,7 +157,7 @@ def lr_command(options) -> tuple[dict, list[str]]:
 
 def plan_command(options) -> tuple[dict, list[str]]:
     """Widths per layer for a slice percentage."""
-    check_output(options.out)
+    check_output(options)
     plan = plan_of(options)
     common.write_json(options.out, plan.to_dict())
     lines = ["layer  width  final slice"]
@@ -171,7 +178,7 @@ def sensitivity_command(options) -> tuple[dict, list[str]]:
     from dynslice.method.plan import constant
     from dynslice.method.scores import rises
 
-    check_output(options.out)
+    check_output(options)
     share, reach = options.slice_percentage, options.reach * options.slice_percentage
     if not 0 < options.reach < 1:
         raise RequestError(f"--reach {options.reach} is outside 0 to 1; give one such as 0.4")
@@ -206,7 +213,7 @@ def search_command(options) -> tuple[dict, list[str]]:
     from dynslice.method.layout import Layout
     from dynslice.method.slicing import slice_model
 
-    check_output(options.out)
+    check_output(options)
     share, round_to = options.slice_percentage, options.round_to or 8
     shape = dims(options, dense_for="a search")
     layout = Layout(tied=shape.tied)
@@ -286,6 +293,8 @@ def tasks_command(options) -> tuple[dict, list[str]]:
         acc, err, norm, norm_err = (_number(s[key]) for key in keys)
         lines.append(f"{name:14} {acc:>6} {err:>7} {norm:>9} {norm_err:>7} {s['n']:>6}")
         lines += [f"  {metric} {_number(x)}" for metric, x in s.get("metrics", {}).items()]
+        if cut := s.get("contexts_cut"):
+            lines.append(f"  {cut} contexts were cut to the positions that the model has")
     return result, lines
 
 
@@ -297,7 +306,7 @@ def bench_command(options) -> tuple[dict, list[str]]:
     from dynslice.method.architectures import dims_of
     from dynslice.method.plan import constant
 
-    check_output(options.out)
+    check_output(options)
     text = options.calibration or "sotu"
     if options.shape:
         shape = dims_of(config_of(options.shape))

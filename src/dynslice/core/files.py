@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynslice.core.errors import DiskError, RequestError, disk_trouble, in_one_line
+from dynslice.core.errors import DiskError, RequestError, RunError, disk_trouble, in_one_line
 
 CHECKSUMS = "checksums.json"
 _SCRATCH = ".unfinished-"
@@ -62,7 +62,11 @@ def writing(folder: Path) -> Iterator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent. Raises DiskError where it can't be written."""
+    """Write a text file that is complete or absent. Raises DiskError where it can't be written.
+
+    A link stays one: what it leads to is written.
+    """
+    path = path.resolve()
     with writing(path.parent) as folder:
         (folder / path.name).write_text(text, encoding="utf-8")
 
@@ -75,6 +79,30 @@ def appearing(folder: Path) -> Iterator[Path]:
         if folder.is_dir():
             os.replace(folder, unfinished.parent / "old")
         os.replace(unfinished, folder)
+
+
+@contextmanager
+def new(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which appears as `folder` when the context ends well.
+
+    Raises RequestError where something is there, or another process makes it; RunError where
+    something appeared meanwhile, which is left alone.
+    """
+
+    def refuse() -> None:
+        raise RequestError(f"output {str(folder)!r} is being made by another run; name another")
+
+    with claim(folder.with_name(f".making-{folder.name}"), refuse):
+        if os.path.lexists(folder):
+            raise RequestError(f"output {str(folder)!r} exists already; name a new directory")
+        with scratch(folder.parent) as unfinished:
+            yield unfinished
+            if os.path.lexists(folder):
+                raise RunError(
+                    f"output {str(folder)!r} appeared while it was made; what is there was left "
+                    "alone, give the command again with another name"
+                )
+            os.replace(unfinished, folder)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from dynslice.core.errors import RequestError
 
@@ -84,11 +86,51 @@ def check_window(config, window: int) -> None:
 def check_tokens(config, windows: torch.Tensor) -> None:
     """Raise RequestError when token windows [n, T] are no input for a model."""
     check_window(config, windows.shape[1])
-    if windows.numel() and (largest := int(windows.max())) >= config.vocab_size:
+    if windows.numel():
+        check_token(config, int(windows.max()))
+
+
+def check_token(config, largest: int) -> None:
+    """Raise RequestError for a token id that the model has no embedding of."""
+    if largest >= config.vocab_size:
         raise RequestError(
             f"the tokenizer gives token {largest}, and the vocabulary of the model has "
             f"{config.vocab_size}; save the tokenizer with the model that it belongs to"
         )
+
+
+class _OnMeta(TorchFunctionMode):
+    """What parameters are made of has no storage, in this thread alone."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function is torch.empty:
+            options["device"] = "meta"
+        return function(*arguments, **options)
+
+
+def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model that `make` makes, with every parameter on the meta device and real buffers."""
+    with _OnMeta():
+        model = make()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            setattr(module, name, empty)
+    model.tie_weights()  # taken apart by that
+    return model
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout and its like for a while, whatever mode the model is in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_weight(weight: torch.Tensor, key: str, model: str) -> None:

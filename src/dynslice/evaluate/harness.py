@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynslice.core import paths
 from dynslice.core.errors import in_one_line
 from dynslice.core.files import write
-from dynslice.core.tensors import check_finite
+from dynslice.core.tensors import check_finite, evaluating
 from dynslice.evaluate import task_table
 from dynslice.evaluate.task_table import TASKS, check_data, check_subset, data_files, local_files
 
@@ -55,7 +55,8 @@ def tasks(
     Returns by task: acc, acc_norm (None where lm-eval defines none), their standard errors, n, and
     per item: correct, correct_norm, margin (log-likelihood of the right choice minus that of the
     best wrong one, nats) and, where items were sampled, items (indices in the task's data, for MMLU
-    "subject:index", in the order of the subjects' names). A generation task has metrics and
+    "subject:index", in the order of the subjects' names), and contexts_cut where some are longer
+    than the model has positions. A generation task has metrics and
     metrics_stderr by name, metric (the main one), and its score of each item instead.
     Raises RequestError for an unknown task or subset, a limit below 1, and data that cannot be had.
     """
@@ -69,7 +70,14 @@ def tasks(
     items = {name: items_of(name, limit, subset, seed) for name in names}
     lm_class = SharedContextLM if share_contexts else HFLM
     lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    return {name: items[name].score(lm) for name in names}
+    scores = {}
+    with evaluating(model):
+        for name in names:
+            before = getattr(lm, "contexts_cut", 0)
+            scores[name] = items[name].score(lm)
+            if cut := getattr(lm, "contexts_cut", 0) - before:
+                scores[name]["contexts_cut"] = cut
+    return scores
 
 
 @dataclass(frozen=True)

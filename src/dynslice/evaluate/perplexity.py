@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import batches, check_finite, check_tokens
+from dynslice.core.tensors import batches, check_finite, check_tokens, evaluating
 
 
 @torch.inference_mode()
@@ -26,8 +26,9 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> dict:
     check_tokens(model.config, windows)
     nll = []
     whole = not has_plain_head(model.config)
-    for ids in batches(windows, "perplexity", model.device, logits=whole):
-        nll.append(_losses(model, ids).double().view(len(ids), -1).mean(dim=1))
+    with evaluating(model):
+        for ids in batches(windows, "perplexity", model.device, logits=whole):
+            nll.append(_losses(model, ids).double().view(len(ids), -1).mean(dim=1))
     nll = torch.cat(nll)
     check_finite(nll, "the log-likelihood", model.dtype)
     stderr = (nll.std() / math.sqrt(count)).item() if count > 1 else None

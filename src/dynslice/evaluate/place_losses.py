@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import check_finite, check_tokens
+from dynslice.core.tensors import check_finite, check_tokens, evaluating
 from dynslice.evaluate.perplexity import has_plain_head, head_losses
 from dynslice.method.activations import (
     Activations,
@@ -49,6 +49,17 @@ def place_losses(
     for share in shares:
         if not 0 < share < 1:
             raise RequestError(f"share {share} is outside 0 to 1; give one such as 0.3")
+    with evaluating(model):
+        return _place_losses(model, calibration, windows, plan, shares)
+
+
+def _place_losses(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    windows: Tensor,
+    plan: SlicePlan,
+    shares: list[float],
+) -> dict:
     x, h = Activations(model.device), Activations(model.device)
     fitting, steps = _blocks(model, calibration, x), _blocks(model, windows, h)
     mean_free = subtracts_mean(model.get_submodule(family_of(model.config).final_norm))

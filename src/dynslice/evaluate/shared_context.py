@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from dynslice.core.tensors import check_token
 from dynslice.evaluate.perplexity import has_plain_head, head_chunks
 
 Tokens = tuple[int, ...]
@@ -65,6 +66,12 @@ class SharedContextLM(HFLM):
     head runs only where a token is predicted. What the layout cannot hold goes to HFLM itself.
     """
 
+    contexts_cut = 0  # to the positions that the model has
+
+    def _model_generate(self, context, *arguments, **options):
+        check_token(self.model.config, int(context.max()))
+        return super()._model_generate(context, *arguments, **options)
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         known = _ENCODED.setdefault(self.tokenizer, {})
         pair = (context, continuation)
@@ -76,6 +83,10 @@ class SharedContextLM(HFLM):
         self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         """requests: ((context, continuation), context tokens, continuation tokens)."""
+        tokens = ([*context, *continuation] for _, context, continuation in requests)
+        check_token(self.model.config, max(map(max, tokens), default=0))
+        lengths = (len(context) + len(continuation) for _, context, continuation in requests)
+        self.contexts_cut += sum(length > self.max_length + 1 for length in lengths)
         if not self._can_share(requests):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         pairs = [self._truncated(context, continuation) for _, context, continuation in requests]

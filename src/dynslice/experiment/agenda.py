@@ -51,8 +51,11 @@ class WorkQueue:
         return job
 
     def started(self, request: Request, by_another: bool = False) -> None:
-        """Show what is being measured."""
-        self.bar.set_postfix_str("another run is at " * by_another + describe(request))
+        """Show what is being measured: in the bar, or in a line where there is none."""
+        told = "another run is at " * by_another + describe(request)
+        self.bar.set_postfix_str(told)
+        if self.bar.disable:
+            print(f"{self.bar.total - len(self.left)} of {self.bar.total}: {told}", file=sys.stderr)
 
     def finished(self, request: Request, error: str | None) -> None:
         """Note how a measurement ended; with an error, so did all that need it."""

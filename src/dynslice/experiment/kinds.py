@@ -56,7 +56,7 @@ class LayerRedundancy(Kind):
 
         stream = runner.stream(config)[: config["max_tokens"]]
         stride, last = config["stride"], config["last_layer"]
-        windows = sliding_windows(stream, config["window"], stride)
+        windows = sliding_windows(stream, config["window"], stride, runner.first_token(config))
         start = time.perf_counter()
         lr = redundancy.layer_redundancy(runner.networks.dense, windows, stride, last)
         return {**lr.to_dict(), "seconds": time.perf_counter() - start}
@@ -96,6 +96,8 @@ class StoredSize(Kind):
             )
         outcome = runner.sliced_for(config["slice"])
         errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
+        if outcome.arbitrary_places:
+            errors["arbitrary_places"] = outcome.arbitrary_places
         ridges = {"ridges": list(outcome.ridges)} if outcome.ridges else {}
         seconds = outcome.seconds + outcome.recovery_seconds
         return {**facts, **errors, **ridges, "seconds": seconds}

@@ -56,6 +56,10 @@ class Profile(BaseModel):
     seed: _Seed  # samples the calibration and evaluation windows
     draw_seed: _Seed = 0  # samples the items of a stratified subset, and the shuffles
 
+    # Whether each window starts with the start-of-sequence token: `auto` where the tokenizer puts
+    # one before a text.
+    bos: Literal["auto", "always", "never"] = "auto"
+
     slice_percentages: list[_Share] = Field(min_length=1)  # SP: constant and dynamic
     slice_bases: list[_Share]  # SB of the dynamic plans, where below SP
     untie: bool = False  # a table for each of embedding and head, as published, where dense has one

@@ -110,6 +110,8 @@ class Design:
             config["stand_in"] = source
         if revision := self.profile.revisions.get(source):
             config["text_revision"] = revision
+        if self.profile.bos != "auto":
+            config["bos"] = self.profile.bos
         return config
 
     def request(self, kind: str, **config: Any) -> Request:

@@ -18,7 +18,7 @@ from dynslice.experiment.requests import texts_of
 from dynslice.experiment.store import Request, Result, Store, provenance
 from dynslice.extensions.compensation import Compensation
 from dynslice.inputs import models, texts
-from dynslice.inputs.windows import sample_windows, token_stream
+from dynslice.inputs.windows import first_token, sample_windows, token_stream
 from dynslice.method import slicing, streaming
 from dynslice.method.architectures import dims_of
 from dynslice.method.plan import SlicePlan
@@ -135,7 +135,12 @@ class Runner:
     def windows(self, config: dict) -> Tensor:
         """The token windows [n, T] of a request, or of its calibration."""
         asked = (config[name] for name in ("window", "windows", "seed", "text"))
-        return sample_windows(self.stream(config), *asked, skip=config.get("skip", 0))
+        skip, first = config.get("skip", 0), self.first_token(config)
+        return sample_windows(self.stream(config), *asked, skip=skip, first=first)
+
+    def first_token(self, config: dict) -> int | None:
+        """What each window of a request starts with."""
+        return first_token(self.networks.tokenizer, config.get("bos", "auto"))
 
     def _slice(self, network: dict) -> Sliced:
         calibration, compensation = network["calibration"], network.get("compensation")

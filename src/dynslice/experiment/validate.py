@@ -42,7 +42,7 @@ def check_inputs(study: Study) -> None:
     """The rest: tasks must be there, and texts hold the windows asked of them."""
     from dynslice.evaluate import task_table
     from dynslice.inputs import models
-    from dynslice.inputs.windows import consecutive_windows, token_stream
+    from dynslice.inputs.windows import consecutive_windows, first_token, token_stream
 
     settings = study.profile
     task_table.check_data(list(settings.tasks))
@@ -55,9 +55,10 @@ def check_inputs(study: Study) -> None:
         text = texts.source_of(config)
         longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])
     tokenizer = models.load_tokenizer(settings.model, settings.model_revision)
+    first = first_token(tokenizer, settings.bos)
     for (text, split, revision), (tokens, window, count) in longest.items():
         stream = token_stream(text, split, tokenizer, tokens, revision=revision)
-        consecutive_windows(stream, window, count, text)
+        consecutive_windows(stream, window, count, text, first=first)
 
 
 def _check_texts(p: Profile) -> None:

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dynslice.core import files
 from dynslice.core.errors import RequestError, in_one_line
-from dynslice.core.tensors import check_weight
+from dynslice.core.tensors import check_weight, without_storage
 from dynslice.method.architectures import family_of, require_dense
 from dynslice.method.numerics import ROWS
 
@@ -97,9 +97,12 @@ def write(
 
 
 @contextmanager
-def saving(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then appears as `folder` with checksums. Raises DiskError."""
-    with files.appearing(folder) as unfinished:
+def saving(folder: Path, is_new: bool = False) -> Iterator[Path]:
+    """An empty folder to fill, which then appears as `folder` with checksums. Raises DiskError.
+
+    is_new: raise as `files.new` where something is there, instead of replacing it.
+    """
+    with (files.new if is_new else files.appearing)(folder) as unfinished:
         yield unfinished
         files.seal(unfinished)
 
@@ -133,8 +136,9 @@ class Checkpoint:
         """stored: the safetensors file of each weight, as `weight_files` gives it."""
         require_dense(config, "slicing")
         self.name, self.device, self.dtype, self._files = name, device, dtype, stored
-        with init_empty_weights(include_buffers=False), quiet():
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with quiet():
+            make = partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+            self.model = without_storage(make).eval()
         for module in self.model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(device))

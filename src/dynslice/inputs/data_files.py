@@ -48,24 +48,29 @@ def split_files(folder: str, split: str) -> list[Path]:
     return files
 
 
-def folder_documents(folder: str, split: str) -> list[str]:
-    """The rows of a split that are not empty: their column `text`, or the only one of strings.
+def is_data(path: Path) -> bool:
+    """Whether a file has rows, by its name, and is no text itself."""
+    return re.search(r"\.(jsonl|json|parquet)(\.gz)?$", path.name) is not None
 
-    Raises RequestError when a file cannot be read or it is not clear which column is meant.
+
+def row_documents(files: list[Path], what: str) -> list[str]:
+    """The rows of data files that are not empty: their column `text`, or the only one of strings.
+
+    what: the text in words. Raises RequestError when a file cannot be read or it is not clear which
+    column is meant.
     """
-    read = iter(rows(split_files(folder, split)))
+    read = iter(rows(files))
     first = next(read, None)
     if first is None:
-        raise RequestError(f"text {folder!r} has no rows in split {split}; fill its files")
+        raise RequestError(f"{what} has no rows; fill its files")
     strings = [name for name, value in first.items() if isinstance(value, str)]
     if "text" not in first and len(strings) != 1:
         raise RequestError(
-            f"text {folder!r} has no column 'text' in split {split}, and not exactly one of "
-            f"strings (columns: {', '.join(first)}); name the one to read 'text'"
+            f"{what} has no column 'text', and not exactly one of strings (columns: "
+            f"{', '.join(first)}); name the one to read 'text'"
         )
     column = "text" if "text" in first else strings[0]
-    texts = column_of(chain([first], read), column, f"text {folder!r}")
-    return [text for text in texts if text.strip()]
+    return [text for text in column_of(chain([first], read), column, what) if text.strip()]
 
 
 def rows(files: list[Path]) -> Iterator[dict[str, Any]]:

@@ -115,21 +115,26 @@ def slice_saved(
     device: torch.device,
     dtype: torch.dtype,
     revision: str | None = None,
+    save_dtype: torch.dtype | None = None,
     **how,
 ) -> Sliced:
     """Slice a saved model into `folder` layer by layer, with the options `how` of `slice_to`.
 
+    dtype: of computing, and of what is written unless `save_dtype` says otherwise.
+
     Raises RequestError as `load` and `slice_to`, and for a checkpoint that lacks a weight.
     """
-    stored = weight_files(_weights_folder(name, revision), name)
+    stored = weight_files(weights_folder(name, revision), name)
     checkpoint = Checkpoint(name, load_config(name, revision), stored, device, dtype)
     with suppress(Exception):  # it is optional
         generation = GenerationConfig.from_pretrained(resolve(name, revision), revision=revision)
         checkpoint.model.generation_config = generation
-    return slice_to(folder, checkpoint, load_tokenizer(name, revision), windows, plan, **how)
+    tokenizer = load_tokenizer(name, revision)
+    return slice_to(folder, checkpoint, tokenizer, windows, plan, dtype=save_dtype, **how)
 
 
-def _weights_folder(name: str, revision: str | None) -> Path:
+def weights_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's weights, downloaded where it is one of the hub. Raises RequestError."""
     if (folder := Path(resolve(name, revision))).is_dir():
         return folder
     patterns = ["model*.safetensors", "model*.safetensors.index.json"]
@@ -198,6 +203,11 @@ def resolve(name: str, revision: str | None = None) -> str:
     if is_gguf(name):
         return str(_converted(Path(name)))
     if Path(name).is_dir():
+        if adapter := _adapted(Path(name)):
+            raise RequestError(
+                f"model {name!r} is a LoRA adapter of {adapter}; merge it with peft "
+                "(merge_and_unload), save the result with transformers, and name that"
+            )
         if not (Path(name) / "config.json").is_file():
             raise RequestError(
                 f"model {name!r} is a directory without config.json; name that of a saved model"
@@ -208,6 +218,8 @@ def resolve(name: str, revision: str | None = None) -> str:
                 f"{files.CHECKSUMS} there, if you changed it yourself)"
             )
         return name
+    if here := _no_saved_model(name):
+        raise RequestError(f"model {name!r} {here}")
     reason = hub.model_refusal(name, revision)
     if reason is None:
         return name
@@ -217,6 +229,26 @@ def resolve(name: str, revision: str | None = None) -> str:
         f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory or GGUF "
         f"file, and {reason}"
     )
+
+
+def _no_saved_model(name: str) -> str | None:
+    """What a name that no directory has is instead, and what to do; None for one of the hub."""
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        return "is a file of weights; name the directory that holds it and its config.json"
+    if path.is_file():
+        return "is a file, and no GGUF; name the directory of a saved model"
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
+        return "is a path where nothing is; check it"
+    return None
+
+
+def _adapted(folder: Path) -> str | None:
+    """The base model of a LoRA adapter that a directory holds alone; None where it holds none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    return files.read_json(path, "adapter").get("base_model_name_or_path") or "another model"
 
 
 def is_remote(name: str) -> bool:

@@ -1,9 +1,12 @@
 """Texts by name, file or directory.
 
-A text is the name of a corpus (see `corpora`), the path of a UTF-8 file (one document, no splits),
-or that of a directory with files for each split (see `data_files`). A document is in one split.
+A text is the name of a corpus (see `corpora`), the path of a file without splits (one document in
+UTF-8, or a data file with a document a row), or that of a directory with files for each split (see
+`data_files`). A document is in one split.
 """
 
+import gzip
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from dynslice.core import hub
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora
 from dynslice.inputs.corpora import CORPORA, HUB
-from dynslice.inputs.data_files import SPLITS, folder_documents, split_files
+from dynslice.inputs.data_files import SPLITS, is_data, row_documents, split_files
 
 
 def has_splits(text: str) -> bool:
@@ -35,6 +38,8 @@ def check(text: str, split: str | None, revision: str | None = None) -> None:
         files_of(text, split)
     elif split is not None and _is(text, Path.is_file):
         raise RequestError(f"text {text!r} is a file and has no splits; leave --split out")
+    elif _is(text, Path.is_file) and is_data(Path(text)):
+        return  # its rows are read where they are used
     else:
         _read(text)
 
@@ -51,7 +56,7 @@ def checked_split(text: str, split: str | None, default: str = "validation") -> 
 
 
 def documents(text: str, split: str | None, revision: str | None = None) -> list[str]:
-    """The documents of a split of a corpus or directory, or the one document that a file is.
+    """The documents of a split of a corpus or directory, or of a file, which may be only one.
 
     revision: branch, tag or commit of a hub corpus; None takes its default one. Raises RequestError
     as `check`, and when a hub corpus cannot be had.
@@ -63,9 +68,9 @@ def documents(text: str, split: str | None, revision: str | None = None) -> list
     if text in HUB:
         return corpora.documents(text, split, revision)
     files = files_of(text, split)
-    if split is None or files[0].suffix == ".txt":
-        return [_read(str(path)) for path in files]
-    return folder_documents(text, split)
+    if is_data(files[0]):
+        return row_documents(files, f"text {text!r}" + f" in split {split}" * (split is not None))
+    return [_read(str(path)) for path in files]
 
 
 def files_of(text: str, split: str | None) -> list[Path]:
@@ -105,7 +110,10 @@ def _read(name: str) -> str:
             f"text {name!r} is neither a corpus ({known}) nor a file or directory; check the name"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8-sig")  # without a byte order mark
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RequestError(f"text {name!r} is no gzip file; name it otherwise") from error
     except UnicodeDecodeError as error:
         raise RequestError(
             f"text {name!r} is not UTF-8 (byte {error.start}); convert it to UTF-8"

@@ -1,4 +1,8 @@
-"""Texts as token streams, and windows of them."""
+"""Texts as token streams, and windows of them.
+
+A stream holds no special tokens. Models that were trained with a start-of-sequence token (BOS) at
+the start of each sequence are given one at the start of each window.
+"""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dynslice.core.errors import RequestError
 from dynslice.inputs.texts import documents
+
+
+BOS = ("auto", "always", "never")
 
 
 def token_stream(
@@ -33,13 +40,42 @@ def token_stream(
     return torch.from_numpy(stream)
 
 
+def first_token(tokenizer: PreTrainedTokenizerBase, bos: str = "auto") -> int | None:
+    """The token that each window starts with; None where they start with the text.
+
+    bos: `auto` is BOS where the tokenizer puts it before a text, `always`, or `never`. Raises
+    RequestError for another word, and where there is no BOS to always start with.
+    """
+    if bos not in BOS:
+        raise RequestError(f"bos {bos!r} is unknown; use {', '.join(BOS)}")
+    token = tokenizer.bos_token_id
+    if bos == "always" and token is None:
+        raise RequestError("bos 'always' needs a tokenizer with such a token; use auto or never")
+    is_added = token is not None and tokenizer("a")["input_ids"][0] == token
+    return token if bos == "always" or (bos == "auto" and is_added) else None
+
+
+def starting(windows: torch.Tensor, first: int | None) -> torch.Tensor:
+    """Windows [n, T - 1] with a first token before each: [n, T]; as they are without one."""
+    if first is None:
+        return windows
+    return torch.cat([windows.new_full((len(windows), 1), first), windows], dim=1)
+
+
 def consecutive_windows(
-    stream: torch.Tensor, window: int, count: int | None, name: str, skip: int = 0
+    stream: torch.Tensor,
+    window: int,
+    count: int | None,
+    name: str,
+    skip: int = 0,
+    first: int | None = None,
 ) -> torch.Tensor:
     """The first `count` (None: all) consecutive non-overlapping windows [count, window].
 
-    A last short block and the first `skip` are dropped. Raises RequestError when there are too few.
+    first: the token before each, which counts (`first_token`). A last short block and the first
+    `skip` are dropped. Raises RequestError when there are too few.
     """
+    window -= first is not None
     have, count = len(stream) // window, count and count + skip
     if have < (count or 1):
         wanted = f"{count} windows" if count else "one window"
@@ -48,7 +84,7 @@ def consecutive_windows(
             "longer text, a smaller --window or fewer --windows"
         )
     have = count or have
-    return stream[: have * window].view(have, window)[skip:]
+    return starting(stream[: have * window].view(have, window)[skip:], first)
 
 
 def token_windows(
@@ -59,41 +95,57 @@ def token_windows(
     count: int | None,
     seed: int | None = None,
     revision: str | None = None,
+    bos: str = "auto",
 ) -> torch.Tensor:
-    """Token windows [count, window] of a text, as `sample_windows` takes them."""
+    """Token windows [count, window] of a text, as `sample_windows` takes them.
+
+    bos: see `first_token`.
+    """
     limit = None if seed is not None or count is None else count * window
+    first = first_token(tokenizer, bos)
     stream = token_stream(text, split, tokenizer, limit, revision=revision)
-    return sample_windows(stream, window, count, seed, text)
+    return sample_windows(stream, window, count, seed, text, first=first)
 
 
 def sample_windows(
-    stream: torch.Tensor, window: int, count: int | None, seed: int | None, name: str, skip: int = 0
+    stream: torch.Tensor,
+    window: int,
+    count: int | None,
+    seed: int | None,
+    name: str,
+    skip: int = 0,
+    first: int | None = None,
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a stream [n].
 
     Without a seed: the first consecutive blocks. With one: sampled from all blocks without
     replacement. skip: leaves out those that a sample of `skip` windows with that seed takes.
+    first: see `consecutive_windows`.
     """
-    chosen = consecutive_windows(stream, window, count, name, skip)  # or refuses a short text
+    chosen = consecutive_windows(stream, window, count, name, skip, first)
     if seed is None or count is None:
         return chosen
-    every = consecutive_windows(stream, window, None, name)
+    every = consecutive_windows(stream, window, None, name, first=first)
     order = np.random.default_rng(seed).permutation(len(every))[skip : skip + count]
     return every[torch.from_numpy(np.sort(order))]
 
 
-def sliding_windows(stream: torch.Tensor, window: int, stride: int) -> torch.Tensor:
+def sliding_windows(
+    stream: torch.Tensor, window: int, stride: int, first: int | None = None
+) -> torch.Tensor:
     """Overlapping windows [n, window] every `stride` tokens; a short text is one short window.
 
-    Tokens after the last full window are dropped. Raises RequestError for fewer than 2 tokens.
+    first: see `consecutive_windows`. Tokens after the last full window are dropped. Raises
+    RequestError for fewer than 2 tokens.
     """
     if len(stream) < 2:
         raise RequestError(f"the text holds {len(stream)} token; LR needs at least 2")
-    return stream.unfold(0, min(window, len(stream)), min(stride, len(stream)))
+    window = min(window - (first is not None), len(stream))
+    return starting(stream.unfold(0, window, min(stride, len(stream))), first)
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
     for start in range(0, len(texts), 16):  # the tokenizer works on them in parallel
         part = [text + "\n\n" for text in texts[start : start + 16]]
-        for ids in tokenizer(part, verbose=False)["input_ids"]:
+        for ids in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]:
             yield from ids

@@ -1,11 +1,11 @@
 """What is known of a decoder family, and why a model cannot be sliced."""
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError, in_one_line
+from dynslice.core.tensors import without_storage
 from dynslice.method.modeling_sliced import (
     FAMILIES,
     SLICED_CLASSES,
@@ -123,9 +123,7 @@ def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
             shortcuts=None if all(plan.shortcuts) else list(plan.shortcuts),
             maps_embedding=plan.maps_embedding,
         )
-    with init_empty_weights(include_buffers=False):  # the weights that it takes are all there are
-        sliced = model_class(config)
-    sliced.tie_weights()  # making parameters without storage takes tied ones apart
+    sliced = without_storage(lambda: model_class(config))  # the weights it takes are all there are
     sliced.generation_config = model.generation_config
     return sliced
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dynslice.method.activations import Activations, BlockInPlace, centring, run_block
 from dynslice.method.architectures import family_of
 from dynslice.method.modeling_sliced import subtracts_mean
-from dynslice.method.numerics import TINY, RoundingAudit, covariance, principal_basis
+from dynslice.method.numerics import TINY, RoundingAudit, covariance, spectrum
 from dynslice.method.plan import ORIGINAL, SlicePlan
 
 # A module of a model by its name, with its weights on the device as long as the context lasts.
@@ -56,9 +56,10 @@ class Bases:
             d = self._plan.shape.hidden_size
             self._basis = torch.eye(d, dtype=torch.float64, device=self._x.device)
         elif number != self._number:
-            self._basis = self._audit.basis(
-                principal_basis(self._covariance(place), self._mean_free)
-            )
+            bases, widths = self._plan.bases, self._plan.place_widths
+            kept = max(w for w, of in zip(widths, bases, strict=False) if of == number)
+            found = spectrum(self._covariance(place), self._mean_free)
+            self._basis = self._audit.basis(*found, kept)
         self._number = number
         return self._basis[:, :width], self._basis[:, width:]
 

@@ -17,6 +17,7 @@ where it stays, the stream is cut, or padded with zeros. A table that embedding 
 the coordinates of the dense model, and a map [d, a_0] follows the embedding.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -200,6 +201,11 @@ class RootMeanSquare(nn.Module):
 class SlicedLayerMixin:
     """Forward of a decoder layer whose stream changes basis: [.., a_i] -> [.., a_{i+1}]."""
 
+    def __reduce__(self):
+        # Pickled by what its class is made of: no module has that class by its name.
+        library_class = type(self).__mro__[2]
+        return _unpickled, (_sliced_layer_class, (library_class, self.blocks)), self.__dict__
+
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         for block in self.blocks:
             output = block_output(self, block, hidden_states, kwargs)
@@ -223,6 +229,10 @@ class SlicedEmbeddingMixin:
     is_centred: whether the mean over d is taken from the rows, for norms that would take it away.
     """
 
+    def __reduce__(self):
+        library_class = type(self).__mro__[2]
+        return _unpickled, (_sliced_embedding_class, (library_class,)), self.__dict__
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = super().forward(input_ids)
         if self.is_centred:
@@ -243,6 +253,11 @@ def _sliced_embedding_class(base: type) -> type:
     return type("SlicedEmbedding", (SlicedEmbeddingMixin, base), {})
 
 
+def _unpickled(class_of, parts: tuple) -> nn.Module:
+    made = class_of(*parts)
+    return made.__new__(made)
+
+
 class SlicedMixin:
     """A causal LM of a family, with the widths that its config lists.
 
@@ -255,7 +270,9 @@ class SlicedMixin:
 
     def __init__(self, config):
         super().__init__(config)
-        family = FAMILIES[config.model_type.removeprefix("sliced_")]
+        model_type = config.model_type.removeprefix("sliced_")
+        family = FAMILIES[model_type]
+        _tell_peft(config.model_type, model_type)
         d = config.hidden_size
         rows = zip(config.attention_widths, config.mlp_widths, strict=True)
         # A layer of one block, attention and MLP in parallel, has one place: a_i.
@@ -291,6 +308,14 @@ class SlicedMixin:
         # no room for the scale of the norm before it.
         if not (subtracts_mean(final_norm) or is_tied):
             self.set_submodule(family.final_norm, _scale_free(final_norm, d))
+
+
+def _tell_peft(model_type: str, dense: str) -> None:
+    """Let peft, where it is in use, adapt by default what it adapts in the dense family."""
+    if peft := sys.modules.get("peft"):
+        targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        if dense in targets:
+            targets.setdefault(model_type, targets[dense])
 
 
 def _matrix(is_there: bool, rows: int, columns: int) -> nn.Parameter | None:

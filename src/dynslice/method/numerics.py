@@ -40,12 +40,18 @@ def principal_basis(covariance: Tensor, centred: bool = False) -> Tensor:
     left out here. centred: the stream has no mean over d, and the direction of the mean comes last,
     also where other directions are empty too.
     """
+    return spectrum(covariance, centred)[1]
+
+
+@torch.inference_mode()
+def spectrum(covariance: Tensor, centred: bool = False) -> tuple[Tensor, Tensor]:
+    """`principal_basis`, and before it its eigenvalues [d]."""
     check_finite(covariance, "the residual stream")
     if centred:
         # d t 1 1^T / d: below all others
         covariance -= (covariance.trace() or 1.0) / len(covariance)
-    _, vectors = torch.linalg.eigh(covariance, UPLO="U")  # eigenvalues ascending
-    return vectors.flip(-1)
+    values, vectors = torch.linalg.eigh(covariance, UPLO="U")  # ascending
+    return values.flip(-1), vectors.flip(-1)
 
 
 ROWS = 16384  # of an embedding or a head that are changed at once
@@ -57,13 +63,15 @@ class RoundingAudit:
 
     rotation_error: the largest relative error (Frobenius norm) of a stored map, against float64,
     over rows evenly spaced. basis_error: the largest entry of |Q^T Q - 1| over columns evenly
-    spaced. Both are measured on every map and basis of a slice.
+    spaced. Both are measured on every map and basis of a slice. arbitrary_places: how many places
+    keep more directions than the calibration tokens have.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype  # of what is stored
         self._rotation: list[Tensor] = []
         self._basis: list[Tensor] = []
+        self._lacking: list[Tensor] = []
 
     def rotated(self, rows: Tensor, Q: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
         """rows [n, d] in coordinates of the stream, folded, in the basis Q: [n, w] in `dtype`."""
@@ -74,8 +82,10 @@ class RoundingAudit:
         self._rotation.append(difference.norm() / folded.norm().clamp(min=TINY))
         return made
 
-    def basis(self, V: Tensor) -> Tensor:
-        """A basis V [d, d], looked at."""
+    def basis(self, values: Tensor, V: Tensor, width: int) -> Tensor:
+        """A basis V [d, d] of which so many columns are kept, looked at; values: see `spectrum`."""
+        least = values.max() * len(V) * torch.finfo(values.dtype).eps
+        self._lacking.append((values > least).sum() < width)
         some = V[:, :: math.ceil(len(V) / CHECKED)]
         unit = torch.eye(len(V), dtype=V.dtype, device=V.device)
         unit = unit[:, :: math.ceil(len(V) / CHECKED)]
@@ -91,6 +101,17 @@ class RoundingAudit:
     def basis_error(self) -> float:
         """The largest deviation from an orthonormal basis."""
         return torch.stack([torch.zeros_like(self._rotation[0]), *self._basis]).max().item()
+
+    @property
+    def arbitrary_places(self) -> int:
+        """How many bases keep directions that the calibration tokens do not have."""
+        return int(torch.stack(self._lacking).sum()) if self._lacking else 0
+
+    @property
+    def found(self) -> dict[str, float]:
+        """All of it, by name."""
+        names = ("rotation_error", "basis_error", "arbitrary_places")
+        return {name: getattr(self, name) for name in names}
 
     def check(self, d: int) -> None:
         """Raise RunError where an error is larger than rounding explains.

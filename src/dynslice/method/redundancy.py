@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import batches, check_finite, check_tokens
+from dynslice.core.tensors import batches, check_finite, check_tokens, evaluating
 from dynslice.method.architectures import family_of, require_dense
 from dynslice.method.scores import normalise
 
@@ -96,6 +96,7 @@ def layer_redundancy(
         for i, layer in enumerate(layers):
             handle = layer.register_forward_hook(hook(i), with_kwargs=True)
             hooks.callback(handle.remove)
+        hooks.enter_context(evaluating(model))
         for batch in batches(windows, "layer redundancy", model.device):
             model.base_model(batch, use_cache=False)
     for i, totals in enumerate(sums.T):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from dynslice.core.tensors import check_finite, check_tokens, synchronise
+from dynslice.core.tensors import check_finite, check_tokens, evaluating, synchronise
 from dynslice.method.activations import (
     Activations,
     BlockInPlace,
@@ -43,7 +43,8 @@ class Sliced:
     """A sliced model (None where it was only written), its plan, its cost, and how exact it is.
 
     rotation_error, basis_error: see `RoundingAudit`. recovery_seconds: of fine-tuning afterwards.
-    ridges: of a compensation, block by block, None where nothing was corrected.
+    ridges: of a compensation, block by block, None where nothing was corrected. arbitrary_places:
+    how many keep more directions than the calibration tokens have.
     """
 
     model: PreTrainedModel | None
@@ -53,6 +54,7 @@ class Sliced:
     basis_error: float
     recovery_seconds: float = 0.0
     ridges: tuple[float | None, ...] = ()
+    arbitrary_places: int = 0
 
 
 def dynamic_slicing(
@@ -88,16 +90,20 @@ def slice_model(
     windows: Tensor,
     plan: SlicePlan,
     start: Callable[[Activations], Step] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Sliced:
     """Slice a dense model to the widths of a plan, calibrated on token windows [n, T].
 
-    start: see `sliced_weights`. The dense model is left as it was. Raises as `sliced_weights`.
+    start: see `sliced_weights`. dtype: of the slice, that of the model by default. The dense model
+    is left as it was. Raises as `sliced_weights`.
     """
-    began, audit = time.perf_counter(), RoundingAudit(model.dtype)
+    began, audit = time.perf_counter(), RoundingAudit(dtype or model.dtype)
     check_plan(model.config, plan)
     sliced, x = empty_sliced(model, plan), Activations(model.device)
     weights = sliced_weights(model, windows, plan, x, audit, start)
-    weights = dict(tqdm(weights, "slicing", len(sliced.state_dict()), unit="weight", leave=False))
+    with evaluating(model):
+        count = len(sliced.state_dict())
+        weights = dict(tqdm(weights, "slicing", count, unit="weight", leave=False))
     audit.check(plan.shape.hidden_size)
     if plan.layout.tied:  # one table, under both of its names
         family = family_of(model.config)
@@ -106,9 +112,9 @@ def slice_model(
         sliced.load_state_dict(weights, assign=True)
         sliced.tie_weights()
         sliced = sliced.to(model.device).eval()
+    sliced.config.dtype = audit.dtype
     synchronise(model.device)
-    seconds = time.perf_counter() - began
-    return Sliced(sliced, plan, seconds, audit.rotation_error, audit.basis_error)
+    return Sliced(sliced, plan, time.perf_counter() - began, **audit.found)
 
 
 @torch.no_grad()  # what becomes a weight is no tensor of inference_mode: those can't be fine-tuned
@@ -138,7 +144,7 @@ def sliced_weights(
     check_plan(model.config, plan)
     check_tokens(model.config, windows)
     use = use or (lambda name: nullcontext(model.get_submodule(name)))
-    family, dtype = family_of(model.config), model.dtype
+    family, dtype = family_of(model.config), audit.dtype
     centred = centring(model, family)
 
     with ExitStack() as tables:

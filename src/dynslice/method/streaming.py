@@ -62,20 +62,22 @@ def slice_to(
     plan: SlicePlan,
     budget: Budget = Budget(),
     start: Callable[[Activations], Step] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Sliced:
     """Slice a saved model into `folder`, which appears complete or not at all.
 
-    checkpoint: an open one (`inputs.checkpoints`). start: see `sliced_weights`. The same tensors as
+    checkpoint: an open one (`inputs.checkpoints`). start: see `sliced_weights`. dtype: of what is
+    written, that of the checkpoint by default. The same tensors as
     `slicing.slice_model` makes, but no model: load it from `folder`. Raises RequestError as
     `slice_model` does, and for a budget that one layer and its workspace exceed.
     """
     began, model, device = time.perf_counter(), checkpoint.model, checkpoint.device
     check_plan(model.config, plan)
     room = _rooms(model, plan, windows, device, budget, compensated=start is not None)
-    audit = RoundingAudit(checkpoint.dtype)
+    audit = RoundingAudit(dtype or checkpoint.dtype)
     with files.appearing(folder) as unfinished:
         x = Activations(device, room["device"], room["host"], unfinished.parent)
-        empty = empty_sliced(model, plan).to(checkpoint.dtype)
+        empty = empty_sliced(model, plan).to(audit.dtype)
         shards = ShardWriter(unfinished, empty, room["shard"])
         weights = sliced_weights(model, windows, plan, x, audit, start, checkpoint.use)
         count = len(dict(empty.named_parameters()))
@@ -83,14 +85,14 @@ def slice_to(
             shards.add(*weight)
         shards.finish()
         audit.check(plan.shape.hidden_size)
-        empty.config.architectures = [type(empty).__name__]
+        empty.config.architectures, empty.config.dtype = [type(empty).__name__], audit.dtype
         if not plan.layout.plain:
             custom_object_save(empty, unfinished, config=empty.config)
         empty.config.save_pretrained(unfinished)
         empty.generation_config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     synchronise(device)
-    return Sliced(None, plan, time.perf_counter() - began, audit.rotation_error, audit.basis_error)
+    return Sliced(None, plan, time.perf_counter() - began, **audit.found)
 
 
 class ShardWriter:

@@ -1,0 +1,84 @@
+"""The model card of a slice: what it is, how it was made, and how to load it."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from dynslice.core import assets
+from dynslice.inputs.models import is_remote, resolve
+
+_CITED = """\
+Made with dynslice, which reproduces *Change Is the Only Constant: Dynamic LLM Slicing based on
+Layer Redundancy* (Dumitru et al., Findings of EMNLP 2024, arXiv 2411.03513) and builds on SliceGPT
+(Ashkboos et al., ICLR 2024, arXiv 2401.15024). Cite both, and the base model."""
+
+
+def model_card(recipe: dict, base: str, revision: str | None) -> str:
+    """The README.md of a slice, with the metadata that the hub reads.
+
+    recipe: what `slice.json` holds. base: the model that was sliced, as the command named it.
+    """
+    name, licence = recipe["model"], _licence(base, revision)
+    is_plain = recipe["layout"]["plain"]
+    data = ModelCardData(
+        base_model=base if is_remote(base) else None,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dynslice", "sliced", "compression"],
+    )
+    code = "" if is_plain else ", trust_remote_code=True"
+    why = (
+        "It is a model of the library's own class."
+        if is_plain
+        else "Its modelling file comes with it (`trust_remote_code`)."
+    )
+    shown = {
+        "base model": f"{name} (revision {recipe['revision'] or 'none'})",
+        "licence": f"that of the base model: {licence or 'not stated there'}",
+        "stored parameters": f"{recipe['parameters']:,} (dense {recipe['parameters_dense']:,})",
+        "with embedding and head apart": f"{recipe['parameters_untied']:,}",
+        "recipe": f"{recipe['recipe']}, schedule {recipe['schedule']}",
+        "compensation": "yes" if recipe["compensation"] else "no",
+        "fine-tuning": f"{recipe['recovery']['steps']} steps" if recipe["recovery"] else "none",
+        "calibration": f"{recipe['calibration']}, {recipe['windows']} windows of "
+        f"{recipe['window']} tokens",
+        "saved in": recipe["dtype"],
+        "perplexity": "not measured by `dynslice slice`; `dynslice ppl --model DIR --text TEXT` does",
+    }
+    rows = "\n".join(f"| {what} | {said} |" for what, said in shown.items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# {Path(name).name}, sliced
+
+The residual stream of the base model was rotated and cut to fewer dimensions. `plan.json` holds the
+width of each layer, `slice.json` how the slice was made, with the hashes of what was sliced.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR"{code})
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+{why}
+
+{_CITED}
+"""
+
+
+def _licence(base: str, revision: str | None) -> str | None:
+    """What the card of the base model says, or the list of assets; None where neither does."""
+    known = {**assets.manifest(), **assets.in_parts()}.get(base.removeprefix("embedded:"))
+    if known:
+        return known.licence.split()[0].rstrip(",;").lower()
+    path = Path(resolve(base, revision)) / "README.md"
+    if not path.is_file():
+        return None
+    return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
