@@ -44,7 +44,7 @@ def model_card(recipe: dict, base: str, revision: str | None) -> str:
         "calibration": f"{recipe['calibration']}, {recipe['windows']} windows of "
         f"{recipe['window']} tokens",
         "saved in": recipe["dtype"],
-        "perplexity": "not measured by `dynslice slice`; `dynslice ppl --model DIR --text TEXT` does",
+        "perplexity": "not measured yet; `dynslice ppl --model DIR --text TEXT` does that",
     }
     rows = "\n".join(f"| {what} | {said} |" for what, said in shown.items())
     return f"""---

@@ -134,7 +134,7 @@ def slice_saved(
 
 
 def weights_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model's weights, downloaded where it is one of the hub. Raises RequestError."""
+    """The folder of a model's weights, downloaded from the hub if need be. Raises RequestError."""
     if (folder := Path(resolve(name, revision))).is_dir():
         return folder
     patterns = ["model*.safetensors", "model*.safetensors.index.json"]
@@ -238,7 +238,8 @@ def _no_saved_model(name: str) -> str | None:
         return "is a file of weights; name the directory that holds it and its config.json"
     if path.is_file():
         return "is a file, and no GGUF; name the directory of a saved model"
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path and "://" not in name:
         return "is a path where nothing is; check it"
     return None
 
