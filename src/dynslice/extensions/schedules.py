@@ -203,8 +203,8 @@ SCHEDULES = {
 }
 
 
-# Chosen on validation windows before the record was made. Those of the record are a little better with
-# a basis for each 4 layers (notebook 07).
+# Chosen on validation windows before the record was made; by those of the record a basis for each 4
+# layers is a little better (notebook 07).
 BEST = {"schedule": "lr", "basis_layers": 8, "compensate": True}
 
 
