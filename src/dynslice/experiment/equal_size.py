@@ -56,9 +56,11 @@ class EqualSize:
     def plain(self, slice_percentage: float) -> list[Point]:
         """The published layout at its own size, and ordinary checkpoints that store no more.
 
-        Nothing where the profile asks for none. A family without such checkpoints fails there.
+        At the last of the sizes, where the profile asks for them. A family without such checkpoints
+        fails there.
         """
-        if not self.profile.beyond_plain:
+        is_last = slice_percentage == self.profile.beyond_slice_percentages[-1]
+        if not (is_last and self.profile.beyond_plain):
             return []
         budget = replace(self.design.constant(slice_percentage), layout=None)
         ordinary = WithinBudget("constant", budget, layout={"plain": True})

@@ -114,7 +114,7 @@ class Profile(BaseModel):
     beyond_slice_percentages: list[_Share] = []
     beyond_basis_layers: _Layers = BEST["basis_layers"]  # layers that share a basis
     beyond_tasks: bool = True  # each of these networks runs the tasks
-    beyond_plain: bool = False  # also ordinary checkpoints, at the sizes of the published layout
+    beyond_plain: bool = False  # also ordinary checkpoints, at the last size as published
     beyond_calibration_seeds: list[_Seed] = []  # other draws, of SliceGPT and the last lever
     # By validation windows only, at the last of the sizes:
     beyond_basis_layers_tried: list[_Layers] = []

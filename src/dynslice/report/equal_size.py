@@ -151,7 +151,8 @@ def ladder_figure(table: pd.DataFrame) -> plt.Figure:
         axis.set_title(f"size of SP {percent(sp)}", loc="left")
     axes[-1, 0].set_xlabel("perplexity (vertical lines: dense)")
     axes[-1, 0].set_xscale("log")
-    style.log_ticks(axes[-1, 0].xaxis, 1, 2, 3, 5, 7)
+    least, most = axes[-1, 0].get_xlim()
+    style.log_ticks(axes[-1, 0].xaxis, 1, 2, *([3, 5, 7] if most < 10 * least else [5]))
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]))
     return figure
