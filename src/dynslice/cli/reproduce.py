@@ -48,9 +48,10 @@ def run(
 ) -> tuple[dict, list[str]]:
     """Measure what is missing, execute the notebooks, and say how the values agree with the record.
 
-    executor, address: see `executor.run_all`. verbose, machine: of a dry run, which then lists each
-    measurement, or tells the times of another machine (`estimate.MACHINES`). Returns the outcome as a dict and as lines. Raises
-    RequestError before anything heavy starts, RunError when a measurement or a notebook fails.
+    executor, address: see `executor.run_all`. verbose, machine: of a dry run, which then
+    lists each measurement, or tells the times of another machine (`estimate.MACHINES`). Returns the
+    outcome as a dict and as lines. Raises RequestError before anything heavy starts, RunError when
+    a measurement or a notebook fails.
     """
     how = (executor, address)
     check_executor(*how, load(profile, overrides).placement)

@@ -66,8 +66,8 @@ class Machine:
         return cls(device, *rates, min(timed["eigh"]), speed.copy_rate(device), share)
 
 
-# Assumed, not measured: half of an H100's 989 TFLOP/s in half precision, of its 67 in float64 and of
-# its 3.35 TB/s of memory (NVIDIA's data sheet, SXM, dense), and 5 s for the eigenvectors at 4,096.
+# Assumed, not measured: half of an H100's 989 TFLOP/s in half precision, of its 67 in float64 and
+# of its 3.35 TB/s of memory (NVIDIA's data sheet, SXM), and 5 s for the eigenvectors at 4,096.
 MACHINES = {
     "h100": Machine(
         device=torch.device("cuda"),
