@@ -177,7 +177,7 @@ def test_labels_and_descriptions_differ(study):
     names = [equal_size.name(p) for p in [*study.beyond.contest(0.5), *study.beyond.variants(0.5)]]
     assert len(set(names)) == len(names) == 6 + 16
     said = describe(study.slice_request(study.beyond.contest(0.5)[-1]))
-    assert said == "slice lr SP 0.5 with compensation with recovery"
+    assert said == "slice lr SP 0.5 2 layers a basis with compensation with recovery seed 42"
     assert describe(study.beyond.search_request(0.5)).endswith("constant SP 0.5")
 
 

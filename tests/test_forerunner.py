@@ -60,4 +60,6 @@ def test_the_constant_row_is_the_anchor_of_the_papers_models_at_30_percent(model
     cells = [c for c in published.read() if c.source.startswith("raw outputs of the authors")]
     found = [c.value for c in cells if c.model == model]
     assert found == pytest.approx(accuracies(model, 0.0), abs=0.005)
-    assert {(c.method, c.slice_percentage, c.eval_windows) for c in cells} == {("SliceGPT", 0.3, 300)}
+    assert {(c.method, c.slice_percentage, c.eval_windows) for c in cells} == {
+        ("SliceGPT", 0.3, 300)
+    }

@@ -247,10 +247,12 @@ def test_dropout_of_a_model_in_training_is_left_out(tiny_model):
     measures = {
         "lr": lambda: layer_redundancy(model, windows).lr,
         "ppl": lambda: perplexity(model, windows)["nll_mean"],
-        "slice": lambda: slice_model(model, windows, constant(dims_of(model.config), 0.25))
-        .model.model.layers[2]
-        .mlp.down_proj.weight.sum()
-        .item(),
+        "slice": lambda: (
+            slice_model(model, windows, constant(dims_of(model.config), 0.25))
+            .model.model.layers[2]
+            .mlp.down_proj.weight.sum()
+            .item()
+        ),
     }
     wanted = {name: measure() for name, measure in measures.items()}
     model.train()

@@ -71,9 +71,10 @@ class EqualSize:
         ]
 
     def draws(self, slice_percentage: float) -> list[tuple[Point, Point]]:
-        """(recipe, SliceGPT) of one size, for each draw of the calibration windows."""
-        pairs = []
-        for seed in (self.profile.seed, *self.profile.beyond_calibration_seeds):
+        """(recipe, SliceGPT) of one size, for each draw of the calibration windows there."""
+        p, pairs = self.profile, []
+        others = p.beyond_calibration_seeds if self.is_headline(slice_percentage) else []
+        for seed in (p.seed, *others):
             ours = slice_percentage, BEST_RECIPE, "lr", self._shared, {}
             theirs = slice_percentage, SLICEGPT, "constant", AS_DENSE
             pairs.append((self._at_size(*ours, seed=seed), self._at_size(*theirs, seed=seed)))
@@ -107,9 +108,18 @@ class EqualSize:
             found += [self._at_size(sp, f"compensation, {said}", "lr", shared, {}, **amount)]
         return found
 
+    def is_headline(self, slice_percentage: float) -> bool:
+        """Whether a size is one of those at which tasks and other draws are measured."""
+        return slice_percentage in self.profile.task_slice_percentages
+
+    def has_tasks(self, slice_percentage: float) -> bool:
+        """Whether the networks of a size run the tasks."""
+        return self.profile.beyond_tasks and self.is_headline(slice_percentage)
+
     def task_requests(self, point: Point) -> list[Request]:
-        """Accuracy on every task, if the profile runs them on these networks."""
-        return self.design.accuracy_requests(point) if self.profile.beyond_tasks else []
+        """Accuracy on every task, where the profile runs tasks on such networks at this size."""
+        has_tasks = self.has_tasks(point.slice_percentage) or point is DENSE
+        return self.design.accuracy_requests(point) if has_tasks else []
 
     def speed_requests(self, point: Point) -> list[Request]:
         """Prefill and decoding, where dense and sliced network are in memory at once.

@@ -47,13 +47,13 @@ class Machine:
     rate: float
     rate_float64: float
     eigenvectors: float
+    copies: float  # bytes/s of copying memory
     share: float  # of the matrix product's rate that a pass through the layers reaches
     assumed: str = ""  # what stands for it, where nothing was measured
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
-        """Time the yardsticks; float32 on a CPU, which has no fast products of half precision."""
-        dtype = torch.float32 if device.type == "cpu" else dtype
+        """Time the yardsticks."""
         size = EIGENVECTORS_AT
         square = torch.eye(size, dtype=torch.float64, device=device) + 1 / size
         timed = speed.alternate({"eigh": lambda: torch.linalg.eigh(square)}, device, 3)
@@ -62,14 +62,21 @@ class Machine:
         # The share comes from the committed benchmark, of the only device it was run on so far.
         bench = json.loads((paths.BENCH / "smollm2-135m-cpu.json").read_text(encoding="utf-8"))
         ratios = {row["step"]: row.get("ratio") for row in bench["rows"]}
-        return cls(device, *rates, min(timed["eigh"]), ratios["one pass through the layers"])
+        share = ratios["one pass through the layers"]
+        return cls(device, *rates, min(timed["eigh"]), speed.copy_rate(device), share)
 
 
-# Assumed, not measured: half of an H100's 989 TFLOP/s in half precision and of its 67 in float64
-# (NVIDIA's data sheet, SXM, dense), and 5 s for the eigenvectors at 4,096.
+# Assumed, not measured: half of an H100's 989 TFLOP/s in half precision, of its 67 in float64 and
+# of its 3.35 TB/s of memory (NVIDIA's data sheet, SXM), and 5 s for the eigenvectors at 4,096.
 MACHINES = {
     "h100": Machine(
-        torch.device("cuda"), 495e12, 33e12, 5 * (EIGENVECTORS_AT / 4096) ** 3, 0.6, "an H100"
+        device=torch.device("cuda"),
+        rate=495e12,
+        rate_float64=33e12,
+        eigenvectors=5 * (EIGENVECTORS_AT / 4096) ** 3,
+        copies=1.7e12,
+        share=0.6,
+        assumed="an H100",
     )
 }
 

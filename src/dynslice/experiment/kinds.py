@@ -221,12 +221,11 @@ class Speed(Kind):
         return speed.speed(dense, network, ids, config["new_tokens"], config["repeats"])
 
     def seconds(self, estimator: Estimator, config: dict) -> float:
-        from dynslice.evaluate import speed
+        from dynslice.evaluate.speed import WARM_UP
 
         prefill = estimator.one_pass(config["windows"] * config["window"], config["window"])
-        rate = speed.copy_rate(estimator.device)
-        decoding = config["new_tokens"] * estimator.dense_bytes / rate
-        return 2 * (config["repeats"] + speed.WARM_UP) * (prefill + decoding)
+        decoding = config["new_tokens"] * estimator.dense_bytes / estimator.machine.copies
+        return 2 * (config["repeats"] + WARM_UP) * (prefill + decoding)
 
     def quoted(self, value: dict) -> dict[str, float]:
         counts = ("stored_bytes", "prefill_flops", "decode_bytes")

@@ -64,9 +64,12 @@ class PlanSpec(ABC):
         """The plan of a model. Raises RequestError where the model has none like it."""
 
     def describe(self) -> str:
-        """Schedule, SP and SB in a few words."""
+        """Schedule, SP, SB and layout in a few words."""
         base = f" SB {self.target.slice_base}" if isinstance(self.target, Dynamic) else ""
-        return f"{self.schedule} SP {self.target.slice_percentage}{base}"
+        layout = self.own_layout or {"untied": True}
+        words = [name for name in ("untied", "plain") if layout.get(name)]
+        words += [f"{n} layers a basis" for n in [layout.get("basis_layers")] if n]
+        return " ".join([f"{self.schedule} SP {self.target.slice_percentage}{base}", *words])
 
     def to_dict(self) -> dict:
         """The JSON form, without what is left at None."""

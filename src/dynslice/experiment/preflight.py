@@ -116,12 +116,13 @@ def lines(
         unknown = f" and {found.unknown} unknown" if found.unknown else ""
         of_this = "of this machine's own matrix product"
         rate_of = f"that are assumed of {found.assumed}" if found.assumed else of_this
-        on_gpu = f"(on a GPU {shown_bytes(found.gpu_memory_bytes)}), "
+        is_cpu, gpu = found.device.type == "cpu", shown_bytes(found.gpu_memory_bytes)
+        on_gpu = f" (on a GPU {gpu})" * is_cpu
         told.append(
             f"time {_time(found.seconds)}{unknown}, by operations counted at the "
             f"{found.rate / 1e12:.3g} TFLOP/s {rate_of}; "
-            f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)} "
-            f"{on_gpu if found.device.type == 'cpu' else ''}disk {shown_bytes(found.disk_bytes)}, "
+            f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)}"
+            f"{on_gpu}, disk {shown_bytes(found.disk_bytes)}, "
             f"download of weights {shown_bytes(found.download_bytes)}"
         )
     return [*told, *(f"in the way: {obstacle}" for obstacle in found.obstacles)]

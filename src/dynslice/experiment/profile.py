@@ -117,9 +117,9 @@ class Profile(BaseModel):
     # Notebook 07: at the sizes of constant slicing at these, one lever after the other.
     beyond_slice_percentages: list[_Share] = []
     beyond_basis_layers: _Layers = BEST["basis_layers"]  # layers that share a basis
-    beyond_tasks: bool = True  # each of these networks runs the tasks
+    beyond_tasks: bool = True  # at the sizes of task_slice_percentages; not at others
     beyond_plain: bool = False  # also ordinary checkpoints, at the last size as published
-    beyond_calibration_seeds: list[_Seed] = []  # other draws, of SliceGPT and the last lever
+    beyond_calibration_seeds: list[_Seed] = []  # other draws of its ends, at the same sizes
     # By validation windows only, at the last of the sizes:
     beyond_basis_layers_tried: list[_Layers] = []
     beyond_candidates: list[_AtSize] = []  # schedules, on shared bases

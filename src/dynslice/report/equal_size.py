@@ -74,9 +74,10 @@ def _changes(
 
 def accuracy_table(study: Study) -> pd.DataFrame:
     """Average accuracy by size and rung, and its change from SliceGPT in points."""
-    tasks, rows = _tasks(study), []
-    for sp, rungs in ladders(study).items() if tasks else ():
-        for point in (DENSE, *rungs):
+    rows = []
+    for sp, rungs in ladders(study).items():
+        tasks = _tasks(study, sp)
+        for point in (DENSE, *rungs) if tasks else ():
             pair = (point, rung(rungs, SLICEGPT))
             change = None if point is DENSE else statistics.accuracy_change(study, *pair, tasks)
             row = {"SP": sp, "network": name(point), "tasks": len(tasks)}
@@ -86,8 +87,8 @@ def accuracy_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _tasks(study: Study) -> list[str]:
-    return statistics.choice_tasks(study) if study.profile.beyond_tasks else []
+def _tasks(study: Study, sp: float) -> list[str]:
+    return statistics.choice_tasks(study) if study.beyond.has_tasks(sp) else []
 
 
 def cost_table(study: Study) -> pd.DataFrame:
@@ -151,7 +152,8 @@ def ladder_figure(table: pd.DataFrame) -> plt.Figure:
         axis.set_title(f"size of SP {percent(sp)}", loc="left")
     axes[-1, 0].set_xlabel("perplexity (vertical lines: dense)")
     axes[-1, 0].set_xscale("log")
-    style.log_ticks(axes[-1, 0].xaxis, 1, 2, 5)
+    least, most = axes[-1, 0].get_xlim()
+    style.log_ticks(axes[-1, 0].xaxis, 1, 2, *([3, 5, 7] if most < 10 * least else [5]))
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]))
     return figure
@@ -174,7 +176,7 @@ def _size_prose(study: Study, sp: float) -> str:
         (f"perplexity on {text}", statistics.perplexity_change(study, recipe, reference, text), "%")
         for text in texts
     ]
-    if tasks := _tasks(study):
+    if tasks := _tasks(study, sp):
         change = statistics.accuracy_change(study, recipe, reference, tasks)
         found.append(("accuracy", change, "points"))
     by_text = [_changes(study, rungs, text) for text in texts]
