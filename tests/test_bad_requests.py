@@ -44,7 +44,7 @@ SMOKE = "reproduce --profile smoke --dry-run"
 BAD_REQUESTS = {
     # models
     "ppl --model embedded:gpt --text text.txt": "embedded model 'gpt' is unknown",
-    "ppl --model no/such/directory --text text.txt": "model 'no/such/directory' is a path where nothing",
+    "ppl --model no/such/directory --text text.txt": "'no/such/directory' is a path where nothing",
     "ppl --model empty --text text.txt": "'empty' is a directory without config.json",
     "ppl --model unsupported --text text.txt": "'gpt2' can't be sliced exactly: it keeps its maps",
     "ppl --model no-type --text text.txt": "model 'no-type'",

@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, TIED
+from conftest import TIED, TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynslice.core import tensors
 from dynslice.evaluate import perplexity as perplexities
 from dynslice.evaluate.place_losses import place_losses
 from dynslice.extensions.compensation import Compensation

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from dynslice.core.errors import RequestError
 from dynslice.inputs.texts import documents
 
-
 BOS = ("auto", "always", "never")
 
 
