@@ -64,7 +64,7 @@ width of each layer, `slice.json` how the slice was made, with the hashes of wha
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR"{code})
-tokenizer = AutoTokenizer.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR"{code})
 ```
 
 {why}

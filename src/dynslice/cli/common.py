@@ -70,6 +70,11 @@ def is_sampled(options) -> bool:
     return options.seed is not None and options.windows is not None
 
 
+def _is_device(path: Path) -> bool:
+    """Whether a path is where the system keeps its devices; /dev/shm holds files."""
+    return path.parts[1:2] in (("dev",), ("proc",)) and path.parts[1:3] != ("dev", "shm")
+
+
 INPUTS = ("model", "text", "calibration", "lr", "plan", "match_parameters", "sensitivity")
 
 
@@ -81,13 +86,13 @@ def check_output(options) -> None:
     if "\0" in path:
         raise RequestError(f"output {path!r} is no name; name a file")
     place = Path(path).absolute()
-    while place.is_symlink():
+    while not (is_device := _is_device(place)) and place.is_symlink():
         place = place.parent / place.readlink()
-    place = place.parent.resolve() / place.name
-    if place.parts[1:2] in (("dev",), ("proc",)):
+    if is_device:
         raise RequestError(
             f"output {path!r} is a device; name a file, or use --json for standard output"
         )
+    place = place.parent.resolve() / place.name
     for name in INPUTS:
         given = getattr(options, name, None)
         source = Path(given).resolve() if given and Path(given).exists() else None

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from dynslice.core.errors import RequestError
 from dynslice.core.tensors import check_token
 from dynslice.evaluate.perplexity import has_plain_head, head_chunks
 
@@ -117,9 +118,17 @@ class SharedContextLM(HFLM):
         )
 
     def _truncated(self, context: list[int], continuation: list[int]) -> tuple[Tokens, Tokens]:
-        """Keep the last max_length + 1 tokens, as HFLM does; the last is never an input."""
+        """Keep the last max_length + 1 tokens, as HFLM does; the last is never an input.
+
+        Raises RequestError where the continuation alone is longer.
+        """
         assert context
-        assert 0 < len(continuation) <= self.max_length
+        assert continuation
+        if len(continuation) > self.max_length:
+            raise RequestError(
+                f"a continuation of {len(continuation)} tokens is longer than the "
+                f"{self.max_length} positions of the model; leave the task out"
+            )
         room = self.max_length + 1 - len(continuation)
         return tuple(context[-room:]), tuple(continuation)
 
