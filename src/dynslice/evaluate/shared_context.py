@@ -139,7 +139,9 @@ class SharedContextLM(HFLM):
         rows = [i for i, layout in enumerate(batch) for p in layout.places for _ in p]
         columns = [place for layout in batch for places in layout.places for place in places]
         targets = [token for _, continuation in pairs for token in continuation]
-        targets = torch.tensor(targets, device=self.device)
+        rows, columns, targets = (
+            torch.tensor(part, device=self.device) for part in (rows, columns, targets)
+        )
 
         log_p, greedy = [], []
         for logits, target in head_chunks(self.model, hidden[rows, columns], targets):

@@ -20,6 +20,9 @@ from dynslice.core.tensors import check_finite, check_tokens, synchronise
 from dynslice.method.architectures import family_of
 
 
+LOOK = 10  # steps between two looks at the loss
+
+
 @dataclass(frozen=True)
 class FineTuning:
     """How a network is fine-tuned: steps of one window each, over the windows again and again.
@@ -71,17 +74,21 @@ def finetune(
         optimizer = torch.optim.AdamW(trained, lr=recovery.learning_rate, weight_decay=0.0)
         warm_up = round(recovery.warm_up * recovery.steps)
         schedule = get_linear_schedule_with_warmup(optimizer, warm_up, recovery.steps)
-        steps = tqdm(order[: recovery.steps], desc="recovery", unit="step", leave=False)
-        for i in steps:
+        order, losses = order[: recovery.steps], []
+        steps = tqdm(order, desc="recovery", unit="step", leave=False)
+        for done, i in enumerate(steps, start=1):
             ids = windows[i : i + 1].to(model.device)
             loss = adapted(ids, labels=ids, use_cache=False).loss
-            check_finite(loss, "the loss of recovery", model.dtype)
+            losses.append(loss.detach())
             loss.backward()
             clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            steps.set_postfix(nll=f"{loss.item():.3f}")
+            if done % LOOK == 0 or done == len(order):  # now and then: a GPU waits for it
+                check_finite(torch.stack(losses), "the loss of recovery", model.dtype)
+                steps.set_postfix(nll=f"{losses[-1].item():.3f}")
+                losses.clear()
     merged = adapted.merge_and_unload().eval().requires_grad_(False)
     synchronise(model.device)
     return merged, time.perf_counter() - start
