@@ -159,6 +159,29 @@ def test_a_step_that_fails_on_a_gpu_is_named_and_keeps_no_other_from_running(on_
     assert asked[-1].endswith("--profile full --device cuda")
 
 
+def test_all_that_is_measured_on_a_gpu_runs_on_a_cpu_on_small_settings(tmp_path):
+    command = [paths.ROOT / "tools" / "measure_gpu.sh", "--device", "cpu", "--small"]
+    finished = subprocess.run(
+        [*command, "--out", tmp_path / "bench"],
+        env={**os.environ, "DYNSLICE_OUTPUT": str(tmp_path), **_with_this_python(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.splitlines()[-1] == "everything was measured"
+    made = {path.name for path in (tmp_path / "bench").iterdir()}
+    names = [name for name, _ in efficiency.BENCHES.values()]
+    assert made == {f"{name}.json" for name in names if name.endswith("-cuda")}
+    assert (tmp_path / "notebooks" / "rendered" / "smoke" / "02_perplexity.ipynb").is_file()
+
+
+def _with_this_python(folder):
+    """An environment in which `python` is this one."""
+    (folder / "python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(folder)}
+
+
 @pytest.fixture
 def tested(tmp_path):
     """Start `./run_all.sh --test` with a `python` that runs a line of shell in place of pytest."""

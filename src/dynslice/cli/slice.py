@@ -35,13 +35,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
             source = (options.model, windows, plan, device, dtype, options.revision)
             sliced = models.slice_saved(folder, *source, save_dtype, budget=budget, start=start)
         else:
-            # Fine-tuning comes before rounding.
-            sliced = _sliced(options, windows, plan, start, dtype if recovery else save_dtype)
-            if recovery:
-                from dynslice.extensions.finetuning import finetune
-
-                model, spent = finetune(sliced.model, windows, recovery, options.seed or 0)
-                sliced = replace(sliced, model=model.to(save_dtype), recovery_seconds=spent)
+            sliced = _sliced(options, windows, plan, start, recovery, (dtype, save_dtype))
             write(sliced.model, tokenizer, folder)
         result = {
             **_facts(options, sliced),
@@ -59,11 +53,16 @@ def slice_command(options) -> tuple[dict, list[str]]:
         common.write_json(folder / "slice.json", recipe)
         card = model_card(recipe, options.model, options.revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return result, _lines(options, result, sliced, start)
+
+
+def _lines(options, result: dict, sliced, start) -> list[str]:
+    """What was done, in sentences."""
     how = "sampled" if result["sampled"] else "consecutive"
     line = (
         f"wrote {options.out}: {result['parameters']:,} stored parameters in {result['dtype']} "
         f"(dense {result['parameters_dense']:,}), sliced in {result['computed_in']} in "
-        f"{result['seconds']:.1f} s on {len(windows)} {how} windows of {options.window} tokens"
+        f"{result['seconds']:.1f} s on {result['windows']} {how} windows of {options.window} tokens"
     )
     also = ", on which layer redundancy was measured too" if result["measured_lr"] else ""
     lines = [line + also]
@@ -79,7 +78,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
             f"warning: {sliced.arbitrary_places} bases keep directions that the calibration text "
             "does not have, and are arbitrary there; calibrate on more or more varied text"
         )
-    return result, lines
+    return lines
 
 
 def _corrections(start) -> str:
@@ -106,13 +105,20 @@ def _plan(options) -> Any:
     return plan
 
 
-def _sliced(options, windows, plan, start, dtype) -> Any:
+def _sliced(options, windows, plan, start, recovery, dtypes) -> Any:
+    """The slice in the second of the dtypes; fine-tuning, in the first, comes before rounding."""
     from dynslice.method.redundancy import layer_redundancy
     from dynslice.method.slicing import slice_model
 
     model, _ = common.loaded(options, dense_for="slicing")
     plan = plan or plan_of(options, layer_redundancy(model, windows).lr)
-    return slice_model(model, windows, plan, start, dtype)
+    sliced = slice_model(model, windows, plan, start, dtypes[0 if recovery else 1])
+    if not recovery:
+        return sliced
+    from dynslice.extensions.finetuning import finetune
+
+    model, spent = finetune(sliced.model, windows, recovery, options.seed or 0)
+    return replace(sliced, model=model.to(dtypes[1]), recovery_seconds=spent)
 
 
 def _facts(options, sliced) -> dict:

@@ -19,7 +19,6 @@ from dynslice.core.errors import RequestError
 from dynslice.core.tensors import check_finite, check_tokens, synchronise
 from dynslice.method.architectures import family_of
 
-
 LOOK = 10  # steps between two looks at the loss
 
 
