@@ -589,6 +589,7 @@ def test_reproduce_refuses_before_it_measures(ask, monkeypatch):
 
     monkeypatch.setattr("dynslice.experiment.study.run_all", measured)
     monkeypatch.setattr("dynslice.evaluate.speed.matrix_rate", lambda *_: 1e11)  # takes a while
+    monkeypatch.setattr("dynslice.evaluate.speed.copy_rate", lambda *_: 1e10)
     request = "reproduce --profile smoke --set eval_windows=99999999"
     check_refusal(*ask(*request.split()), "fewer than 99999999 windows of 128")
 
