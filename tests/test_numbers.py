@@ -85,15 +85,17 @@ def test_pages_say_what_the_record_says(name):
         _, start, rest = path.read_text().partition(f"<!-- record:{name} -->\n")
         if start:
             found += 1
-            assert rest.partition(f"\n<!-- /record:{name} -->")[0] == block(study), path.name
+            written = rest.partition(f"\n<!-- /record:{name} -->")[0]
+            assert written == record.linked(path, block(study)), path.name
     assert found
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_pages_are_what_a_record_would_write(name, tmp_path, monkeypatch):
-    copies = {tmp_path / path.name: block for path, block in record.PAGES.items()}
-    for path in record.PAGES:
-        (tmp_path / path.name).write_text(path.read_text().replace("Measured on", "Dreamt on"))
+    copies = {tmp_path / p.relative_to(paths.ROOT): block for p, block in record.PAGES.items()}
+    for path, copy in zip(record.PAGES, copies, strict=True):
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text().replace("Measured on", "Dreamt on"))
     before = {path.name: path.read_text() for path in record.PAGES}
     monkeypatch.setattr(record, "PAGES", copies)
     record.update_pages(Study.open(name, from_record=True))

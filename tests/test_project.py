@@ -23,6 +23,8 @@ from dynslice.report import efficiency
 LOCK = paths.ROOT / "requirements.lock"
 RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
 
+PAGES = [paths.ROOT / "README.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
+
 
 def pins(lines):
     return {line.strip() for line in lines if "==" in line}
@@ -90,7 +92,7 @@ def test_a_record_agrees_with_itself_and_not_with_altered_values(name):
 def test_commands_in_the_readme_are_understood():
     from dynslice.cli.commands import options_of
 
-    text = (paths.ROOT / "README.md").read_text()
+    text = "\n".join(page.read_text() for page in PAGES)
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("dynslice ")]
     commands += [
         ["dynslice", "reproduce", *shlex.split(line, comments=True)[1:]]
@@ -105,7 +107,7 @@ def test_commands_in_the_readme_are_understood():
 
 
 def test_python_in_the_readme_runs():
-    text = (paths.ROOT / "README.md").read_text()
+    text = (paths.ROOT / "docs" / "usage.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     code = next(block for block in blocks if "dynamic_slicing" in block)
     namespace = {}
@@ -222,8 +224,8 @@ def test_a_signal_to_run_all_reaches_its_tests(name, status, tested):
 
 
 def test_every_message_that_the_readme_explains_is_one_that_the_code_says():
-    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("## If something goes wrong")[1].split("\n\n")[2]
+    page = (paths.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    [table] = [part for part in page.split("\n\n") if part.startswith("| what you see")]
     sources = [*(paths.ROOT / "src/dynslice").rglob("*.py"), paths.ROOT / "run_all.sh"]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # sentences that are written in pieces

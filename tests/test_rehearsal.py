@@ -150,8 +150,8 @@ def test_directories_stand_in_for_corpora(ask, quick_to_plan, tmp_path):
 
 
 def blocks_of(section, language=""):
-    """The code blocks of a section of the README."""
-    page = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    """The code blocks of a section of docs/usage.md."""
+    page = (paths.ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
     text = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [code for name, code in fenced if name == language]

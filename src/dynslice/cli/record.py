@@ -1,5 +1,6 @@
 """Results of record: copying a run, and how another run agrees with it."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -15,10 +16,12 @@ from dynslice.experiment.store import Request, Store
 from dynslice.experiment.study import Study
 from dynslice.report import efficiency, pages
 
-# The pages with parts that a record speaks for, between its markers.
+# The pages with parts that a record or a benchmark speaks for, between its markers.
 PAGES = {
     paths.ROOT / "README.md": pages.claims_block,
+    paths.ROOT / "docs" / "usage.md": pages.claims_block,
     paths.ROOT / "docs" / "deviations.md": pages.deviations_block,
+    paths.ROOT / "docs" / "costs.md": pages.claims_block,  # it has the benchmark's part only
 }
 
 
@@ -80,7 +83,12 @@ def _fill(page: Path, name: str, text: Callable[[], str]) -> None:
     before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
     if start:
         _, end, after = rest.partition(f"<!-- /{name} -->")
-        files.write(page, f"{before}{start}\n{text()}\n{end}{after}")
+        files.write(page, f"{before}{start}\n{linked(page, text())}\n{end}{after}")
+
+
+def linked(page: Path, text: str) -> str:
+    """A text with links from the root, for a page there or in docs/."""
+    return re.sub(r"\]\((?![a-z]+:|#)", "](../", text) if page.parent.name == "docs" else text
 
 
 def agree(study: Study, requests: list[Request]) -> dict | None:
