@@ -209,4 +209,4 @@ def hold(path, told):
 def test_real_assets_verify():
     assets.fetch()
     assert not any(assets.verify().values())
-    assert set(assets.verify()) == {"smollm2-135m", "benchmarks", "sotu"}
+    assert {"smollm2-135m", "benchmarks", "sotu"} <= set(assets.verify())  # and large ones

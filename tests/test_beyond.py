@@ -20,7 +20,8 @@ from dynslice.report import equal_size, statistics, style
 
 WANTED = {
     "tasks": {"piqa": 4},
-    "task_slice_percentages": [],
+    "task_slice_percentages": [0.5],
+    "task_slice_bases": [],
     "speed_slice_percentages": [],
     "lr_compare_texts": [],
     "lr_max_tokens": 512,

@@ -179,9 +179,10 @@ def test_a_plan_fits_a_screen(profile, monkeypatch, tmp_path):
     monkeypatch.setattr(Machine, "measured", lambda *_: MACHINE)
     monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     _, lines = reproduce.run(profile, {}, dry_run=True, device="cpu")
+    lines = [line for line in lines if "are missing" not in line]  # the sum
     assert len(lines) < 50
     study = Study.open(profile)
-    counted = sum(int(line.split()[0]) for line in lines if " of " in line[:12])
+    counted = sum(int(line.split()[0]) for line in lines[2:] if " of " in line[:12])
     assert counted <= len(study.requests())
     assert (counted == len(study.requests())) == (not any("more networks" in x for x in lines))
 
