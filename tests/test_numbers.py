@@ -17,7 +17,7 @@ from dynslice.experiment.profile import load
 from dynslice.experiment.study import Study
 from dynslice.extensions.finetuning import FineTuning
 from dynslice.inputs import models
-from dynslice.report import pages
+from dynslice.report import answer, pages
 
 RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
@@ -90,6 +90,13 @@ def test_pages_say_what_the_record_says(name):
     assert found
 
 
+def test_the_readme_answers_what_the_records_say():
+    text = record.README.read_text()
+    assert text.count("<!-- answer -->") == 1
+    written = text.partition("<!-- answer -->\n")[2].partition("\n<!-- /answer -->")[0]
+    assert written == answer.answer_block()
+
+
 @pytest.mark.parametrize("name", RECORDED)
 def test_pages_are_what_a_record_would_write(name, tmp_path, monkeypatch):
     copies = {tmp_path / p.relative_to(paths.ROOT): block for p, block in record.PAGES.items()}
@@ -98,7 +105,10 @@ def test_pages_are_what_a_record_would_write(name, tmp_path, monkeypatch):
         copy.write_text(path.read_text().replace("Measured on", "Dreamt on"))
     before = {path.name: path.read_text() for path in record.PAGES}
     monkeypatch.setattr(record, "PAGES", copies)
+    monkeypatch.setattr(record, "README", readme := tmp_path / "README.md")
+    readme.write_text(record.paths.ROOT.joinpath("README.md").read_text().replace(" M ", " N "))
     record.update_pages(Study.open(name, from_record=True))
+    assert readme.read_text() == (paths.ROOT / "README.md").read_text()
     pages = {path.name: path.read_text() for path in copies}
     for page in pages:
         block = re.search(rf"<!-- record:{name} -->.*?<!-- /record:{name} -->", before[page], re.S)
@@ -127,7 +137,7 @@ def test_a_changed_result_changes_what_the_readme_would_say():
 
 def prose():
     """(where, text) of everything that people wrote: pages without blocks, code and links."""
-    for path in record.PAGES:
+    for path in (record.README, *record.PAGES):
         yield (
             path.name,
             re.sub(r"<!-- ([\w:]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S),

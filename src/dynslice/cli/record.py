@@ -14,11 +14,11 @@ from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import by_model
 from dynslice.experiment.store import Request, Store
 from dynslice.experiment.study import Study
-from dynslice.report import efficiency, pages
+from dynslice.report import answer, efficiency, pages
 
-# The pages with parts that a record or a benchmark speaks for, between its markers.
+README = paths.ROOT / "README.md"  # what it answers rests on several records
+# The other pages with parts that a record or a benchmark speaks for, between its markers.
 PAGES = {
-    paths.ROOT / "README.md": pages.claims_block,
     paths.ROOT / "docs" / "usage.md": pages.claims_block,
     paths.ROOT / "docs" / "deviations.md": pages.deviations_block,
     paths.ROOT / "docs" / "costs.md": pages.claims_block,  # it has the benchmark's part only
@@ -73,6 +73,7 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
 
 def update_pages(study: Study) -> None:
     """Rewrite the parts of the README and of docs/ that a record or a benchmark speaks for."""
+    _fill(README, "answer", answer.answer_block)
     for path, block in PAGES.items():
         _fill(path, f"record:{study.profile.name}", partial(block, study))
         _fill(path, "bench", efficiency.bench_block)

@@ -9,25 +9,28 @@ from dynslice.experiment.study import Study
 from dynslice.report import ablations, perplexity, single_layer, statistics, style
 from dynslice.report.statistics import BASES, EQUAL_SLICE, Estimate, Pair
 
-SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
-NOT_SUPPORTED, NOT_TESTED = "not supported", "not tested here"
-UNSEEN = "could not have been seen"
+HOLDS, DIRECTION = "holds", "holds in direction, not in size"
+NOT_SHOWN, FAILS = "not shown", "does not hold"
+UNSEEN, NOT_TESTED = "could not have been seen", "not tested here"
+TASKS_ON_AVERAGE = "the average of the tasks"
 ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
 
 def verdict(change: Estimate | None, published: float) -> str:
-    """The rule: `not supported` unless the interval lies beyond zero on the claimed side.
+    """The rule, by the interval of a change.
 
-    Then `supported` when the change is at least the published one, else `supported in direction,
-    not in size`. An interval that holds both zero and the published change decides nothing: that
-    change `could not have been seen`. Nothing measured is `not tested here`.
+    Beyond zero on the claimed side: the claim `holds` when the change is at least the published
+    one, else it `holds in direction, not in size`. Beyond zero on the other side it `does not
+    hold`. Across zero it is `not shown`, or, where the interval holds the published change too,
+    that change `could not have been seen`. Nothing measured is `not tested here`.
     """
     if change is None:
         return NOT_TESTED
     if change.direction == ("lower" if published < 0 else "higher"):
-        return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
-    decides_nothing = change.low <= min(0, published) and max(0, published) <= change.high
-    return UNSEEN if decides_nothing else NOT_SUPPORTED
+        return HOLDS if abs(change.estimate) >= abs(published) else DIRECTION
+    if change.low > 0 or change.high < 0:
+        return FAILS
+    return UNSEEN if change.low <= published <= change.high else NOT_SHOWN
 
 
 def verdicts(change: Estimate | None, ratio: Estimate | None, published: float) -> str:
@@ -117,7 +120,7 @@ def _perplexities(study: Study, basis: str) -> list[Measured]:
 
 
 def _accuracy(study: Study, basis: str) -> list[Measured]:
-    tasks, on = statistics.choice_tasks(study), "the average of the tasks"
+    tasks, on = statistics.choice_tasks(study), TASKS_ON_AVERAGE
     pairs = statistics.pairs(study.task_points(), basis)
     if not pairs or not tasks:
         return [(on, *NOTHING)]
@@ -152,13 +155,14 @@ def findings(study: Study) -> str:
 
 
 def _finding(outcome: dict) -> str:
-    change, said = outcome["change"], outcome["verdict on this model"]
-    if not said.startswith(NOT_SUPPORTED):
-        word = "Holds" if said == SUPPORTED else said.capitalize()
-    else:
-        word = "Not shown" if change.low <= 0 <= change.high else "Does not hold"
-    claimed = "lower" if outcome["value"] < 0 else "higher"
-    return style.say("finding", word=word, claimed=claimed, o=outcome)
+    word = outcome["verdict on this model"].capitalize()
+    return style.say("finding", word=word, claimed=claimed(outcome), o=outcome)
+
+
+def claimed(outcome: dict) -> str:
+    """What a claim says in a few words: `perplexity lower by 7 %`."""
+    way = "lower" if outcome["value"] < 0 else "higher"
+    return f"{outcome['metric']} {way} by {abs(outcome['value']):.0f} %"
 
 
 def _size_gap(study: Study) -> list[str]:

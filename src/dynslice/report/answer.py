@@ -1,0 +1,154 @@
+"""The README's first screen: what was found on all models, in a figure, sentences and a table."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pandas as pd
+
+from dynslice.core import paths
+from dynslice.evaluate.task_table import chance
+from dynslice.experiment.across import Across
+from dynslice.experiment.equal_size import SHARED, SLICEGPT
+from dynslice.experiment.profile import percent
+from dynslice.experiment.requests import DENSE, Point
+from dynslice.experiment.study import Study
+from dynslice.report import across as models
+from dynslice.report import claims, equal_size, statistics, style
+from dynslice.report.statistics import EQUAL_SIZE, SIZE
+
+OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
+
+_SHOWN = {
+    DENSE.schedule: "dense",
+    SLICEGPT: "SliceGPT",
+    models.DYNAMIC: "by LR",
+    models.RECIPE: "best recipe",
+}
+
+
+def answer_block() -> str:
+    """What the README says of the records: nothing while there is none (Markdown)."""
+    if not paths.record(OF_RECORD).is_dir():
+        return "No result is recorded yet."
+    across = Across.open(OF_RECORD, from_record=True)
+    across.ensure()
+    parts = [style.say("answer_figure", profile=across.name), _sentences(across)]
+    parts += [style.markdown(answer_table(across), digits=1), _source(across)]
+    return "\n\n".join(parts)
+
+
+def headline(study: Study) -> float:
+    """The slice percentage that the answer is about: the smallest at which tasks are run."""
+    p = study.profile
+    return min(p.task_slice_percentages or p.slice_percentages)
+
+
+def answer_table(across: Across) -> pd.DataFrame:
+    """A row for each model and network at the headline slice percentage, in absolute values.
+
+    The last column is the paired change of perplexity from SliceGPT on the first text.
+    """
+    rows = []
+    for study in across.studies:
+        here, text = _networks(study), study.profile.eval_texts[0]
+        for network, point in here.items():
+            row = {"model": models.name(study), "network": _SHOWN[network]}
+            row[SIZE] = study.size(point) / 1e6
+            for read in study.profile.eval_texts:
+                row[f"perplexity, {read}"] = study.perplexity(point, read)
+            row["accuracy (%)"] = _accuracy(study, point)
+            is_sliced = network not in (DENSE.schedule, SLICEGPT)
+            change = statistics.perplexity_change(study, point, here[SLICEGPT], text)
+            row[f"{text}, against SliceGPT (%)"] = change.format() if is_sliced else "-"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _networks(study: Study) -> dict[str, Point]:
+    return models.networks(study, headline(study))
+
+
+def _accuracy(study: Study, point: Point) -> str:
+    tasks = statistics.choice_tasks(study)
+    return f"{statistics.accuracy(study, point, tasks):.1f} ({chance(tasks):.1f})" if tasks else "-"
+
+
+def _sentences(across: Across) -> str:
+    """One sentence each: what slicing costs, the paper's claims, the levers, and what LR does."""
+    cost, levers, rule = (
+        _for_each(across, told) for told in (_cost_clause, _lever_clause, _first_layer_clause)
+    )
+    share = percent(headline(across.studies[0]))
+    told = [
+        style.say("answer_cost", share=share, clauses=cost),
+        style.say("answer_claims", claims=_verdicts(across)),
+        style.say("answer_levers", clauses=levers),
+    ]
+    told += [style.say("answer_first", clauses=rule)] if rule else []
+    absent = ", ".join(f"`{profile}`" for profile in across.absent)
+    told += [style.say("across_absent", profiles=absent)] if absent else []
+    return "\n".join(f"- {sentence}" for sentence in told)
+
+
+def _for_each(across: Across, clause: Callable[[Study], str]) -> str:
+    return "; ".join(filter(None, map(clause, across.studies)))
+
+
+def _cost_clause(study: Study) -> str:
+    here, text = _networks(study), study.profile.calibration_text
+    levels = {name: study.perplexity(point, text) for name, point in here.items()}
+    named = {"dense": DENSE.schedule, "slicegpt": SLICEGPT}
+    named |= {"dynamic": models.DYNAMIC, "recipe": models.RECIPE}
+    return style.say(
+        "answer_cost_clause",
+        model=models.name(study),
+        stored=study.size(here[models.RECIPE]) / 1e6,
+        whole=study.size(DENSE) / 1e6,
+        **{key: levels[name] for key, name in named.items()},
+    )
+
+
+def _verdicts(across: Across) -> str:
+    """By claim: on which models it holds, graded on the text of the calibration at equal size."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for study in across.studies:
+        for outcome in claims.outcomes(study):
+            read = (study.profile.calibration_text, claims.TASKS_ON_AVERAGE)
+            if outcome["at"] == EQUAL_SIZE and outcome["measured on"] in read:
+                verdict = outcome["verdict on this model"].partition(" (")[0]
+                of_claim = found.setdefault(claims.claimed(outcome), {})
+                of_claim.setdefault(verdict, []).append(models.name(study))
+    return "; ".join(
+        f"{claim} "
+        + ", ".join(f"**{said}** on {' and '.join(on)}" for said, on in verdicts.items())
+        for claim, verdicts in found.items()
+    )
+
+
+def _lever_clause(study: Study) -> str:
+    """The steps of the ladder from SliceGPT to the recipe, each against the one before."""
+    _untied, *rungs = study.beyond.contest(headline(study))
+    steps, text = [], study.profile.calibration_text
+    for before, point in pairwise(rung for rung in rungs if "recovery" not in rung.network):
+        change = statistics.perplexity_change(study, point, before, text)
+        steps.append(f"{equal_size.name(point)} {change.estimate:+.1f} %")
+    return f"{models.name(study)}: {', '.join(steps)}"
+
+
+def _first_layer_clause(study: Study) -> str:
+    """What the widths of LR gain over those that keep the first layer whole, on validation."""
+    if "first" not in study.profile.beyond_candidates or study.profile.selection_windows is None:
+        return ""
+    sp = study.profile.beyond_slice_percentages[-1]
+    rungs = study.beyond.contest(sp)
+    tried = {equal_size.name(point): point for point in study.beyond.variants(sp)}
+    rule, by_lr = tried["first widths, shared bases"], equal_size.rung(rungs, SHARED)
+    change = statistics.selection_change(study, rule, by_lr)
+    return f"{change.format('%')} on {models.name(study)} ({change.direction})"
+
+
+def _source(across: Across) -> str:
+    measured = " ".join(
+        f"{models.name(study)}: {style.device_line(study)}" for study in across.studies
+    )
+    return style.say("answer_source", interval=statistics.INTERVAL, measured=measured)
