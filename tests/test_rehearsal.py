@@ -24,6 +24,7 @@ from dynslice.inputs import models
 
 MODELS = ("tiny-llama-3", "tiny-mistral")
 NOTEBOOKS = sorted(path.name for path in paths.NOTEBOOKS.glob("*.ipynb"))
+ACROSS = NOTEBOOKS.pop()  # one for all models
 SECONDS = 180  # that a run of both models may take
 
 
@@ -58,6 +59,13 @@ def check_rendered(folder, name, notebooks):
         assert (folder / "figures/rehearsal" / name / f"{stem}.pdf").stat().st_size > 100
 
 
+def check_rendered_across(folder, names):
+    """The notebook about all models stands above their folders and names each of them."""
+    text = (folder / "notebooks/rendered/rehearsal" / ACROSS).read_text()
+    assert all(f"embedded:{name}" in text for name in names)
+    assert (folder / "figures/rehearsal/models.pdf").stat().st_size > 100
+
+
 def check_stand_ins(folder, name, requests):
     """Every request of a study has its result, of the texts that stand in."""
     source = Path(models.resolve(f"embedded:{name}"))
@@ -86,6 +94,7 @@ def test_rehearsal_runs_the_paper_on_stand_ins_and_streams_sharded_models(
     assert seconds + more < SECONDS
     check_rendered(tmp_path, MODELS[0], NOTEBOOKS)
     check_rendered(tmp_path, MODELS[1], NOTEBOOKS[:2])
+    check_rendered_across(tmp_path, MODELS[:1])
     assert (tmp_path / "figures/rehearsal" / MODELS[0] / "tasks.pdf").stat().st_size > 100
     check_stand_ins(tmp_path, MODELS[0], Study.open("rehearsal").requests())
     second = Study.open("rehearsal", model=f"embedded:{MODELS[1]}").design
@@ -104,6 +113,7 @@ def test_rehearsal_runs_all_of_the_paper_within_three_minutes(dynslice, tmp_path
     for run, name in zip(json.loads(out)["models"], MODELS, strict=True):
         assert run["measured"] == run["measurements"] > 50
         check_rendered(tmp_path, name, NOTEBOOKS)
+        check_rendered_across(tmp_path, MODELS)
         study = Study.open("rehearsal", model=f"embedded:{name}")
         check_stand_ins(tmp_path, name, study.requests())
 

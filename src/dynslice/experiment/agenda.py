@@ -132,7 +132,7 @@ def network_words(request: Request) -> str:
     """The network of a request in a few words."""
     plan, network = _plan_of(request), request.config.get("slice") or {}
     extras = [f"with {name}" for name in ("compensation", "recovery") if name in network]
-    extras += [f"seed {network['calibration']['seed']}"] if network else []
+    extras += [f"seed {read['seed']}" for read in [network.get("calibration")] if read]
     return " ".join([plan.describe() if plan else "dense", *extras])
 
 

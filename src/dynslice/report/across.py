@@ -180,7 +180,7 @@ def claims_table(across: Across) -> pd.DataFrame:
 
 
 def claims_prose(across: Across) -> str:
-    """On how many of the models each claim holds, by basis (Markdown)."""
+    """On how many of the models each claim is supported, by basis (Markdown)."""
     found = pd.concat(
         [pd.DataFrame(claims.outcomes(study)).assign(model=name(study)) for study in across.studies]
     )

@@ -119,7 +119,7 @@ def _verdicts(across: Across) -> str:
                 of_claim = found.setdefault(claims.claimed(outcome), {})
                 of_claim.setdefault(verdict, []).append(models.name(study))
     return "; ".join(
-        f"{claim} "
+        f"{claim}: "
         + ", ".join(f"**{said}** on {' and '.join(on)}" for said, on in verdicts.items())
         for claim, verdicts in found.items()
     )

@@ -9,9 +9,9 @@ from dynslice.experiment.study import Study
 from dynslice.report import ablations, perplexity, single_layer, statistics, style
 from dynslice.report.statistics import BASES, EQUAL_SLICE, Estimate, Pair
 
-HOLDS, DIRECTION = "holds", "holds in direction, not in size"
-NOT_SHOWN, FAILS = "not shown", "does not hold"
-UNSEEN, NOT_TESTED = "could not have been seen", "not tested here"
+SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
+NOT_SUPPORTED, UNSEEN = "not supported", "could not have been seen"
+NOT_TESTED = "not tested here"
 TASKS_ON_AVERAGE = "the average of the tasks"
 ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
@@ -19,18 +19,17 @@ ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hinds
 def verdict(change: Estimate | None, published: float) -> str:
     """The rule, by the interval of a change.
 
-    Beyond zero on the claimed side: the claim `holds` when the change is at least the published
-    one, else it `holds in direction, not in size`. Beyond zero on the other side it `does not
-    hold`. Across zero it is `not shown`, or, where the interval holds the published change too,
-    that change `could not have been seen`. Nothing measured is `not tested here`.
+    Beyond zero on the claimed side: the claim is `supported` when the change is at least the
+    published one, else `supported in direction, not in size`. An interval that holds both zero and
+    the published change decides nothing: that change `could not have been seen`. Any other is `not
+    supported`; nothing measured is `not tested here`.
     """
     if change is None:
         return NOT_TESTED
     if change.direction == ("lower" if published < 0 else "higher"):
-        return HOLDS if abs(change.estimate) >= abs(published) else DIRECTION
-    if change.low > 0 or change.high < 0:
-        return FAILS
-    return UNSEEN if change.low <= published <= change.high else NOT_SHOWN
+        return SUPPORTED if abs(change.estimate) >= abs(published) else DIRECTION
+    holds_both = change.low <= min(0, published) and max(0, published) <= change.high
+    return UNSEEN if holds_both else NOT_SUPPORTED
 
 
 def verdicts(change: Estimate | None, ratio: Estimate | None, published: float) -> str:
