@@ -35,7 +35,7 @@ def test_a_profile_of_two_models_has_a_study_and_a_column_of_claims_for_each(two
     table = report.claims_table(two_models)
     assert list(table.columns[-2:]) == names
     assert set(report.lr_table(two_models)["model"]) == set(names)
-    assert set(report.change_table(two_models)["network"]) == {"dynamic", "recipe"}
+    assert set(report.change_table(two_models)["network"]) == {report.DYNAMIC, report.RECIPE}
 
 
 def test_the_table_holds_the_numbers_of_each_study(two_models):
@@ -54,7 +54,7 @@ def test_the_table_holds_the_numbers_of_each_study(two_models):
 def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_models):
     before = report.claims_table(two_models)
     study = two_models.studies[1]
-    dynamic = report.networks(study, 0.25)["dynamic"]
+    dynamic = report.networks(study, 0.25)[report.DYNAMIC]
     result = study.get(study.perplexity_request(dynamic, "wikipedia"))
     lower = [nll - 1.0 for nll in result.value["nll"]]
     study.store.put(replace(result, value={**result.value, "nll": lower}))

@@ -14,6 +14,7 @@ from dynslice.cli.record import agree, agreement_line, of_models
 from dynslice.core import files, interrupt, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.core.paths import shown_path
+from dynslice.experiment.across import Across
 from dynslice.experiment.executor import check_executor
 from dynslice.experiment.profile import by_model, load
 from dynslice.experiment.store import Request, unique
@@ -82,7 +83,19 @@ def run(
     if ACROSS in notebooks:
         rendered = paths.rendered(load(profile, overrides).folder)
         _render({ACROSS: notebooks[ACROSS]}, rendered, profile, runs[0][0], overrides)
-    return of_models(outcomes)
+    facts, lines = of_models(outcomes)
+    index = _site(profile, from_record, device, overrides, runs[0][0])
+    return {**facts, "report": index}, [*lines, f"report to read in a browser: {index}"]
+
+
+def _site(
+    profile: str, from_record: bool, device: str, overrides: dict[str, Any], study: Study
+) -> str:
+    from dynslice.cli.site import write_site
+
+    across = Across.open(profile, from_record, device, **overrides)
+    needs = {number: needed(study) for number, needed in NEEDS.items()}
+    return shown_path(write_site(across, needs))
 
 
 def _dry_run(

@@ -42,6 +42,11 @@ def rendered(profile: str) -> Path:
     return OUTPUT / "notebooks" / "rendered" / profile
 
 
+def report(profile: str) -> Path:
+    """The static pages of `profile`."""
+    return OUTPUT / "report" / profile
+
+
 def embedded_model(name: str) -> Path:
     """Where an embedded model is kept once it has been made."""
     return CACHE / "models" / name

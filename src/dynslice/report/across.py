@@ -14,7 +14,7 @@ from dynslice.experiment.study import Study
 from dynslice.report import claims, equal_size, published, statistics, style
 from dynslice.report.statistics import EQUAL_SIZE, EQUAL_SLICE, PERPLEXITY, SIZE, columns
 
-DYNAMIC, RECIPE = "dynamic", "recipe"
+DYNAMIC, RECIPE = "by LR", "best recipe"
 CHANCE, AVERAGE = "chance (%)", "average accuracy (%)"
 
 
@@ -63,13 +63,19 @@ def _measures(study: Study, point: Point) -> dict[str, float | None]:
     found = {SIZE: study.size(point) / 1e6}
     for text in study.profile.eval_texts:
         found[f"perplexity, {text}"] = study.perplexity(point, text)
-    asked, tasks = {request.key for request in study.requests()}, statistics.choice_tasks(study)
-    has_tasks = bool(tasks) and study.task_request(point, tasks[0]).key in asked
+    tasks, runs = statistics.choice_tasks(study), runs_tasks(study, point)
     for task in tasks:
-        found[task] = statistics.accuracy(study, point, [task]) if has_tasks else None
+        found[task] = statistics.accuracy(study, point, [task]) if runs else None
     if tasks:
-        found[AVERAGE] = statistics.accuracy(study, point, tasks) if has_tasks else None
+        found[AVERAGE] = statistics.accuracy(study, point, tasks) if runs else None
     return found
+
+
+def runs_tasks(study: Study, point: Point) -> bool:
+    """Whether a study runs its tasks on a network."""
+    asked = {request.key for request in study.requests()}
+    tasks = statistics.choice_tasks(study)
+    return bool(tasks) and study.task_request(point, tasks[0]).key in asked
 
 
 def change_table(across: Across) -> pd.DataFrame:

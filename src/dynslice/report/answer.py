@@ -18,19 +18,20 @@ from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
 
-_SHOWN = {
-    DENSE.schedule: "dense",
-    SLICEGPT: "SliceGPT",
-    models.DYNAMIC: "by LR",
-    models.RECIPE: "best recipe",
-}
-
-
 def answer_block() -> str:
     """What the README says of the records: nothing while there is none (Markdown)."""
     if not paths.record(OF_RECORD).is_dir():
         return "No result is recorded yet."
-    across = Across.open(OF_RECORD, from_record=True)
+    return answer(Across.open(OF_RECORD, from_record=True))
+
+
+def applies(across: Across) -> bool:
+    """Whether every study has the four networks of the answer at its headline."""
+    return all(len(_networks(study)) == 4 for study in across.studies)
+
+
+def answer(across: Across) -> str:
+    """The figure, the sentences, the table and where they come from (Markdown)."""
     across.ensure()
     parts = [style.say("answer_figure", profile=across.name), _sentences(across)]
     parts += [style.markdown(answer_table(across), digits=1), _source(across)]
@@ -52,7 +53,7 @@ def answer_table(across: Across) -> pd.DataFrame:
     for study in across.studies:
         here, text = _networks(study), study.profile.eval_texts[0]
         for network, point in here.items():
-            row = {"model": models.name(study), "network": _SHOWN[network]}
+            row = {"model": models.name(study), "network": network}
             row[SIZE] = study.size(point) / 1e6
             for read in study.profile.eval_texts:
                 row[f"perplexity, {read}"] = study.perplexity(point, read)
@@ -69,8 +70,10 @@ def _networks(study: Study) -> dict[str, Point]:
 
 
 def _accuracy(study: Study, point: Point) -> str:
+    if not models.runs_tasks(study, point):
+        return "-"
     tasks = statistics.choice_tasks(study)
-    return f"{statistics.accuracy(study, point, tasks):.1f} ({chance(tasks):.1f})" if tasks else "-"
+    return f"{statistics.accuracy(study, point, tasks):.1f} ({chance(tasks):.1f})"
 
 
 def _sentences(across: Across) -> str:
