@@ -1,5 +1,6 @@
 """`dynslice reproduce` in this process, all notebooks in one kernel instead of one for each."""
 
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
 
-from dynslice.cli import reproduce
+from dynslice.cli import rendering
 from dynslice.core import paths
 
 QUIET = ["--log-level=40"]  # errors only, as `dynslice reproduce` starts its kernels
@@ -30,18 +31,15 @@ class OneKernel:
         self._manager = KernelManager(kernel_name="python3")
 
     def execute(self, source, target, parameters):
-        """What `reproduce._execute` does: run a notebook and write it to `target`."""
+        """What `rendering.execute` does: run a notebook and write it to `target`."""
         if not self._manager.has_kernel:
             self._manager.start_kernel(cwd=os.getcwd(), extra_arguments=QUIET)
         notebook = with_parameters(source, parameters)
         notebook.cells.append(nbformat.v4.new_code_cell("%reset -f"))
         NotebookClient(notebook, km=self._manager, timeout=300).execute()
         notebook.cells.pop()
-        notebook.metadata.pop("papermill", None)
-        for cell in notebook.cells:
-            cell.metadata.pop("papermill", None)
-            cell.metadata.pop("execution", None)
-        nbformat.write(notebook, Path(target))
+        content = rendering.tidied(json.loads(nbformat.writes(notebook)))
+        Path(target).write_text(json.dumps(content, indent=1) + "\n")
 
     def stop(self):
         """End the kernel, if there is one."""
@@ -56,7 +54,7 @@ def one_kernel(output):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "OUTPUT", output)
         patch.setenv("DYNSLICE_OUTPUT", str(output))
-        patch.setattr(reproduce, "_execute", kernel.execute)
+        patch.setattr(rendering, "execute", kernel.execute)
         try:
             yield
         finally:

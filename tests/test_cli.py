@@ -459,7 +459,7 @@ def loads(command, output):
     code = (
         "import sys\n"
         "from dynslice.cli import commands, reproduce\n"
-        "reproduce._execute = lambda *_: None\n"
+        "reproduce.rendering.execute = lambda *_: None\n"
         f"assert commands.main({command!r}) == 0\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )

@@ -28,7 +28,7 @@ from dynslice.experiment.store import Store, _checksum
 
 REPRODUCE = ("reproduce", *SMOKE, "--only", "06")  # needs every measurement
 UNCHECKED = "from dynslice.cli import reproduce; reproduce._prepare = lambda *given: None"
-UNRENDERED = f"{UNCHECKED}; reproduce._execute = lambda *given: None"
+UNRENDERED = f"{UNCHECKED}; reproduce.rendering.execute = lambda *given: None"
 HOW_TO_GO_ON = "dynslice: interrupted; what was finished is kept, give the same command again"
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 

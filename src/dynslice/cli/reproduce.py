@@ -1,17 +1,12 @@
 """`dynslice reproduce`: a profile from measurements to rendered notebooks."""
 
-import json
-import logging
-import os
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynslice.cli import rendering
 from dynslice.cli.record import agree, agreement_line, of_models
-from dynslice.core import files, interrupt, paths
+from dynslice.core import files, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.core.paths import shown_path
 from dynslice.experiment.across import Across
@@ -82,7 +77,7 @@ def run(
         raise RunError("\n".join(failed))
     if ACROSS in notebooks:
         rendered = paths.rendered(load(profile, overrides).folder)
-        _render({ACROSS: notebooks[ACROSS]}, rendered, profile, runs[0][0], overrides)
+        rendering.render({ACROSS: notebooks[ACROSS]}, rendered, profile, runs[0][0], overrides)
     facts, lines = of_models(outcomes)
     index = _site(profile, from_record, device, overrides, runs[0][0])
     return {**facts, "report": index}, [*lines, f"report to read in a browser: {index}"]
@@ -137,7 +132,7 @@ def _run_one(
     measuring = time.perf_counter() - start
 
     rendered = paths.rendered(name)
-    _render(notebooks, rendered, profile, study, overrides)
+    rendering.render(notebooks, rendered, profile, study, overrides)
     seconds = time.perf_counter() - start
 
     outcome = {
@@ -161,24 +156,6 @@ def _run_one(
     return outcome, [line, *places, agreement_line(outcome["agreement"], name)]
 
 
-def _render(
-    notebooks: dict[str, Path],
-    rendered: Path,
-    profile: str,
-    study: Study,
-    overrides: dict[str, Any],
-) -> None:
-    """Execute notebooks with the overrides of a run; a study says from where and on what device."""
-    # A notebook's own None keeps the profile's value, and its texts are read as YAML.
-    chosen = {key: "null" if value is None else value for key, value in overrides.items()}
-    where = {"from_record": study.from_record, "device": study.device}
-    waiting = "another run renders the notebooks; waiting for it"
-    with files.claim(rendered / ".rendering", partial(print, waiting, file=sys.stderr)):
-        for position, path in enumerate(notebooks.values(), start=1):
-            print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
-            _execute(path, rendered / path.name, {"profile": profile, **where, **chosen})
-
-
 def _notebooks(only: list[str] | None) -> dict[str, Path]:
     """Notebook sources by number, all or the chosen ones, in order."""
     every = {path.name[:2]: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
@@ -193,49 +170,6 @@ def _notebooks(only: list[str] | None) -> dict[str, Path]:
             raise RequestError(f"notebook {name!r} is unknown; there are {have}")
     numbers = every if only is None else sorted({Path(name).name[:2] for name in only})
     return {number: every[number] for number in numbers}
-
-
-def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Run a notebook by papermill; `target` appears when it is complete."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    # It warns of parameters that a notebook's cell does not list; the study checks them all.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    with files.scratch(target.parent) as scratch, ThreadPoolExecutor(1) as thread:
-        unfinished = scratch / target.name
-        running = thread.submit(  # in a thread no signals reach it, which it would take for itself
-            papermill.execute_notebook,
-            str(source),
-            str(unfinished),
-            parameters,
-            cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--log-level=50"],  # no advice, and no word of an interrupt at its end
-        )
-        try:
-            running.result()
-        except KeyboardInterrupt:
-            interrupt.kill_children()
-            raise
-        except papermill.PapermillExecutionError as error:
-            raise RunError(
-                f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
-                "Jupyter to see the cell"
-            ) from error
-        except DeadKernelError as error:
-            raise RunError(
-                f"the kernel of notebook {source.name} died; is there memory enough? The same "
-                "command again goes on from there"
-            ) from error
-        content = json.loads(unfinished.read_text(encoding="utf-8"))
-        # Paths and clock times of this machine do not belong in a rendered notebook.
-        for part in (content, *content["cells"]):
-            part["metadata"].pop("papermill", None)
-            part["metadata"].pop("execution", None)
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, target)
 
 
 def _minutes(seconds: float) -> str:

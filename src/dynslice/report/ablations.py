@@ -261,10 +261,10 @@ def shuffle_prose(table: pd.DataFrame) -> str:
     return found
 
 
-def shuffle_figure(table: pd.DataFrame) -> plt.Figure:
+def shuffle_figure(table: pd.DataFrame) -> plt.Figure | None:
     """Left against constant slicing of equal size, right against the order by LR."""
     if table.empty:
-        return style.nothing()
+        return None
     figure, axes = style.panels(1, 2, 0.9 + 0.25 * len(table), sharey=True)
     for axis, (column, of) in zip(axes, ((BY_SIZE, "constant"), (BY_LR, "LR")), strict=True):
         look = {"bounds": f"{{}}, {of}", "filled": ["by LR"]}

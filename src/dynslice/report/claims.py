@@ -148,7 +148,7 @@ def findings(study: Study) -> str:
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
     others = [perplexity.size_prose(perplexity.perplexity_table(study))]
     others += _size_gap(study) + [_levels(study, text) for text in foreign]
-    others += _ablation_findings(study)
+    others += ablation_findings(study)
     claims, more = ("\n".join(f"- {line}" for line in part) for part in (lines, others))
     return f"{style.say('findings')}\n\n{claims}\n\n{style.say('findings_more')}\n\n{more}"
 
@@ -184,7 +184,8 @@ def _levels(study: Study, text: str) -> str:
     return style.say("levels", text=text, levels=levels)
 
 
-def _ablation_findings(study: Study) -> list[str]:
+def ablation_findings(study: Study) -> list[str]:
+    """Does LR predict what hurts, does the order matter, does the calibration sample?"""
     if not study.ablation.variants():
         return []
     network = f"{study.ablation.ablated()[1].label}, {study.profile.eval_texts[0]}"

@@ -20,7 +20,7 @@ def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
     Of a table with tasks, what it says of their average.
     """
     if comparison.empty:
-        return style.say("paired_none", quantity=quantity)
+        return style.NONE
     if "task" in comparison:
         comparison = comparison[comparison["task"] == "average"]
     lines = []
@@ -41,13 +41,13 @@ def prose(comparison: pd.DataFrame, column: str, quantity: str) -> str:
     return "\n".join(lines)
 
 
-def figure(comparison: pd.DataFrame, column: str) -> plt.Figure:
+def figure(comparison: pd.DataFrame, column: str) -> plt.Figure | None:
     """Paired differences with their intervals, one panel per basis of comparison.
 
     column: the difference, named `quantity (unit)`. An average over tasks is a filled circle.
     """
     if comparison.empty:
-        return style.nothing()
+        return None
     shares = "SP " + comparison["SP"].map(percent) + ", SB " + comparison["SB"].map(percent)
     tasks = "task" in comparison
     names = comparison["task"] + ", " + shares if tasks else shares + ", " + comparison["text"]

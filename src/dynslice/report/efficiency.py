@@ -114,7 +114,7 @@ def dense_prose(study: Study) -> str:
     """The dense model's own figures, and what was run."""
     p, points = study.profile, study.design.speed_points()
     if not points:
-        return style.say("no_speed", p=p)
+        return style.NONE
     value = study.get(study.design.speed_request(points[0])).value
     flops, read, peak = (of(value, "dense") for of in (_flops, _read, _peak))
     return style.say("dense_speed", p=p, flops=flops, read=read, peak=peak)
@@ -123,22 +123,22 @@ def dense_prose(study: Study) -> str:
 def work_prose(speeds: pd.DataFrame, sizes: pd.DataFrame) -> str:
     """How constant and dynamic networks of equal mean slice compare in work and in size."""
     if speeds.empty:
-        return ""
+        return style.NONE
     both = speeds.merge(sizes[["network", "SP", SIZE, UNTIED]], on="network")
     of = {schedule: both[both["schedule"] == schedule] for schedule in ("dynamic", "constant")}
     pairs = of["dynamic"].merge(of["constant"], on=["SP", "step"], suffixes=("", ", constant"))
     if pairs.empty:
-        return ""
+        return style.NONE
     work = pairs["counted (x), constant"] / pairs["counted (x)"] - 1
     size, untied = (pairs[count] / pairs[f"{count}, constant"] - 1 for count in (SIZE, UNTIED))
     changes = {"work": work, "size": size, "untied": untied}
     return style.say("work", **{name: (100 * x).describe() for name, x in changes.items()})
 
 
-def speed_figure(table: pd.DataFrame) -> plt.Figure:
+def speed_figure(table: pd.DataFrame) -> plt.Figure | None:
     """Measured gain against the counted one; the band is 10 % to either side."""
     if table.empty:
-        return style.nothing()
+        return None
     figure, axes = style.panels(1, 2, sharey=True)
     names = {"prefill": "prefill, FLOP counted (x)", "decode": "decoding, bytes counted (x)"}
     for axis, (step, name) in zip(axes, names.items(), strict=True):

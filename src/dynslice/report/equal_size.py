@@ -127,10 +127,10 @@ def speed_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def ladder_figure(table: pd.DataFrame) -> plt.Figure:
+def ladder_figure(table: pd.DataFrame) -> plt.Figure | None:
     """Perplexity by rung, a panel per size, a curve per text; a line where the dense model is."""
     if table.empty:
-        return style.nothing()
+        return None
     percentages, dense = table["SP"].unique(), table["network"] == DENSE.schedule
     names = list(table["network"][~dense].unique())
     height = (0.5 + 0.2 * len(names)) * len(percentages) + 0.4
@@ -315,10 +315,8 @@ def _varied(point: Point, rungs: list[Point]) -> Point:
 
 def choice_prose(study: Study, table: pd.DataFrame) -> str:
     """Whether validation windows choose the recipe, and what the variants did (Markdown)."""
-    if not ladders(study):
-        return style.NONE
     if table.empty:
-        return "This profile has no validation windows, so nothing is chosen in it."
+        return style.NONE
     *_, (sp, rungs) = ladders(study).items()
     tuned = [name(point) for point in rungs if "recovery" in point.network]
     ranked = table[~table["network"].isin(tuned)].sort_values("validation perplexity")
@@ -337,13 +335,13 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-def widths_figure(study: Study) -> plt.Figure:
+def widths_figure(study: Study) -> plt.Figure | None:
     """The width of the stream at each place, by network, at the last of the sizes.
 
     Vertical lines are where the recipe takes another basis.
     """
     if not ladders(study):
-        return style.nothing()
+        return None
     *_, (sp, rungs) = ladders(study).items()
     calibration, candidates = rungs[0].network["calibration"], study.profile.beyond_candidates
     tried = [p for p in study.beyond.variants(sp) if p.network["plan"]["schedule"] in candidates]

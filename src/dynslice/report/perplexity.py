@@ -90,13 +90,13 @@ def size_prose(table: pd.DataFrame) -> str:
 # Choosing the slice base
 
 
-def sweep_figure(changes: pd.DataFrame) -> plt.Figure:
+def sweep_figure(changes: pd.DataFrame) -> plt.Figure | None:
     """Change of perplexity from constant to dynamic by SB: a row per text, a column per SP.
 
     SB = SP is constant slicing itself, where both changes are zero.
     """
     if changes.empty:
-        return style.nothing()
+        return None
     looks = {statistics.EQUAL_SLICE: ("s--", "C2", -0.2), statistics.EQUAL_SIZE: ("o-", "C0", 0.2)}
     texts, percentages = changes["text"].unique(), changes["SP"].unique()
     figure, axes = style.panels(
@@ -145,7 +145,6 @@ def selection_table(study: Study) -> pd.DataFrame:
 def selection_prose(table: pd.DataFrame, study: Study) -> str:
     """What choosing on validation windows changes, as Markdown."""
     if table.empty:
-        chooses = study.profile.selection_windows is not None
-        return style.say("no_dynamic" if chooses else "no_selection")
+        return style.NONE
     gaps = table[PERPLEXITY] - table["in hindsight (%)"]
     return style.say("hindsight", gaps=gaps.describe(), differ=int((gaps > 0).sum()))

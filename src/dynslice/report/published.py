@@ -118,10 +118,7 @@ def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXIT
     """
     what = "perplexity" if metrics == PERPLEXITY else "accuracy"
     if found.empty:
-        models = [cell.model for cell in read() if cell.metric in metrics]
-        held = {"count": len(models), "others": ", ".join(dict.fromkeys(models)), "guide": GUIDE}
-        name = "published_of_others" if models else "published_of_none"
-        return style.say(name, what=what, ours=study.profile.model, **held)
+        return style.NONE
     joined = found[found["ours"].notna()]
     equal = (joined["settings"] == "equal").sum()
     counts = {"joined": len(joined), "every": len(found), "equal": equal}

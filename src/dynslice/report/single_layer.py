@@ -63,10 +63,10 @@ def prose(losses: pd.DataFrame, study: Study) -> str:
     return style.say("single_layer", p=p, share=percent(p.single_layer_slice), **found)
 
 
-def figure(losses: pd.DataFrame) -> plt.Figure:
+def figure(losses: pd.DataFrame) -> plt.Figure | None:
     """Left the loss against 1 - LR, a numbered point per layer; right the loss by layer."""
     if losses.empty:
-        return style.nothing()
+        return None
     fig, (left, right) = style.panels(1, 2, sharey=True)
     change = 1 - losses["LR"]
     for axis, x in ((left, change), (right, losses["layer"])):

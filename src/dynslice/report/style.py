@@ -25,6 +25,9 @@ MARKERS = "D^vsP*<>"
 
 ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
 
+ROWS = 12  # of a table in a notebook, before the others are folded
+
+# What a cell says that has nothing to say; its section falls away (`cli.rendering`).
 NONE = "This profile asks for no such measurement."
 
 
@@ -39,8 +42,10 @@ def panels(
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
 
 
-def save_figure(figure: plt.Figure, study: Study | Across, name: str) -> None:
-    """Write a figure as PDF and PNG to figures/<profile>/."""
+def save_figure(figure: plt.Figure | None, study: Study | Across, name: str) -> None:
+    """Write a figure as PDF and PNG to figures/<profile>/; nothing where there is nothing to show."""
+    if figure is None:
+        return
     with files.writing(_folder(study)) as folder:
         # Without dates, so that the same results give the same files.
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
@@ -97,13 +102,34 @@ def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     return table.apply(lambda column: column.map(partial(text, column=column.name)))
 
 
-def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = NONE) -> Any:
-    """What a notebook displays of a table: its text, or a sentence where it is empty, if any."""
-    from IPython.display import Markdown
+def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
+    """What a notebook displays of a table: ROWS rows of text, the others folded below them.
+
+    Of an empty table a sentence, or nothing, so that its section falls away (`cli.rendering`).
+    """
+    from IPython.display import HTML, Markdown
 
     if table.empty:
         return Markdown(otherwise) if otherwise else None
-    return rounded(table, digits)
+    text = with_intervals(table, digits)
+    first, more = (part.to_html(index=False, border=0) for part in (text[:ROWS], text[ROWS:]))
+    folded = f"<details><summary>{len(text) - ROWS} more rows</summary>{more}</details>"
+    return HTML(first + folded * (len(text) > ROWS))
+
+
+def with_intervals(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """The text of a table, with `-2.8 [-3.8, -1.9]` in place of an estimate, its low and high."""
+    table = table if table.index.name is None else table.reset_index()
+    text, columns = rounded(table, digits), list(table)
+    for estimate, low, high in zip(columns, columns[1:], columns[2:], strict=False):
+        if str(low).startswith("low") and str(high) == f"high{str(low).removeprefix('low')}":
+            is_change = "(%)" in estimate or "(points)" in estimate
+            one = "{:+.1f}" if is_change else f"{{:.{digits}f}}"
+            form = f"{one} [{one}, {one}]"
+            values = table[[estimate, low, high]].to_numpy()
+            text[estimate] = ["-" if pd.isna(row[0]) else form.format(*row) for row in values]
+            text = text.drop(columns=[low, high])
+    return text
 
 
 def markdown(table: pd.DataFrame, digits: int = 2) -> str:
@@ -162,14 +188,6 @@ def whole_numbers(axis: plt.Axes) -> None:
 def zero_line(axis: plt.Axes, vertical: bool = False) -> None:
     """Where nothing changes."""
     (axis.axvline if vertical else axis.axhline)(0, color="0.6", linewidth=1, zorder=1)
-
-
-def nothing() -> plt.Figure:
-    """A small figure that says that the profile has nothing to show."""
-    figure, axis = panels(height=0.8, width=COLUMN_WIDTH)
-    axis.axis("off")
-    axis.text(0.5, 0.5, "nothing to compare in this profile", ha="center", va="center")
-    return figure
 
 
 def device_line(study: Study) -> str:

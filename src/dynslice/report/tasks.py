@@ -64,7 +64,7 @@ def task_prose(study: Study) -> str:
     """What the scores of the profile's tasks are, and what guessing gives, as Markdown."""
     tasks = pd.DataFrame([vars(TASKS[name]) for name in study.profile.tasks])
     if tasks.empty:
-        return "This profile runs no tasks."
+        return style.NONE
     titles = tasks.groupby("split", sort=False)["title"]
     generated = ", or the metric that stands next to a task" * bool(any(tasks["metric"]))
     sources = [f"the {split} split for {_listed(names)}" for split, names in titles]
@@ -96,7 +96,7 @@ def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
     shown = pd.concat([view.loc[table["task"].unique()], sizes])[table["network"].unique()]
     chances = [_chance(table, row) for row in shown.index]
     shown.insert(0, "chance", ["-" if x is None else f"{x:.1f}" for x in chances])
-    return shown
+    return shown.rename_axis("task")
 
 
 def _chance(table: pd.DataFrame, row: str) -> float | None:
@@ -106,11 +106,11 @@ def _chance(table: pd.DataFrame, row: str) -> float | None:
     return chance(names) if set(names) <= set(averaged) else None
 
 
-def accuracy_figure(table: pd.DataFrame) -> plt.Figure:
+def accuracy_figure(table: pd.DataFrame) -> plt.Figure | None:
     """Average accuracy, and average margin of the right choice, against stored parameters."""
     here = table if table.empty else table[table["task"] == "average"]
     if here.empty:
-        return style.nothing()
+        return None
     figure, (left, right) = style.panels(1, 2)
     x = "parameters (M)"
     comparison.constant_and_dynamic(left, here, x, "accuracy")

@@ -1,0 +1,111 @@
+"""Notebooks executed by papermill: complete, without traces of this machine or empty sections."""
+
+import json
+import logging
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dynslice.core import files, interrupt
+from dynslice.core.errors import RunError
+from dynslice.experiment.study import Study
+from dynslice.report.style import NONE
+
+
+def render(
+    notebooks: dict[str, Path],
+    rendered: Path,
+    profile: str,
+    study: Study,
+    overrides: dict[str, Any],
+) -> None:
+    """Execute notebooks with the overrides of a run; a study says from where and on what device."""
+    # A notebook's own None keeps the profile's value, and its texts are read as YAML.
+    chosen = {key: "null" if value is None else value for key, value in overrides.items()}
+    where = {"from_record": study.from_record, "device": study.device}
+    waiting = "another run renders the notebooks; waiting for it"
+    with files.claim(rendered / ".rendering", partial(print, waiting, file=sys.stderr)):
+        for position, path in enumerate(notebooks.values(), start=1):
+            print(f"notebook {position} of {len(notebooks)}: {path.stem}", file=sys.stderr)
+            execute(path, rendered / path.name, {"profile": profile, **where, **chosen})
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook by papermill; `target` appears when it is complete."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    # It warns of parameters that a notebook's cell does not list; the study checks them all.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with files.scratch(target.parent) as scratch, ThreadPoolExecutor(1) as thread:
+        unfinished = scratch / target.name
+        running = thread.submit(  # in a thread no signals reach it, which it would take for itself
+            papermill.execute_notebook,
+            str(source),
+            str(unfinished),
+            parameters,
+            cwd=os.getcwd(),  # relative paths of models and texts mean what they mean here
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--log-level=50"],  # no advice, and no word of an interrupt at its end
+        )
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            interrupt.kill_children()
+            raise
+        except papermill.PapermillExecutionError as error:
+            raise RunError(
+                f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
+                "Jupyter to see the cell"
+            ) from error
+        except DeadKernelError as error:
+            raise RunError(
+                f"the kernel of notebook {source.name} died; is there memory enough? The same "
+                "command again goes on from there"
+            ) from error
+        content = tidied(json.loads(unfinished.read_text(encoding="utf-8")))
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, target)
+
+
+def tidied(notebook: dict) -> dict:
+    """An executed notebook without paths and clock times of this machine, and empty sections."""
+    for part in (notebook, *notebook["cells"]):
+        part["metadata"].pop("papermill", None)
+        part["metadata"].pop("execution", None)
+    return {**notebook, "cells": with_something_to_say(notebook["cells"])}
+
+
+def with_something_to_say(cells: list[dict]) -> list[dict]:
+    """The cells without sections in which no code shows anything, and without what says NONE.
+
+    A section starts at a heading of the second level. What stands before the first one is kept, and
+    the last cell, which says what was measured where.
+    """
+    for cell in cells:
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if not _says_none(output)]
+    *cells, last = cells
+    sections: list[list[dict]] = [[]]
+    for cell in cells:
+        if cell["cell_type"] == "markdown" and "".join(cell["source"]).startswith("## "):
+            sections.append([])
+        sections[-1].append(cell)
+    first, *others = sections
+    kept = [section for section in others if _shows_something(section)]
+    return [*first, *(cell for section in kept for cell in section), last]
+
+
+def _shows_something(section: list[dict]) -> bool:
+    code = [cell for cell in section if cell["cell_type"] == "code"]
+    return not code or any(cell["outputs"] for cell in code)
+
+
+def _says_none(output: dict) -> bool:
+    data = output.get("data", {})
+    text = data.get("text/markdown", data.get("text/plain", output.get("text", "-")))
+    return "".join(text).strip() in ("", NONE)
