@@ -305,7 +305,7 @@ def test_slice_streams_a_compensation(result, tmp_path):
 def test_what_a_compensation_chose_is_said(ask, monkeypatch, tmp_path):
     asked = ["slice", *MODEL, "--slice-percentage", 0.25, *CALIBRATION, "--compensate"]
     _, given, _ = ask(*asked, "--ridge", 0.5, "--out", tmp_path / "given")
-    assert given.endswith("compensated 8 of 8 blocks, with ridges from 0.5 to 0.5\n")
+    assert "\ncompensated 8 of 8 blocks, with ridges from 0.5 to 0.5\n" in given
     one = ["--windows", 1, "--out", tmp_path / "one"]  # it has nothing to judge by
     _, none, _ = ask(*asked, *one)
     assert "compensated 0 of 8 blocks: held-out calibration windows showed no gain" in none
@@ -318,7 +318,7 @@ def test_what_a_compensation_chose_is_said(ask, monkeypatch, tmp_path):
         (["0.84"], 138_163),  # of 164,480
         (["150K"], 150_000),
         (["0.0006GB"], 150_000),  # in float32
-        (["0.28MB", "--dtype", "bfloat16"], 140_000),
+        (["0.28MB", "--save-dtype", "bfloat16"], 140_000),
         (["0.14m"], 140_000),
     ],
 )

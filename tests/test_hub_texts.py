@@ -330,7 +330,7 @@ def test_two_formats_of_a_split_are_refused(tmp_path):
 def test_unclear_column_is_refused(tmp_path):
     rows = [{"title": "a", "body": "b"}]
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(RequestError, match=r"no column 'text' .*\(columns: title, body\); name"):
+    with pytest.raises(RequestError, match=r"no column 'text'.* \(columns: title, body\); name"):
         texts.documents(str(tmp_path), "test")
 
 

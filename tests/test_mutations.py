@@ -38,7 +38,7 @@ from dynslice.method import activations, architectures, modeling_sliced, redunda
 from dynslice.method.activations import centring
 from dynslice.method.bases import Bases
 from dynslice.method.controls import _nearest, shuffled
-from dynslice.method.numerics import covariance, principal_basis
+from dynslice.method.numerics import covariance, spectrum
 from dynslice.method.plan import SlicePlan, dynamic, final_slices, rounded_widths
 from dynslice.method.scores import normalise
 from dynslice.report import statistics
@@ -143,11 +143,11 @@ def plain_equals_projectors(given, family="llama"):
 # (mutation, the test that must notice), by what goes wrong
 TABLE = {
     "eigenvectors smallest first": (
-        mutation(principal_basis, "vectors.flip(-1)", "vectors"),
+        mutation(spectrum, "vectors.flip(-1)", "vectors"),
         lambda _: test_slicing.test_basis_is_the_leading_eigenspace(),
     ),
     "eigenvectors of the smallest signals in a network": (
-        mutation(principal_basis, "vectors.flip(-1)", "vectors"),
+        mutation(spectrum, "vectors.flip(-1)", "vectors"),
         equals_projectors("llama"),
     ),
     "covariance of the last batch alone": (

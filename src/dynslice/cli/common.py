@@ -40,10 +40,10 @@ def saved_dtype(options) -> Any:
     from dynslice.core.tensors import DTYPES
     from dynslice.inputs import models
 
-    asked = getattr(options, "save_dtype", "auto")
+    asked, (_, computed) = options.save_dtype, placed(options)
     if asked != "auto" or not options.model:
-        return DTYPES.get(asked) or placed(options)[1]
-    return models.load_config(options.model, options.revision).dtype or placed(options)[1]
+        return DTYPES.get(asked, computed)
+    return models.load_config(options.model, options.revision).dtype or computed
 
 
 def dims(options, dense_for: str | None = None) -> ModelDims:

@@ -20,6 +20,7 @@ README = paths.ROOT / "README.md"  # what it answers rests on several records
 # The other pages with parts that a record or a benchmark speaks for, between its markers.
 PAGES = {
     paths.ROOT / "docs" / "usage.md": pages.claims_block,
+    paths.ROOT / "docs" / "artifact.md": pages.artifact_block,
     paths.ROOT / "docs" / "deviations.md": pages.deviations_block,
     paths.ROOT / "docs" / "costs.md": pages.claims_block,  # it has the benchmark's part only
 }

@@ -4,8 +4,7 @@ import pandas as pd
 
 from dynslice.core import paths
 from dynslice.experiment.study import Study
-from dynslice.report import ablations, equal_size, perplexity, statistics, style
-from dynslice.report.claims import findings
+from dynslice.report import ablations, claims, equal_size, perplexity, statistics, style
 from dynslice.report.statistics import EQUAL_SIZE, EQUAL_SLICE
 
 
@@ -16,7 +15,7 @@ def claims_block(study: Study) -> str:
         changes = perplexity.perplexity_comparison(study)
         shown = style.markdown(changes.drop(columns="text", errors="ignore"))
     else:
-        shown = f"{style.say('figure', profile=p.name)}\n\n{findings(study)}"
+        shown = f"{style.say('figure', profile=p.name)}\n\n{claims.findings(study)}"
     seconds = [study.store.get(request).seconds for request in study.requests()]
     source = style.say(
         "claims",
@@ -28,6 +27,17 @@ def claims_block(study: Study) -> str:
         minutes=sum(seconds) / 60,
     )
     return "\n\n".join(filter(None, [shown, equal_size.readme_prose(study), source]))
+
+
+def artifact_block(study: Study) -> str:
+    """A row for each judged claim: what to run for it, and what to expect (Markdown)."""
+    table = pd.DataFrame(o for o in claims.outcomes(study) if o["change"])
+    table["command"] = f"`./run_all.sh --profile {study.profile.name} --only 06`"
+    shown = ["claim", "at", "measured on", "measured", "verdict on this model", "command"]
+    seconds = sum(study.store.get(request).seconds for request in study.requests())
+    told = style.say("artifact", p=study.profile, minutes=seconds / 60)
+    where = style.device_line(study)
+    return f"{style.markdown(table[shown])}\n\n{told} {where} In brackets: {statistics.INTERVAL}."
 
 
 def deviations_block(study: Study) -> str:

@@ -120,16 +120,22 @@ def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
 def with_intervals(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """The text of a table, with `-2.8 [-3.8, -1.9]` in place of an estimate, its low and high."""
     table = table if table.index.name is None else table.reset_index()
-    text, columns = rounded(table, digits), list(table)
-    for estimate, low, high in zip(columns, columns[1:], columns[2:], strict=False):
-        if str(low).startswith("low") and str(high) == f"high{str(low).removeprefix('low')}":
+    text, names = rounded(table, digits), list(map(str, table))
+    for estimate, low, high in zip(names, names[1:], names[2:], strict=False):
+        if "low" in low and high == low.replace("low", "high", 1):
             is_change = "(%)" in estimate or "(points)" in estimate
             one = "{:+.1f}" if is_change else f"{{:.{digits}f}}"
-            form = f"{one} [{one}, {one}]"
-            values = table[[estimate, low, high]].to_numpy()
-            text[estimate] = ["-" if pd.isna(row[0]) else form.format(*row) for row in values]
+            cells = zip(table[estimate], table[low], table[high], strict=True)
+            text[estimate] = [_with_bounds(*values, one) for values in cells]
             text = text.drop(columns=[low, high])
     return text
+
+
+def _with_bounds(estimate: float, low: float, high: float, one: str) -> str:
+    if pd.isna(estimate):
+        return "-"
+    value = one.format(estimate)
+    return value if pd.isna(low) else f"{value} [{one.format(low)}, {one.format(high)}]"
 
 
 def markdown(table: pd.DataFrame, digits: int = 2) -> str:
