@@ -154,11 +154,13 @@ def numbers(text):
         text = re.sub(pattern, " ", text, flags=re.S)
     text = re.sub(r"^\d+\. ", "", text, flags=re.M)  # of a numbered list
     text = re.sub(r"SmolLM2-135M(-Instruct)?|Llama-?3-8B|Mistral-7B|WikiText-2|PG-19", " ", text)
-    text = re.sub(r"Llama 2 and 3|Qwen2 and 2\.5|Qwen2\.5-Coder|Qwen3|Phi-[23]|Gemma 2", " ", text)
+    text = re.sub(
+        r"Llama 2 and 3|Qwen2 and 2\.5|Qwen2\.5-Coder|Qwen[23]|Phi-[23]|Gemma 2", " ", text
+    )
     text = re.sub(
         r"SHA-256|UTF-8|arXiv \d+\.\d+|(EMNLP|ACL) 20\d\d|float(32|64)|bfloat16", " ", text
     )
-    text = re.sub(r"(notebook|section|Figure|[Ll]ayer)s? \d+(, \d+)*|\b0\d \w+|\[0\d\]", " ", text)
+    text = re.sub(r"(notebook|section|Figure|[Ll]ayer)s? \d+(, \d+)*|\b0\d \w+|\[0\d\b", " ", text)
     return re.findall(r"\d[\d,.]*\d|\d", text)
 
 
