@@ -251,7 +251,7 @@ def test_equal_work_is_told_from_equal_size():
     assert "by +0.0 to +0.0 % in what it needs" in text
     assert "by +10.0 to +10.0 % in what it stores" in text
     assert "that would be +25.0 to +25.0 %" in text
-    assert efficiency.work_prose(pd.DataFrame(), speeds()[1]) == ""
+    assert efficiency.work_prose(pd.DataFrame(), speeds()[1]) == style.NONE
 
 
 def test_benchmarks_that_nobody_ran_are_listed_with_their_command(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from dynslice.experiment.study import Study
 from dynslice.inputs import models
 from dynslice.inputs.windows import token_stream
 from dynslice.method import slicing
-from dynslice.report import claims, comparison, perplexity, tasks
+from dynslice.report import claims, comparison, perplexity, style, tasks
 
 SMALL = {
     "tasks": {},
@@ -148,7 +148,7 @@ def test_a_study_without_pairs_still_reports(small):
     table = perplexity.perplexity_comparison(alone)
     assert table.empty
     prose = comparison.prose(table, "perplexity (%)", "perplexity")
-    assert "compares no dynamic" in prose
+    assert prose == style.NONE
     comparison.figure(table, "perplexity (%)")
     assert tasks.task_table(alone).empty
     assert set(claims.claims_table(alone)["verdict on this model"]) == {"not tested here"}

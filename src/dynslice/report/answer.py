@@ -18,6 +18,7 @@ from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
 
+
 def answer_block() -> str:
     """What the README says of the records: nothing while there is none (Markdown)."""
     if not paths.record(OF_RECORD).is_dir():

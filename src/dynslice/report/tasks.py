@@ -96,7 +96,7 @@ def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:
     shown = pd.concat([view.loc[table["task"].unique()], sizes])[table["network"].unique()]
     chances = [_chance(table, row) for row in shown.index]
     shown.insert(0, "chance", ["-" if x is None else f"{x:.1f}" for x in chances])
-    return shown.rename_axis("task")
+    return shown.rename_axis(index="task", columns=None)
 
 
 def _chance(table: pd.DataFrame, row: str) -> float | None:

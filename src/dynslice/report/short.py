@@ -1,0 +1,126 @@
+"""What opens each notebook: its findings in a few generated lines."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from dynslice.evaluate.task_table import chance
+from dynslice.experiment.across import Across
+from dynslice.experiment.profile import percent
+from dynslice.experiment.requests import DENSE
+from dynslice.experiment.study import Study
+from dynslice.report import across as models
+from dynslice.report import claims, efficiency, equal_size, statistics, style
+from dynslice.report.statistics import BASES, Estimate
+
+REDUNDANT = 0.9  # LR above which a layer hardly turns the stream
+
+
+def _said(lines: Iterable[str]) -> str:
+    told = [line for line in lines if line and line != style.NONE]
+    return "\n".join(["**In short**", "", *(f"- {line}" for line in told)]) if told else style.NONE
+
+
+def redundancy(study: Study) -> str:
+    """Of notebook 01: how alike the layers are, and what widths follow."""
+    lr, p = study.lr(), study.profile
+    plan = study.get(study.design.figure_request()).value
+    lowest = min(range(len(lr)), key=lr.__getitem__)
+    others = [cut for layer, cut in enumerate(plan["final_slice"]) if layer != lowest]
+    alike = {
+        "alike": sum(x >= REDUNDANT for x in lr),
+        "layers": len(lr),
+        "limit": REDUNDANT,
+        "lowest": lowest,
+        "least": lr[lowest],
+    }
+    widths = {
+        "at": f"SP {percent(p.figure_slice_percentage)}, SB {percent(p.figure_slice_base)}",
+        "lowest": lowest,
+        "cut": 100 * plan["final_slice"][lowest],
+        "low": 100 * min(others),
+        "high": 100 * max(others),
+    }
+    return _said([style.say("short_alike", **alike), style.say("short_widths", **widths)])
+
+
+def perplexity(study: Study) -> str:
+    """Of notebook 02: the change from constant to dynamic slicing on each basis and text."""
+    study.ensure(study.design.perplexity_requests())
+    texts, lines = study.profile.eval_texts, []
+    for basis in BASES:
+        pair = statistics.chosen(study, basis) or statistics.best(study, basis, texts[0])
+        if pair:
+            changes = {t: statistics.perplexity_change(study, *pair[:2], t) for t in texts}
+            lines.append(_changes("perplexity", basis, pair[0].label, changes, "%"))
+    return _said(lines)
+
+
+def tasks(study: Study) -> str:
+    """Of notebook 03: accuracy of the dense model, of chance, and what dynamic slicing changes."""
+    study.ensure(study.design.task_requests())
+    names, lines = statistics.choice_tasks(study), []
+    if not names:
+        return style.NONE
+    for basis in BASES:
+        for a, b, _ in statistics.pairs(study.task_points(), basis):
+            change = {"average": statistics.accuracy_change(study, a, b, names)}
+            lines.append(_changes("accuracy", basis, a.label, change, "points"))
+    levels = [
+        f"{p.label} {statistics.accuracy(study, p, names):.1f} %" for p in study.task_points()
+    ]
+    dense = statistics.accuracy(study, DENSE, names)
+    opening = style.say(
+        "short_tasks", dense=dense, chance=chance(names), levels="; ".join(levels[1:])
+    )
+    return _said([opening, *lines])
+
+
+def _changes(what: str, basis: str, network: str, changes: dict[str, Estimate], unit: str) -> str:
+    told = ", ".join(f"{on} {x.format(unit)} ({x.direction})" for on, x in changes.items())
+    return style.say("short_change", what=what, basis=basis, network=network, changes=told)
+
+
+def ablations(study: Study) -> str:
+    """Of notebook 04: what the ablations say of the paper's idea."""
+    study.ensure(study.ablation.requests())
+    return _said(claims.ablation_findings(study))
+
+
+def costs(study: Study) -> str:
+    """Of notebook 05: what networks store, and whether what was cut arrives as time."""
+    sizes = efficiency.size_table(study)
+    dense, *sliced = sizes["against dense (%)"]
+    low, high = min(sliced, default=dense), max(sliced, default=dense)
+    lines = [style.say("short_sizes", low=low, high=high)]
+    speeds = efficiency.speed_table(study)
+    for step, rows in speeds.groupby("step") if len(speeds) else ():
+        of = {"step": step, "gain": rows["gain (x)"].describe()}
+        of["counted"] = rows["gain / counted"].describe()
+        lines.append(style.say("short_speed", **of))
+    return _said(lines)
+
+
+def verdicts(study: Study) -> str:
+    """Of notebook 06: how many of the judged comparisons each verdict has, by basis."""
+    study.ensure(study.requests())
+    lines = []
+    for basis in BASES:
+        of_basis = [o for o in claims.outcomes(study) if o["at"] == basis and o["change"]]
+        counts = Counter(o["verdict on this model"].partition(" (")[0] for o in of_basis)
+        said = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items())
+        lines += [style.say("short_verdicts", basis=basis, said=said)] if said else []
+    return _said(lines)
+
+
+def ladder(study: Study) -> str:
+    """Of notebook 07: what the whole recipe changes at each size."""
+    study.ensure(study.beyond.requests())
+    told = equal_size.ladder_prose(study)
+    return _said(line.removeprefix("- ") for line in told.splitlines())
+
+
+def across(compared: Across) -> str:
+    """Of notebook 08: on which models each claim is supported."""
+    compared.ensure()
+    told = models.claims_prose(compared)
+    return _said(line.removeprefix("- ") for line in told.splitlines())
