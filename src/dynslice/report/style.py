@@ -43,7 +43,7 @@ def panels(
 
 
 def save_figure(figure: plt.Figure | None, study: Study | Across, name: str) -> None:
-    """Write a figure as PDF and PNG to figures/<profile>/; nothing where there is nothing to show."""
+    """Write a figure as PDF and PNG to figures/<profile>/, if there is one."""
     if figure is None:
         return
     with files.writing(_folder(study)) as folder:
