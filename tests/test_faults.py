@@ -88,6 +88,7 @@ def check_interrupted(ended, by):
     assert ended.seconds_after < 5
     assert ended.stderr.count(HOW_TO_GO_ON) == 1
     assert "Traceback" not in ended.stderr
+    assert "IPKernelApp" not in ended.stderr  # the kernel has no last word
     assert ended.stdout == ""
 
 

@@ -12,6 +12,7 @@ import pytest
 from dynslice.cli import reproduce, site
 from dynslice.core import paths
 from dynslice.experiment.across import Across
+from dynslice.experiment.study import Study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # What a page itself tells of its width and pictures, to the page that frames it.
@@ -68,6 +69,14 @@ def test_no_link_is_broken_and_nothing_comes_from_a_network(pages):
             assert (page.parent / target.partition("#")[0]).is_file(), (page.name, target)
         text = page.read_text()
         assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="https?:', text), page.name
+
+
+def test_a_page_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    monkeypatch.setattr(Study, "ensure", lambda *_: pytest.fail("work began"))
+    across = Across.open("smoke", device="cpu")
+    index = site.write_site(across, {})
+    assert "A part of this profile is measured" in index.read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")

@@ -53,7 +53,7 @@ def write_site(across: Across, needs: dict[str, list[Request]]) -> Path:
     needs: the measurements of each notebook by its number, as the index tells them.
     """
     folder = paths.report(across.name)
-    studies = [study for study in across.studies if study.name.startswith(across.name)]
+    studies = [s for s in across.studies if f"{s.name}/".startswith(f"{across.name}/")]
     names = list(dict.fromkeys([across.name, *(study.name for study in studies)]))
     with files.appearing(folder) as made:
         linked = [row for name in names for row in _pages(name, across.name, made)]
@@ -105,7 +105,9 @@ def _as_html(text: str) -> str:
 def _index(across: Across, studies: list, linked: list[dict], needs: dict) -> str:
     """The first page (Markdown): the answer, the notebooks, and where each figure comes from."""
     told = [f"# {studies[0].profile.description}"]
-    if answer.applies(across):
+    if any(study.missing(study.requests()) for study in across.studies):
+        told.append(style.say("site_partly"))  # nothing is measured for a page
+    elif answer.applies(across):
         told.append(answer.answer(across))
     else:
         told += [pages.claims_block(study) for study in studies]
