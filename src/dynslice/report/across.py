@@ -134,7 +134,8 @@ def _curves(axis: plt.Axes, sizes: pd.DataFrame, perplexities: pd.DataFrame) -> 
         if network in perplexities and perplexities[network].notna().any():
             look = {"color": colour, "markersize": 4, "linewidth": 1, "label": network}
             look["markerfacecolor"] = colour if form == "o-" else "w"
-            axis.plot(sizes[network], perplexities[network], form, **look)
+            x, y = (of[network].astype(float) for of in (sizes, perplexities))
+            axis.plot(x, y, form, **look)
     dense = DENSE.schedule
     axis.plot(sizes[dense].iloc[0], perplexities[dense].iloc[0], "k*", markersize=8, label=dense)
 
