@@ -162,7 +162,6 @@ def _solution(gram: Tensor, cross: Tensor, penalties: Tensor) -> Tensor | None:
     return None if failed else torch.cholesky_solve(cross, factor, upper=True)
 
 
-@torch.inference_mode()
 def compensate_block(
     h: Activations,
     compensation: Compensation,
@@ -173,15 +172,31 @@ def compensate_block(
     _is_needed: bool,
     has_shortcut: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As `run_block`, and then x <- x + z D, the ridge regression of what x lacks of h.
+    """`corrected` at a block, past which the dense stream h is taken first.
 
-    h, the dense stream, is taken to the next place first. z holds the inputs [k] of the writing
-    maps, and the coordinates x Q [w] where a shortcut can be corrected too. Returns the corrected
-    residual connection [w, d] and what is added to the writing maps {name: [d, k]}, in the
-    coordinates of the stream. Blocks after the last place that is cut run too: what was lost before
-    can still be made good there.
+    Blocks after the last place that is cut run too: what was lost before can still be made good.
     """
     run_block(h, None, block)
+    return corrected(h, compensation, x, Q, R, block, has_shortcut)
+
+
+@torch.inference_mode()
+def corrected(
+    h: Activations,
+    compensation: Compensation,
+    x: Activations,
+    Q: Tensor,
+    R: Tensor,
+    block: BlockInPlace,
+    has_shortcut: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `run_block`, and then x <- x + z D, the ridge regression of what x lacks of h.
+
+    h is what x should be behind the block. z holds the inputs [k] of the writing maps, and the
+    coordinates x Q [w] where a shortcut can be corrected too. Returns the corrected residual
+    connection [w, d] and what is added to the writing maps {name: [d, k]}, in the coordinates of
+    the stream.
+    """
     writes = [block.layer.get_submodule(name) for name in block.block.writes]
     known = Q if compensation.shortcut and has_shortcut else Q[:, :0]
     sizes = [known.shape[1], *(map_.in_features for map_ in writes)]

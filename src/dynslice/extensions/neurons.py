@@ -1,0 +1,117 @@
+"""MLP neurons dropped by ridge leverage, and what they wrote given back by the others.
+
+z [n, m] are the inputs of the map that writes, C = Z^T Z their second moments. Neurons of highest
+diag(C (C + lambda I)^-1) are kept, K, and the map becomes W C[:, K] (C[K, K] + lambda I)^-1, the
+least squares of what all of them write (a Nystroem approximation, as in MoDeGPT, arXiv 2408.09632).
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynslice.core.errors import RequestError
+from dynslice.core.tensors import check_finite, evaluating, without_storage
+from dynslice.extensions.compensation import inputs_of
+from dynslice.method.activations import Activations, BlockInPlace, centring, residual_stream
+from dynslice.method.architectures import family_of, require_dense
+from dynslice.method.numerics import TINY, add_gram
+
+RIDGE = 0.01  # of the mean square of the inputs
+
+
+def kept_neurons(C: Tensor, count: int, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The neurons of highest ridge leverage, in order [k], and the map from theirs to all [m, k].
+
+    C [m, m]: second moments in float64, symmetric.
+    """
+    m, penalty = len(C), ridge * C.diagonal().mean().clamp(min=TINY)
+    eye = torch.eye(m, dtype=C.dtype, device=C.device)
+    leverage = 1 - penalty * torch.linalg.inv(C + penalty * eye).diagonal()
+    kept = leverage.topk(count).indices.sort().values
+    inner = C[kept][:, kept] + penalty * eye[:count, :count]
+    return kept, torch.linalg.solve(inner, C[kept]).T
+
+
+@torch.no_grad()
+def drop_neurons(
+    model: PreTrainedModel, windows: Tensor, share: float, ridge: float = RIDGE
+) -> PreTrainedModel:
+    """The model with a share of the neurons of each MLP dropped: an ordinary, narrower checkpoint.
+
+    windows: token windows [n, T]; each layer sees what the layers before it make once they are
+    narrower. The dense model is left as it was. Raises RequestError for a share that leaves none, a
+    sliced model, and activations that are not finite.
+    """
+    require_dense(model.config, "dropping neurons")
+    family, size = family_of(model.config), _size_name(model.config)
+    m = getattr(model.config, size)
+    count = round(m * (1 - share))
+    if not (0 <= share < 1 and count):
+        raise RequestError(f"share {share} of {m} neurons leaves none; give one such as 0.2")
+    weights, x = {**model.state_dict()}, Activations(model.device)
+    layers, centred = model.get_submodule(family.layers), centring(model, family)
+    with evaluating(model):
+        for i, arguments in enumerate(residual_stream(model, windows, x)):
+            for block in family.blocks:
+                here = BlockInPlace(layers[i], block, arguments, centred)
+                [*branches] = [b for b in block.branches if not b.attention]
+                if not branches or count == m:
+                    x.update(lambda stream, here=here: stream + here(stream))
+                    continue
+                [branch] = branches
+                narrower = _narrower_mlp(x, here, branch, count, ridge)
+                prefix = f"{family.layers}.{i}."
+                weights |= {f"{prefix}{name}": weight for name, weight in narrower.items()}
+    config = copy.deepcopy(model.config)
+    setattr(config, size, count)
+    made = without_storage(lambda: type(model)(config))
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made.to(model.device).eval()
+
+
+def _narrower_mlp(
+    x: Activations, here: BlockInPlace, branch, count: int, ridge: float
+) -> dict[str, Tensor]:
+    """The weights of the MLP of a block with fewer neurons; x is taken past it."""
+    write = here.layer.get_submodule(branch.write)
+    m, W = write.in_features, write.weight
+    C = torch.zeros(m, m, dtype=torch.float64, device=x.device)
+    for stream in x:
+        with inputs_of([write]) as inputs:
+            here(stream)
+        add_gram(C, inputs[0].flatten(0, -2).float())
+    C = C.triu() + C.triu(1).T
+    check_finite(C, "the inputs of a map that writes the residual stream")
+    kept, back = kept_neurons(C, count, ridge)
+    refit = (W.double() @ back).to(W.dtype)
+
+    def past(stream: Tensor) -> Tensor:
+        with inputs_of([write]) as inputs:
+            output = here(stream)
+        z = inputs[0]
+        change = z[..., kept] @ refit.T - z @ W.T
+        return stream + output + here.centred(change)
+
+    x.update(past)
+    found = {f"{branch.write}.weight": refit}
+    for name in branch.reads:
+        read = here.layer.get_submodule(name)
+        found |= {f"{name}.{key}": _rows(p, m, kept) for key, p in _parameters(read)}
+    return found
+
+
+def _parameters(read: nn.Module):
+    return ((key, p) for key, p in read.named_parameters() if p is not None)
+
+
+def _rows(table: Tensor, m: int, kept: Tensor) -> Tensor:
+    """The rows of the kept neurons, of a map that may hold several of m rows each (fused)."""
+    return table.unflatten(0, (-1, m))[:, kept].flatten(0, 1).contiguous()
+
+
+def _size_name(config) -> str:
+    return "ffn_dim" if hasattr(config, "ffn_dim") else "intermediate_size"
