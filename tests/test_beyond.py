@@ -62,7 +62,7 @@ def every(study):
 
 def rungs_of(study, sp=0.5):
     """The rungs of a size by name."""
-    return {equal_size.name(point): point for point in study.beyond.contest(sp)}
+    return {point.name: point for point in study.beyond.contest(sp)}
 
 
 def test_no_network_stores_more_than_the_constant_one_with_its_table(study):
@@ -80,7 +80,7 @@ def test_no_network_stores_more_than_the_constant_one_with_its_table(study):
 def test_each_rung_has_one_lever_more(study):
     for sp in SIZES:
         rungs = study.beyond.contest(sp)
-        assert [equal_size.name(point) for point in rungs] == [*LEVERS, LORA]
+        assert [point.name for point in rungs] == [*LEVERS, LORA]
         for before, point in pairwise(rungs[1:]):
             a, b = before.network, point.network
             changed = [key for key in a | b if a.get(key) != b.get(key)]
@@ -94,10 +94,10 @@ def test_each_rung_has_one_lever_more(study):
 def test_a_variant_changes_one_thing_of_the_rung_that_it_is_compared_with(study):
     rungs, table = rungs_of(study), equal_size.variant_table(study).set_index("network")
     for point in study.beyond.variants(0.5):
-        varied = rungs[table.loc[equal_size.name(point), "varies"]]
+        varied = rungs[table.loc[point.name, "varies"]]
         a, b = varied.network, point.network
         assert len([key for key in a | b if a.get(key) != b.get(key)]) == 1
-        row = table.loc[equal_size.name(point)]
+        row = table.loc[point.name]
         change = statistics.selection_change(study, point, varied)
         assert tuple(row[["one change (%)", "low, change", "high, change"]]) == change
     assert set(table["varies"]) == {"-", SLICEGPT, SHARED, BEST_RECIPE}
@@ -175,7 +175,7 @@ def test_evidence_is_compared_with_the_record(study):
 def test_labels_and_descriptions_differ(study):
     points = every(study)
     assert len({point.label for point in points}) == len(points)
-    names = [equal_size.name(p) for p in [*study.beyond.contest(0.5), *study.beyond.variants(0.5)]]
+    names = [p.name for p in [*study.beyond.contest(0.5), *study.beyond.variants(0.5)]]
     assert len(set(names)) == len(names) == 6 + 16
     said = describe(study.slice_request(study.beyond.contest(0.5)[-1]))
     assert said == "slice lr SP 0.5 2 layers a basis with compensation with recovery seed 42"

@@ -16,7 +16,8 @@ from dynslice.method.scores import lr_of, read_rises
 
 # What each schedule takes next to --slice-percentage or --size.
 TAKES = dict.fromkeys(("constant", "first", "embedding"), ())
-TAKES |= {"dynamic": ("slice_base", "lr"), "lr": ("lr",), "sensitivity": ("sensitivity",)}
+TAKES |= {"dynamic": ("slice_base", "lr"), "entropic": ("slice_base", "lr")}
+TAKES |= {"lr": ("lr",), "sensitivity": ("sensitivity",)}
 FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
 LAYOUT = ("untie", "basis_layers", "plain")
 # What makes a plan.

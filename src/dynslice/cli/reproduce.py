@@ -26,6 +26,7 @@ NEEDS = {
     "06": lambda study: study.requests(),
     "07": lambda study: study.beyond.requests(),
     "08": lambda study: study.requests(),
+    "09": lambda study: study.instead.requests(),
 }
 ACROSS = "08"  # about all models of a profile, so it is rendered once, after them
 
@@ -69,8 +70,10 @@ def run(
     outcomes, failed = [], []
     of_each = {number: path for number, path in notebooks.items() if number != ACROSS}
     for study, chosen, requests in runs:
+        # One about nothing is rendered only where it is asked for.
+        rendered = {n: path for n, path in of_each.items() if only or NEEDS[n](study)}
         try:
-            outcomes.append(_run_one(profile, study, chosen, of_each, requests, *how))
+            outcomes.append(_run_one(profile, study, chosen, rendered, requests, *how))
         except RunError as error:  # the other models go on
             failed.append(f"{study.profile.name}: {error}" if len(runs) > 1 else str(error))
     if failed:

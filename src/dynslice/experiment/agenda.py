@@ -131,9 +131,12 @@ def describe(request: Request) -> str:
 def network_words(request: Request) -> str:
     """The network of a request in a few words."""
     plan, network = _plan_of(request), request.config.get("slice") or {}
-    extras = [f"with {name}" for name in ("compensation", "recovery") if name in network]
-    extras += [f"seed {read['seed']}" for read in [network.get("calibration")] if read]
-    return " ".join([plan.describe() if plan else "dense", *extras])
+    words = [plan.describe() if plan else "dense"]
+    if method := {**network.get("method", {})}:
+        words = [f"fewer {method.pop('method')}", *method, "in the size of", *words]
+    words += [f"with {name}" for name in ("compensation", "recovery", "bits") if name in network]
+    words += [f"seed {read['seed']}" for read in [network.get("calibration")] if read]
+    return " ".join(words)
 
 
 def _plan_of(request: Request) -> PlanSpec | None:

@@ -35,23 +35,37 @@ class EqualSize:
         sp, shared = slice_percentage, self._shared
         rungs = [
             self._at_size(sp, UNTIED, "constant", None),
-            self._at_size(sp, SLICEGPT, "constant", AS_DENSE),
+            self.slicegpt(sp),
             self._at_size(sp, LR, "lr", AS_DENSE),
             self._at_size(sp, SHARED, "lr", shared),
-            self._at_size(sp, BEST_RECIPE, "lr", shared, {}),
+            self.recipe(sp),
         ]
         return rungs + self.recovered(sp)
+
+    def slicegpt(self, slice_percentage: float, **calibration: Any) -> Point:
+        """Constant slicing; calibration: what differs from the profile's."""
+        return self._at_size(slice_percentage, SLICEGPT, "constant", AS_DENSE, **calibration)
+
+    def recipe(self, slice_percentage: float, **calibration: Any) -> Point:
+        """All levers but fine-tuning."""
+        at = slice_percentage, BEST_RECIPE, "lr", self._shared, {}
+        return self._at_size(*at, **calibration)
 
     def recovered(self, slice_percentage: float) -> list[Point]:
         """The last lever, if the profile asks for it: fine-tuning of the recipe's slice."""
         p = self.profile
         if not p.recovery_steps:
             return []
+        return [self.with_lora(self.recipe(slice_percentage), f"{p.recovery_steps} steps of LoRA")]
+
+    def with_lora(self, point: Point, note: str, learning_rate: float | None = None) -> Point:
+        """A network fine-tuned as the profile says; learning_rate: other than SliceGPT's."""
         names = ("steps", "windows", "window")
-        recovery = {name: getattr(p, f"recovery_{name}") for name in names}
-        note = f"{p.recovery_steps} steps of LoRA"
-        best = self._at_size(slice_percentage, note, "lr", self._shared, {})
-        return [replace(best, network={**best.network, "recovery": recovery})]
+        recovery = {name: getattr(self.profile, f"recovery_{name}") for name in names}
+        recovery |= {"learning_rate": learning_rate} if learning_rate else {}
+        where = f"size of SP {percent(point.slice_percentage)}"
+        network = {**point.network, "recovery": recovery}
+        return replace(point, network=network, variant=f"{note}, {where}")
 
     def plain(self, slice_percentage: float) -> list[Point]:
         """The published layout at its own size, and ordinary checkpoints that store no more.
@@ -75,9 +89,8 @@ class EqualSize:
         p, pairs = self.profile, []
         others = p.beyond_calibration_seeds if self.is_headline(slice_percentage) else []
         for seed in (p.seed, *others):
-            ours = slice_percentage, BEST_RECIPE, "lr", self._shared, {}
-            theirs = slice_percentage, SLICEGPT, "constant", AS_DENSE
-            pairs.append((self._at_size(*ours, seed=seed), self._at_size(*theirs, seed=seed)))
+            made = (make(slice_percentage, seed=seed) for make in (self.recipe, self.slicegpt))
+            pairs.append(tuple(made))
         return pairs
 
     def variants(self, slice_percentage: float) -> list[Point]:
@@ -97,6 +110,9 @@ class EqualSize:
         for base in p.beyond_slice_bases:
             at = {"slice_base": base}
             found.append(self._at_size(sp, f"SB {percent(base)}, shared bases", "lr", shared, **at))
+            if "entropic" in p.beyond_candidates:
+                said = f"entropic widths, SB {percent(base)}, shared bases"
+                found.append(self._at_size(sp, said, "entropic", shared, **at))
         for seed in range(p.draw_seed, p.draw_seed + p.beyond_shuffles):
             found.append(self._in_random_order(sp, seed))
         for ridge in p.beyond_ridges:
@@ -133,13 +149,13 @@ class EqualSize:
         """The loss with one place cut more or less than all others, on validation windows."""
         reach = self.profile.sensitivity_reach * slice_percentage
         shares = [slice_percentage - reach, slice_percentage + reach]
-        plan = self._budget(slice_percentage).to_dict()
+        plan = self.budget(slice_percentage).to_dict()
         return self.design.request("places", plan=plan, shares=shares, **self._validation())
 
     def search_request(self, slice_percentage: float) -> Request:
         """The plan of a search on validation windows."""
         asked = {
-            "budget": self._budget(slice_percentage).to_dict(),
+            "budget": self.budget(slice_percentage).to_dict(),
             "layout": self._shared,
             "evaluations": self.profile.search_evaluations,
         }
@@ -202,7 +218,8 @@ class EqualSize:
         extra = {} if compensation is None else {"compensation": compensation}
         return replace(point, network={**point.network, **extra})
 
-    def _budget(self, slice_percentage: float) -> PlanSpec:
+    def budget(self, slice_percentage: float) -> PlanSpec:
+        """Constant slicing with the embedding as the dense model has it, which says the size."""
         return replace(self.design.constant(slice_percentage), layout=AS_DENSE)
 
     def _plan(
@@ -213,11 +230,12 @@ class EqualSize:
         slice_base: float | None = None,
     ) -> PlanSpec:
         """The plan of a schedule that stores no more than constant slicing."""
-        budget = self._budget(slice_percentage)
+        budget = self.budget(slice_percentage)
         if schedule == "constant" and layout == AS_DENSE:
             return budget
         evidence = {
             "lr": self.design.lr_request,
+            "entropic": self.design.lr_request,
             "sensitivity": lambda: self.places_request(slice_percentage),
             "search": lambda: self.search_request(slice_percentage),
         }

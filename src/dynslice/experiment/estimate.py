@@ -28,6 +28,7 @@ from dynslice.method import footprint
 from dynslice.method.architectures import dims_of
 from dynslice.method.plan import SlicePlan, constant
 
+WHOLE = Constant(slice_percentage=0.0, round_to=1).to_dict()  # the plan that cuts nothing
 EIGENVECTORS_AT = 512  # the size at which the decomposition is timed; its time grows by the cube
 
 
@@ -109,7 +110,7 @@ class Estimator:
             size = self._memory(request)
             if network and name_of(network) not in sliced:
                 sliced.add(name_of(network))
-                slicing = self.slicing(network["calibration"]) + self._extras(network)
+                slicing = self._making(network)
                 seconds = None if seconds is None else seconds + slicing
                 size = max(size, self._slicing_memory(network))
             estimates[request.key] = Estimate(seconds, size)
@@ -161,6 +162,25 @@ class Estimator:
         at_places = places * (covariance / self.machine.rate_float64 + decomposition)
         return self.one_pass(tokens, calibration["window"]) + at_places
 
+    def _making(self, network: dict) -> float:
+        """Seconds of whatever makes a network."""
+        calibration, method = network["calibration"], network.get("method", {})
+        tokens = calibration["windows"] * calibration["window"]
+        passes = self.one_pass(tokens, calibration["window"])
+        seconds = self._extras(network)
+        if "plan" in network:
+            seconds += self.slicing(calibration)
+        if method.get("method") == "layers":
+            count = self.dims.layers * plan_spec(network["budget"]).slice_percentage
+            seconds += passes * (1 + method.get("one_by_one", False) * count)
+            seconds += 2 * passes * method.get("mapped", False)
+        if method.get("method") == "neurons" or network.get("plan", {}).get("neurons"):
+            m = self.dims.writes[-1]
+            products, solve = 2 * tokens * m * m * 5 / 8, 3 * m**3
+            at_layers = products / self.machine.rate + solve / self.machine.rate_float64
+            seconds += 2 * passes + self.dims.layers * at_layers
+        return seconds
+
     def _extras(self, network: dict) -> float:
         """Compensation: a second pass, and per block products and a factorisation; and LoRA."""
         calibration, d, seconds = network["calibration"], self.dims.hidden_size, 0.0
@@ -183,8 +203,7 @@ class Estimator:
         if not kind.needs_memory:
             return 0
         if kind.slices_itself:
-            whole = Constant(slice_percentage=0.0, round_to=1).to_dict()
-            network = {"plan": whole, "calibration": request.config["calibration"]}
+            network = {"plan": WHOLE, "calibration": request.config["calibration"]}
         weights = self.dense_bytes if network is None else self._sliced_bytes(network)
         if network is not None and self.profile.placement == "resident":
             weights += self.dense_bytes
@@ -224,7 +243,7 @@ class Estimator:
 
     def _widths(self, network: dict) -> SlicePlan:
         """The constant plan of the mean slice, which is near enough and needs no LR."""
-        asked = plan_spec(network["plan"])
+        asked = plan_spec(network.get("plan") or network.get("budget") or WHOLE)
         target, layout = asked.target, layout_of(asked.own_layout, self.dims)
         round_to = self.dims.heads or 1 if layout.plain else target.round_to
         return constant(self.dims, target.slice_percentage, round_to, layout=layout)

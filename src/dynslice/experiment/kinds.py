@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from dynslice.core.errors import RunError
 from dynslice.evaluate.task_table import TASKS
-from dynslice.experiment.plan_specs import layout_of
+from dynslice.experiment.plan_specs import facts_of, layout_of
 from dynslice.extensions import schedules
 from dynslice.method.controls import single
 from dynslice.method.plan import SlicePlan
@@ -78,29 +77,19 @@ class PlannedWidths(Kind):
     needs_memory = False
 
     def run(self, runner: Runner, config: dict) -> dict:
-        return _facts(runner.plan(config["plan"]))
+        return facts_of(runner.plan(config["plan"]))
 
 
 class StoredSize(Kind):
-    """What a sliced network, or the dense one, stores, and how exact its rotations are."""
+    """What a network that was made, or the dense one, stores, and how it was made."""
 
     def run(self, runner: Runner, config: dict) -> dict:
         stored = sum(p.numel() for p in runner.network(config).parameters())
         if config["slice"] is None:
             return {"parameters": stored, "parameters_dense": stored, "mean_slice": 0.0}
-        facts = _facts(runner.plan(config["slice"]["plan"]))
-        if stored != facts["parameters"]:
-            raise RunError(
-                f"the sliced model stores {stored} parameters, its plan says "
-                f"{facts['parameters']}; this is a bug, please report it"
-            )
-        outcome = runner.sliced_for(config["slice"])
-        errors = {name: getattr(outcome, name) for name in ("rotation_error", "basis_error")}
-        if outcome.arbitrary_places:
-            errors["arbitrary_places"] = outcome.arbitrary_places
-        ridges = {"ridges": list(outcome.ridges)} if outcome.ridges else {}
-        seconds = outcome.seconds + outcome.recovery_seconds
-        return {**facts, **errors, **ridges, "seconds": seconds}
+        made = runner.made_for(config["slice"])
+        sizes = {"parameters": stored, "parameters_dense": runner.dims.dense_parameters}
+        return {**made.facts, **sizes, "seconds": made.seconds}
 
 
 class Perplexity(Kind):
@@ -284,11 +273,3 @@ def _perplexity(network, windows: Tensor) -> dict:
 
 def _perplexities(losses: dict[str, list[float]]) -> dict[str, float]:
     return {f"perplexity, {what}": exp(fmean(nll)) for what, nll in losses.items()}
-
-
-def _facts(plan: SlicePlan) -> dict:
-    names = ["widths", "final_slice", "mean_slice", "parameters", "shortcut_parameters"]
-    names += ["attention_widths"] if plan.own_attention else []
-    facts = {name: getattr(plan, name) for name in names}
-    facts["parameters_untied"] = plan.untied.parameters
-    return {**facts, "parameters_dense": plan.shape.dense_parameters}

@@ -42,6 +42,7 @@ class PlanSpec(ABC):
     """A plan that is asked for and not yet made."""
 
     schedule: ClassVar[str]
+    neurons = None  # the share of each MLP's neurons that goes before the plan is made
 
     @property
     def target(self) -> Constant | Dynamic:
@@ -154,7 +155,8 @@ class OwnEmbedding(PlanSpec):
 class WithinBudget(PlanSpec):
     """A schedule that stores no more than a constant plan; evidence: {"kind", "config"}.
 
-    layout: its own, which may differ from that of the budget.
+    layout: its own, which may differ from that of the budget. neurons: the share of each MLP's
+    neurons that goes first, so that the budget is shared with them.
     """
 
     schedule: str
@@ -162,12 +164,17 @@ class WithinBudget(PlanSpec):
     evidence: dict | None = None
     slice_base: float | None = None
     layout: dict | None = None
+    neurons: float | None = None
 
     def needs(self) -> list[Request]:
         return [Request(**self.evidence)] if self.evidence else []
 
-    def make(self, dims: ModelDims, value_of: ValueOf) -> SlicePlan:
+    def make(
+        self, dims: ModelDims, value_of: ValueOf, narrower: ModelDims | None = None
+    ) -> SlicePlan:
+        """narrower: the shape of the model without those neurons, where some go."""
         budget, known = self.budget.make(dims, value_of), {}
+        dims = narrower or dims
         for request in self.needs():  # one, or none
             value = value_of(request)
             if request.kind == "search":
@@ -195,3 +202,12 @@ def plan_spec(values: dict) -> PlanSpec:
     if schedule not in _SPECS:
         raise RequestError(f"schedule {schedule!r} is unknown; there are {', '.join(_SPECS)}")
     return _SPECS[schedule](**given)
+
+
+def facts_of(plan: SlicePlan) -> dict:
+    """What the store keeps of a plan."""
+    names = ["widths", "final_slice", "mean_slice", "parameters", "shortcut_parameters"]
+    names += ["attention_widths"] if plan.own_attention else []
+    facts = {name: getattr(plan, name) for name in names}
+    facts["parameters_untied"] = plan.untied.parameters
+    return {**facts, "parameters_dense": plan.shape.dense_parameters}

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,8 +30,9 @@ _Split = Literal["train", "validation", "test"]
 _End = Literal["raw", "normed"]
 
 # Schedules of equal size (see `extensions.schedules`), and how many layers share a basis.
-_AtSize = Literal["constant", "lr", "first", "embedding", "sensitivity", "search"]
+_AtSize = Literal["constant", "lr", "entropic", "first", "embedding", "sensitivity", "search"]
 _Layers = _Count | Literal["all"]
+_Dropped = Literal["at once", "at once, mapped", "one by one", "one by one, mapped"]
 
 
 class Profile(BaseModel):
@@ -136,6 +137,16 @@ class Profile(BaseModel):
     recovery_windows: _Count = 16  # that are sampled again and again
     recovery_window: _Tokens = 1024
 
+    # Notebook 09: at some of the sizes of notebook 07, what else stores as little.
+    instead_slice_percentages: list[_Share] = []
+    instead_layers: list[_Dropped] = [*get_args(_Dropped)]  # how layers are dropped
+    instead_neurons: list[_Share] = []  # shares of the neurons that go before the recipe
+    instead_bits: bool = False  # the dense model at 8 and 4 bits
+    instead_int8_slice_percentages: list[_Share] = []  # sizes of the recipe at 8 bits
+    # At the last of the sizes:
+    instead_tasks: bool = True
+    instead_learning_rates: list[_Positive] = []  # of LoRA, of recovery_steps
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         task_table.check_names(self.tasks)
@@ -167,6 +178,7 @@ class Profile(BaseModel):
             values = getattr(self, key)
             if both := known & set(values):
                 raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
+        self._check_alternatives()
         most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
         if most >= 1 and "sensitivity" in self.beyond_candidates:
             raise ValueError(
@@ -178,6 +190,22 @@ class Profile(BaseModel):
         if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
             raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
+
+    def _check_alternatives(self) -> None:
+        """What is picked instead of slicing is compared with the ladder, by a dense model at hand."""
+        sizes = self.instead_slice_percentages
+        if strange := {*sizes} - {*self.beyond_slice_percentages}:
+            raise ValueError(
+                f"instead_slice_percentages {sizes} names {strange.pop()}, at which "
+                "beyond_slice_percentages has no ladder: add it there"
+            )
+        if sizes and self.placement != "resident":
+            raise ValueError(
+                f"placement {self.placement} has no dense model in memory, which "
+                "instead_slice_percentages needs: use placement resident, or []"
+            )
+        if self.instead_learning_rates and not self.recovery_steps:
+            raise ValueError("instead_learning_rates are those of recovery_steps: give some")
 
     def _check_names(self) -> None:
         """What stands in for or has a revision must be something that the profile can read."""

@@ -36,6 +36,11 @@ class Point:
         }
         return self.variant or names[self.schedule]
 
+    @property
+    def name(self) -> str:
+        """The label without the size that several networks share."""
+        return ", ".join(x for x in self.label.split(", ") if not x.startswith("size of SP"))
+
 
 DENSE = Point("dense", 0.0, 0.0, None)
 

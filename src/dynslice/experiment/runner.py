@@ -12,10 +12,12 @@ from dynslice.core import files, paths, tensors
 from dynslice.core.errors import RunError, in_one_line
 from dynslice.experiment.agenda import name_of
 from dynslice.experiment.kinds import KINDS
+from dynslice.experiment.making import Made, make
 from dynslice.experiment.plan_specs import plan_spec
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.requests import texts_of
 from dynslice.experiment.store import Request, Result, Store, provenance
+from dynslice.extensions import neurons
 from dynslice.extensions.compensation import Compensation
 from dynslice.inputs import models, texts
 from dynslice.inputs.windows import first_token, sample_windows, token_stream
@@ -80,19 +82,19 @@ class Runner:
         self.device = tensors.pick_device(device)
         self.networks = Networks(settings, self.device)
         self.dims = dims_of(self.networks.config)
-        self._slices: dict[str, Sliced] = {}  # the current one, or none
-        self._broken: dict[str, str] = {}  # networks that could not be sliced, and why
+        self._made: dict[str, Made] = {}  # the current one, or none
+        self._broken: dict[str, str] = {}  # networks that could not be made, and why
         self._streams: dict[tuple, Tensor] = {}
         self._commits: dict[tuple, str | None] = {}
         self._load_dense()
 
     def measure(self, request: Request, network: dict | None) -> Result:
         """Take one measurement; `network` is its sliced network, None for the dense model."""
-        if self._slices and name_of(network) not in self._slices:
-            self._drop_slice()  # or its memory would count as this measurement's
+        if self._made and name_of(network) not in self._made:
+            self._drop()  # or its memory would count as this measurement's
         self._load_dense(network is None)  # loading is not part of a measurement's time
         if network is not None and request.kind != "slice":
-            self.sliced_for(network)
+            self.made_for(network)
         tensors.reset_peak_memory(self.device)
         start = time.perf_counter()
         value = KINDS[request.kind].run(self, request.config)
@@ -102,27 +104,31 @@ class Runner:
         return Result(request.kind, request.config, value, seconds, peak, origin)
 
     def network(self, config: dict) -> PreTrainedModel:
-        """The network of a request: the dense model, or a slice of it."""
+        """The network of a request: the dense model, or what is made of it."""
         network = config["slice"]
-        return self.networks.dense if network is None else self.sliced_for(network).model
+        return self.networks.dense if network is None else self.made_for(network).model
 
-    def sliced_for(self, network: dict) -> Sliced:
-        """The slice that a request names, made unless it is the current one."""
+    def made_for(self, network: dict) -> Made:
+        """The network that a request names, made unless it is the current one."""
         key = name_of(network)
         if key in self._broken:
             raise RunError(self._broken[key])
-        if key not in self._slices:
-            self._drop_slice()
+        if key not in self._made:
+            self._drop()
             try:
-                self._slices[key] = self._slice(network)
+                self._made[key] = make(network, self.networks, self.plan, self.windows)
             except Exception as error:  # whatever it is, it would be the same again
                 self._broken[key] = in_one_line(error)
                 raise
-        return self._slices[key]
+        return self._made[key]
 
     def plan(self, spec: dict) -> SlicePlan:
         """The plan that a request names; what it rests on is measured unless it is stored."""
-        return plan_spec(spec).make(self.dims, self._value_of)
+        asked = plan_spec(spec)
+        if not asked.neurons:
+            return asked.make(self.dims, self._value_of)
+        left = neurons.narrower(self.networks.config, asked.neurons)
+        return asked.make(self.dims, self._value_of, dims_of(left))
 
     def stream(self, config: dict) -> Tensor:
         """The tokens [n] of the whole text of a request, made once."""
@@ -142,28 +148,12 @@ class Runner:
         """What each window of a request starts with."""
         return first_token(self.networks.tokenizer, config.get("bos", "auto"))
 
-    def _slice(self, network: dict) -> Sliced:
-        calibration, compensation = network["calibration"], network.get("compensation")
-        windows, plan = self.windows(calibration), self.plan(network["plan"])
-        start = None if compensation is None else Compensation(**compensation)
-        outcome = self.networks.slice(windows, plan, start)
-        if start:
-            outcome = replace(outcome, ridges=tuple(start.chosen))
-        if recovery := network.get("recovery"):
-            from dynslice.extensions.finetuning import FineTuning, finetune  # loads peft
-
-            windows = self.windows({**calibration, **recovery})
-            amounts = (FineTuning(recovery["steps"]), calibration["seed"])
-            model, seconds = finetune(outcome.model, windows, *amounts)
-            outcome = replace(outcome, model=model, recovery_seconds=seconds)
-        return outcome
-
     def _load_dense(self, needed: bool = False) -> None:
         if needed or self.networks.resident:
             self.networks.dense  # noqa: B018
 
-    def _drop_slice(self) -> None:
-        self._slices.clear()
+    def _drop(self) -> None:
+        self._made.clear()
         tensors.free_memory()
 
     def _value_of(self, request: Request) -> dict:

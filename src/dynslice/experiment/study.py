@@ -6,6 +6,7 @@ from typing import Any
 from dynslice.core import paths
 from dynslice.core.errors import RunError
 from dynslice.experiment.ablation import Ablations
+from dynslice.experiment.alternatives import Alternatives
 from dynslice.experiment.equal_size import EqualSize
 from dynslice.experiment.executor import run_all
 from dynslice.experiment.profile import Profile, load, parse_value
@@ -22,6 +23,7 @@ class Study:
         self.design = design = Design(settings)  # the main comparison
         self.ablation = Ablations(design)  # notebook 04
         self.beyond = EqualSize(design)  # notebook 07
+        self.instead = Alternatives(design, self.beyond)  # notebook 09
         # A report asks for these so often that a study offers them itself.
         self.points, self.task_points = design.points, design.task_points
         self.lr_request, self.lr_requests = design.lr_request, design.lr_requests
@@ -62,6 +64,7 @@ class Study:
         every = [*design.redundancy_requests(), *design.perplexity_requests()]
         every += [*design.task_requests(), *self.ablation.requests()]
         every += [*design.efficiency_requests(), *self.beyond.requests()]
+        every += self.instead.requests()
         return unique(every)
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:

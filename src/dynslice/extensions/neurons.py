@@ -9,16 +9,18 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import check_finite, evaluating, without_storage
 from dynslice.extensions.compensation import inputs_of
 from dynslice.method.activations import Activations, BlockInPlace, centring, residual_stream
 from dynslice.method.architectures import family_of, require_dense
+from dynslice.method.modeling_sliced import Family
 from dynslice.method.numerics import TINY, add_gram
 
 RIDGE = 0.01  # of the mean square of the inputs
+UNIT = 8  # a budget leaves a multiple of it, as widths are
 
 
 def kept_neurons(C: Tensor, count: int, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
@@ -45,11 +47,8 @@ def drop_neurons(
     sliced model, and activations that are not finite.
     """
     require_dense(model.config, "dropping neurons")
-    family, size = family_of(model.config), _size_name(model.config)
-    m = getattr(model.config, size)
-    count = round(m * (1 - share))
-    if not (0 <= share < 1 and count):
-        raise RequestError(f"share {share} of {m} neurons leaves none; give one such as 0.2")
+    family, m = family_of(model.config), getattr(model.config, _size_name(model.config))
+    count = _kept_count(m, share)
     weights, x = {**model.state_dict()}, Activations(model.device)
     layers, centred = model.get_submodule(family.layers), centring(model, family)
     with evaluating(model):
@@ -64,8 +63,7 @@ def drop_neurons(
                 narrower = _narrower_mlp(x, here, branch, count, ridge)
                 prefix = f"{family.layers}.{i}."
                 weights |= {f"{prefix}{name}": weight for name, weight in narrower.items()}
-    config = copy.deepcopy(model.config)
-    setattr(config, size, count)
+    config = narrower(model.config, share)
     made = without_storage(lambda: type(model)(config))
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
@@ -111,6 +109,46 @@ def _parameters(read: nn.Module):
 def _rows(table: Tensor, m: int, kept: Tensor) -> Tensor:
     """The rows of the kept neurons, of a map that may hold several of m rows each (fused)."""
     return table.unflatten(0, (-1, m))[:, kept].flatten(0, 1).contiguous()
+
+
+def narrower(config: PretrainedConfig, share: float) -> PretrainedConfig:
+    """The config of a model without that share of the neurons of each MLP."""
+    fewer, size = copy.deepcopy(config), _size_name(config)
+    setattr(fewer, size, _kept_count(getattr(config, size), share))
+    return fewer
+
+
+def _kept_count(m: int, share: float) -> int:
+    count = round(m * (1 - share))
+    if not (0 <= share < 1 and count):
+        raise RequestError(f"share {share} of {m} neurons leaves none; give one such as 0.2")
+    return count
+
+
+def share_within(model: PreTrainedModel, budget: int) -> float:
+    """The least share of the neurons that has to go for a model to store so many parameters.
+
+    Raises RequestError where the model without its MLPs is more.
+    """
+    config, family = model.config, family_of(model.config)
+    m, stored = getattr(config, _size_name(config)), sum(p.numel() for p in model.parameters())
+    layer = model.get_submodule(family.layers)[0]
+    each = config.num_hidden_layers * _stored_per_neuron(layer, family)
+    count = min(m, m - -(-(stored - budget) // each))
+    if count < 1:
+        raise RequestError(
+            f"{budget} parameters are fewer than the {stored - (m - 1) * each} of a model with one "
+            "neuron a layer; give a larger size"
+        )
+    return 1 - (count - count % UNIT if count > UNIT else count) / m
+
+
+def _stored_per_neuron(layer: nn.Module, family: Family) -> int:
+    """Parameters of a layer that go with one neuron: its columns and rows, biases included."""
+    [branch] = [b for block in family.blocks for b in block.branches if not b.attention]
+    m = layer.get_submodule(branch.write).in_features
+    read = [p for name in branch.reads for p in layer.get_submodule(name).parameters()]
+    return sum(p.numel() for p in read) // m + layer.get_submodule(branch.write).out_features
 
 
 def _size_name(config) -> str:

@@ -48,6 +48,32 @@ def _lr(known: Evidence, share: float) -> SlicePlan:
     return plan.dynamic(known.shape, known.lr, *given)
 
 
+def entropic_slices(
+    lr: Sequence[float], share: float, slice_base: float, limit: float
+) -> tuple[float, ...]:
+    """FS_i in proportion to exp(LR_i / eps), with mean(FS) = share and none above `limit`.
+
+    To first order in LR_i - mean(LR) this is the paper's rule, where
+    eps = share (mean(LR) - min(LR)) / (share - SB): SB is a temperature, and at SB = share all
+    slices are alike. (MoDeGPT, arXiv 2408.09632, allocates by such a softmax.)
+    """
+    values = np.array(lr)
+    scale = share * (values.mean() - values.min())
+    if scale <= 0 or share <= slice_base:
+        return (share,) * len(lr)
+    heat = (share - slice_base) / scale * (values - values.max())
+    return plan.final_slices(np.exp(heat).tolist(), share, 0.0, limit)
+
+
+def _entropic(known: Evidence, share: float) -> SlicePlan:
+    """Slices by a softmax of LR, with the mean that keeps the budget."""
+    d, unit = known.shape.hidden_size, known.round_to
+    slices = entropic_slices(known.lr, share, known.slice_base, 1 - unit / d)
+    widths = plan.rounded_widths(slices, d, unit)
+    given = share, min(share, known.slice_base), unit, slices, widths, known.shape
+    return SlicePlan("entropic", *given, layout=known.layout)
+
+
 def _embedding(known: Evidence, share: float) -> SlicePlan:
     """The embedding whole, and all places after it equally."""
     return with_embedding(_constant(known, share), 0.0)
@@ -197,6 +223,7 @@ SCHEDULES = {
     "constant": Schedule(partial(_widest, _constant)),
     "dynamic": Schedule(partial(_widest, _lr), needs="lr"),
     "lr": Schedule(partial(_widest, _lr), needs="lr"),
+    "entropic": Schedule(partial(_widest, _entropic), needs="lr"),
     "embedding": Schedule(partial(_widest, _embedding)),
     "first": Schedule(partial(_widest, _first)),
     "sensitivity": Schedule(sensitivity, needs="rises"),

@@ -43,8 +43,7 @@ class Sliced:
     """A sliced model (None where it was only written), its plan, its cost, and how exact it is.
 
     rotation_error, basis_error: see `RoundingAudit`. recovery_seconds: of fine-tuning afterwards.
-    ridges: of a compensation, block by block, None where nothing was corrected. arbitrary_places:
-    how many keep more directions than the calibration tokens have.
+    arbitrary_places: how many keep more directions than the calibration tokens have.
     """
 
     model: PreTrainedModel | None
@@ -53,7 +52,6 @@ class Sliced:
     rotation_error: float
     basis_error: float
     recovery_seconds: float = 0.0
-    ridges: tuple[float | None, ...] = ()
     arbitrary_places: int = 0
 
 

@@ -135,7 +135,7 @@ def _lever_clause(study: Study) -> str:
     steps, text = [], study.profile.calibration_text
     for before, point in pairwise(rung for rung in rungs if "recovery" not in rung.network):
         change = statistics.perplexity_change(study, point, before, text)
-        steps.append(f"{equal_size.name(point)} {change.estimate:+.1f} %")
+        steps.append(f"{point.name} {change.estimate:+.1f} %")
     return f"{models.name(study)}: {', '.join(steps)}"
 
 
@@ -145,7 +145,7 @@ def _first_layer_clause(study: Study) -> str:
         return ""
     sp = study.profile.beyond_slice_percentages[-1]
     rungs = study.beyond.contest(sp)
-    tried = {equal_size.name(point): point for point in study.beyond.variants(sp)}
+    tried = {point.name: point for point in study.beyond.variants(sp)}
     rule, by_lr = tried["first widths, shared bases"], equal_size.rung(rungs, SHARED)
     change = statistics.selection_change(study, rule, by_lr)
     return f"{change.format('%')} on {models.name(study)} ({change.direction})"

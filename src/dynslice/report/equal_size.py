@@ -30,14 +30,9 @@ def ladders(study: Study) -> dict[float, list[Point]]:
     return {sp: study.beyond.contest(sp) for sp in study.profile.beyond_slice_percentages}
 
 
-def name(point: Point) -> str:
-    """A network by what was done to it, the size left out."""
-    return ", ".join(x for x in point.label.split(", ") if not x.startswith("size of SP"))
-
-
 def rung(rungs: list[Point], lever: str) -> Point:
     """The rung that has a lever as its last."""
-    return next(point for point in rungs if name(point) == lever)
+    return next(point for point in rungs if point.name == lever)
 
 
 def ladder_table(study: Study) -> pd.DataFrame:
@@ -50,7 +45,7 @@ def ladder_table(study: Study) -> pd.DataFrame:
     for (sp, rungs), text in product(ladders(study).items(), study.profile.eval_texts):
         changes = _changes(study, rungs, text)
         for point in (DENSE, *rungs):
-            row = {"SP": sp, "text": text, "network": name(point)}
+            row = {"SP": sp, "text": text, "network": point.name}
             row |= columns(statistics.perplexity(study, point, text), "perplexity")
             step, whole = changes.get(point.label, (None, None))
             rows.append({**row, **columns(step, *STEP), **columns(whole, *WHOLE)})
@@ -80,7 +75,7 @@ def accuracy_table(study: Study) -> pd.DataFrame:
         for point in (DENSE, *rungs) if tasks else ():
             pair = (point, rung(rungs, SLICEGPT))
             change = None if point is DENSE else statistics.accuracy_change(study, *pair, tasks)
-            row = {"SP": sp, "network": name(point), "tasks": len(tasks)}
+            row = {"SP": sp, "network": point.name, "tasks": len(tasks)}
             row["accuracy (%)"] = statistics.accuracy(study, point, tasks)
             row["chance (%)"] = chance(tasks)
             rows.append({**row, **columns(change, ACCURACY)})
@@ -100,7 +95,7 @@ def cost_table(study: Study) -> pd.DataFrame:
     for sp, point in [(sp, point) for sp, rungs in ladders(study).items() for point in rungs]:
         sliced = study.get(study.slice_request(point))
         asked = point.network["plan"].get("evidence")
-        row = {"SP": sp, "network": name(point), **statistics.sizes(study, point)}
+        row = {"SP": sp, "network": point.name, **statistics.sizes(study, point)}
         row["of dense (%)"] = 100 * study.size(point) / sliced.value["parameters_dense"]
         row["evidence (s)"] = asked and study.get(Request(**asked)).seconds
         row["slicing (s)"] = sliced.seconds
@@ -123,7 +118,7 @@ def speed_table(study: Study) -> pd.DataFrame:
                 for step in efficiency.STEPS:
                     measured, counted = efficiency.gains(value, step)
                     speed |= {f"{step} (x)": measured, f"{step}, counted (x)": counted}
-            rows += [{"SP": sp, "network": name(point), **speed}] if speed else []
+            rows += [{"SP": sp, "network": point.name, **speed}] if speed else []
     return pd.DataFrame(rows)
 
 
@@ -181,7 +176,7 @@ def _size_prose(study: Study, sp: float) -> str:
         found.append(("accuracy", change, "points"))
     by_text = [_changes(study, rungs, text) for text in texts]
     helps = {
-        name(point): all(of[point.label][0].direction == "lower" for of in by_text)
+        point.name: all(of[point.label][0].direction == "lower" for of in by_text)
         for point in rungs[1:]
     }
     return style.say(
@@ -271,7 +266,7 @@ def plain_table(study: Study) -> pd.DataFrame:
         published, *ordinary = study.beyond.plain(sp) or [None]
         for point in (published, *ordinary) if published else ():
             widths = study.get(study.slice_request(point)).value["widths"]
-            row = {"SP": sp, "text": text, "network": name(point)}
+            row = {"SP": sp, "text": text, "network": point.name}
             row |= {"mean width": np.mean(widths), statistics.SIZE: study.size(point) / 1e6}
             row |= {"perplexity": study.perplexity(point, text)}
             pair = None if point is published else (point, published)
@@ -294,7 +289,7 @@ def variant_table(study: Study) -> pd.DataFrame:
     reference, rows = rung(rungs, SLICEGPT), []
     for point in [*rungs, *study.beyond.variants(sp)]:
         varied = None if point in rungs else _varied(point, rungs)
-        row = {"network": name(point), "varies": name(varied) if varied else "-"}
+        row = {"network": point.name, "varies": varied.name if varied else "-"}
         row |= statistics.sizes(study, point)
         value = study.get(study.selection_request(point)).value
         row["validation perplexity"] = value["perplexity"]
@@ -318,13 +313,13 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     if table.empty:
         return style.NONE
     *_, (sp, rungs) = ladders(study).items()
-    tuned = [name(point) for point in rungs if "recovery" in point.network]
+    tuned = [point.name for point in rungs if "recovery" in point.network]
     ranked = table[~table["network"].isin(tuned)].sort_values("validation perplexity")
     best, recipe = ranked.iloc[0], ranked[ranked["network"] == BEST_RECIPE].iloc[0]
     ours = style.say("choice_ours" if best.equals(recipe) else "choice_other", recipe=recipe)
     lines = [style.say("choice", count=len(ranked), share=percent(sp), best=best, ours=ours)]
     variants = table[table["varies"] != "-"]
-    shuffled = [name(p) for p in study.beyond.variants(sp) if p.schedule == "shuffled"]
+    shuffled = [p.name for p in study.beyond.variants(sp) if p.schedule == "shuffled"]
     orders = variants[variants["network"].isin(shuffled)]
     for said, rows in (("variants", variants), ("orders", orders)):
         if len(rows):
@@ -356,7 +351,7 @@ def widths_figure(study: Study) -> plt.Figure | None:
         pairs = np.column_stack((attention, value["widths"])).ravel()
         line, colour = next(looks)
         at = np.arange(len(pairs)) / 2
-        axis.step(at, pairs, line, where="mid", color=colour, label=name(point))
+        axis.step(at, pairs, line, where="mid", color=colour, label=point.name)
     layers, asked = len(value["widths"]), study.profile.beyond_basis_layers
     for layer in np.cumsum(basis_groups(1, layers, asked, study.lr()))[:-1]:
         axis.axvline(layer - 0.25, color="0.6", linewidth=0.8, zorder=0)

@@ -9,7 +9,7 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
 from dynslice.report import across as models
-from dynslice.report import claims, efficiency, equal_size, statistics, style
+from dynslice.report import alternatives, claims, efficiency, equal_size, statistics, style
 from dynslice.report.statistics import BASES, Estimate
 
 REDUNDANT = 0.9  # LR above which a layer hardly turns the stream
@@ -123,4 +123,10 @@ def across(compared: Across) -> str:
     """Of notebook 08: on which models each claim is supported."""
     compared.ensure()
     told = models.claims_prose(compared)
+    return _said(line.removeprefix("- ") for line in told.splitlines())
+
+
+def instead(study: Study) -> str:
+    """Of notebook 09: what beats slicing at equal bytes, and what does not."""
+    told = alternatives.prose(study, alternatives.alternatives_table(study))
     return _said(line.removeprefix("- ") for line in told.splitlines())

@@ -1,0 +1,227 @@
+"""Notebook 09: slicing and what a user would pick instead, by perplexity and stored bytes."""
+
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from dynslice.evaluate.task_table import chance
+from dynslice.experiment.alternatives import INT4, INT8, RECIPE
+from dynslice.experiment.equal_size import SLICEGPT
+from dynslice.experiment.profile import percent
+from dynslice.experiment.requests import DENSE, Point
+from dynslice.experiment.study import Study
+from dynslice.report import efficiency, statistics, style
+from dynslice.report.statistics import PERPLEXITY, columns, of_row
+
+STORED = "stored (MB)"  # weights that are not rounded count 16 bits each
+OWN = "its own"  # the size of what has no other network to be equal to
+FORMS = {  # of the figure: what a name starts with, its mark, and how it is called there
+    SLICEGPT: ("o", "SliceGPT"),
+    f"{RECIPE}, int8": ("h", "best recipe, int8"),
+    f"{RECIPE} and": ("P", "best recipe, fewer neurons"),
+    RECIPE: ("D", "best recipe"),
+    "fewer layers": ("s", "fewer layers"),
+    "fewer neurons": ("^", "fewer neurons"),
+    "int": ("v", "fewer bits"),
+    "half": ("v", "fewer bits"),
+}
+
+
+def stored_bytes(study: Study, point: Point) -> int:
+    """What a network stores, weights that are not rounded at 16 bits each."""
+    value = study.get(study.slice_request(point)).value
+    return value.get("bytes", 2 * value["parameters"])
+
+
+def compared(study: Study) -> list[tuple[str, list[Point]]]:
+    """The networks by the size that they share, SliceGPT first; of LoRA the rate that won."""
+    found = [(OWN, [DENSE])]
+    for sp in study.instead.sizes:
+        tuned = [_best(study, rates) for rates in study.instead.recovered(sp)]
+        found.append((f"SP {percent(sp)}", [*study.instead.at_size(sp), *tuned]))
+    return [*found, (OWN, [*study.instead.rounded(), *study.instead.sliced_and_rounded()])]
+
+
+def _best(study: Study, points: list[Point]) -> Point:
+    """The network of lowest perplexity on validation windows; the first where there are none."""
+    if study.profile.selection_windows is None:
+        return points[0]
+    return min(points, key=lambda p: study.get(study.selection_request(p)).value["perplexity"])
+
+
+def alternatives_table(study: Study) -> pd.DataFrame:
+    """A row for each network: bytes, perplexity by text, accuracy, and the seconds of making it.
+
+    The changes of perplexity are from SliceGPT of the same size, paired by window.
+    """
+    if not study.instead.sizes:
+        return pd.DataFrame()
+    study.ensure(study.instead.requests())
+    rows = []
+    for size, points in compared(study):
+        reference = None if size == OWN else points[0]
+        rows += [_row(study, size, point, reference) for point in points]
+    return pd.DataFrame(rows)
+
+
+def _row(study: Study, size: str, point: Point, reference: Point | None) -> dict:
+    row = {"size of": size, "network": point.name, STORED: stored_bytes(study, point) / 1e6}
+    for text in study.profile.eval_texts:
+        row[f"perplexity, {text}"] = study.perplexity(point, text)
+    for text in study.profile.eval_texts:
+        change = None
+        if reference not in (None, point):
+            change = statistics.perplexity_change(study, point, reference, text)
+        row |= columns(change, f"{PERPLEXITY}, {text}", f"{{}}, {text}")
+    tasks = statistics.choice_tasks(study)
+    if has_tasks := bool(tasks) and point in study.instead.tasked():
+        row["accuracy (%)"] = statistics.accuracy(study, point, tasks)
+    row |= {} if has_tasks else {"accuracy (%)": None}
+    made = point is not DENSE and study.get(study.slice_request(point)).seconds
+    return {**row, "chance (%)": chance(tasks) if tasks else None, "made in (s)": made or None}
+
+
+def speed_table(study: Study) -> pd.DataFrame:
+    """How many times as fast as the dense model the finalists are, measured and counted."""
+    rows = []
+    for point in (p for sp in study.instead.sizes for p in study.instead.finalists(sp)):
+        for request in study.beyond.speed_requests(point):  # one, or none
+            value, row = study.get(request).value, {"network": point.name}
+            for step in efficiency.STEPS:
+                measured, counted = efficiency.gains(value, step)
+                row |= {f"{step} (x)": measured, f"{step}, counted (x)": counted}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def front(table: pd.DataFrame, measured: str) -> pd.DataFrame:
+    """The networks that none of fewer bytes is at least as good as, the smallest first."""
+    ordered = table.sort_values([STORED, measured])
+    return ordered[ordered[measured] < ordered[measured].cummin().shift(fill_value=float("inf"))]
+
+
+def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
+    """Perplexity against stored bytes, a panel per text, with the Pareto front; dense is a star."""
+    if table.empty:
+        return None
+    measured = [c for c in table if c.startswith("perplexity, ")]
+    size = {"height": 3.1, "squeeze": False, "sharex": True}
+    figure, axes = style.panels(1, len(measured), **size)
+    for axis, of in zip(axes[0], measured, strict=True):
+        best = front(table, of)
+        axis.step(best[STORED], best[of], "-", where="post", color="0.7", label="Pareto front")
+        for look, (start, (mark, label)) in enumerate(FORMS.items()):
+            rows = table[[_form(network) == start for network in table["network"]]]
+            for tuned, here in rows.groupby(rows["network"].str.contains("LoRA")):
+                face = f"C{look}" if tuned else "w"
+                is_first = label not in axis.get_legend_handles_labels()[1] and not tuned
+                axis.plot(
+                    here[STORED],
+                    here[of],
+                    mark,
+                    color=f"C{look}",
+                    markerfacecolor=face,
+                    markersize=5,
+                    label=label if is_first else None,
+                )
+        dense = table[table["network"] == DENSE.schedule]
+        axis.plot(dense[STORED], dense[of], "k*", markersize=9, label="dense")
+        axis.set(yscale="log", xlabel=STORED, ylabel=of)
+        style.log_ticks(axis.yaxis, 1, 2, 3, 5, 7)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4)
+    return figure
+
+
+def _form(network: str) -> str | None:
+    return next((start for start in FORMS if network.startswith(start)), None)
+
+
+# In sentences
+
+
+def prose(study: Study, table: pd.DataFrame) -> str:
+    """When slicing is the right choice, in sentences made from the table (Markdown)."""
+    if table.empty:
+        return style.NONE
+    lines = [_at_size(study, table, sp) for sp in study.instead.sizes]
+    if tuned := _tuned(study, table):
+        lines.append(tuned)
+    if study.instead.rounded():
+        lines += [_bits(study), _slice_and_bits(study)]
+    return "\n".join(f"- {line}" for line in filter(None, lines))
+
+
+def _at_size(study: Study, table: pd.DataFrame, sp: float) -> str:
+    """What beats SliceGPT at one size on every text, and what does not, before fine-tuning."""
+    rows = table[(table["size of"] == f"SP {percent(sp)}") & (table["network"] != SLICEGPT)]
+    rows = rows[~rows["network"].str.contains("LoRA")]
+    better, others = [], []
+    for row in rows.to_dict("records"):
+        of_texts = [_change(row, text) for text in study.profile.eval_texts]
+        is_better = all(change.direction == "lower" for change in of_texts)
+        told = ", ".join(change.format("%") for change in of_texts)
+        (better if is_better else others).append(f"{row['network']} ({told})")
+    return style.say(
+        "instead_size",
+        share=percent(sp),
+        texts=" and ".join(study.profile.eval_texts),
+        better=_listed(better),
+        others=_listed(others),
+    )
+
+
+def _change(row: dict, text: str) -> statistics.Estimate:
+    return of_row(row, f"{PERPLEXITY}, {text}", f"{{}}, {text}")
+
+
+def _tuned(study: Study, table: pd.DataFrame) -> str:
+    rows, text = table[table["network"].str.contains("LoRA")], study.profile.eval_texts[0]
+    if rows.empty:
+        return ""
+    told = [f"{row['network']} {row[f'perplexity, {text}']:.1f}" for row in rows.to_dict("records")]
+    p = study.profile
+    tokens = p.recovery_steps * p.recovery_window
+    return style.say("instead_tuned", text=text, tokens=tokens, levels=_listed(told))
+
+
+def _bits(study: Study) -> str:
+    """The dense model at fewer bits, next to the smallest recipe."""
+    text = study.profile.eval_texts[0]
+    int8, int4, *mixed = study.instead.rounded()
+    networks = {"int8": int8, "int4": int4, "dense": DENSE}
+    networks["recipe"] = study.beyond.recipe(max(study.instead.sizes))
+    values = {
+        key: {"MB": stored_bytes(study, point) / 1e6, "ppl": study.perplexity(point, text)}
+        for key, point in networks.items()
+    }
+    told = _listed(f"{point.name} {study.perplexity(point, text):.1f}" for point in mixed)
+    return style.say("instead_bits", text=text, mixed=told, **values)
+
+
+def _slice_and_bits(study: Study) -> str:
+    """The largest slice at 8 bits that stores no more than the dense model at 4."""
+    _int8, int4, *_ = study.instead.rounded()
+    most, text = stored_bytes(study, int4), study.profile.eval_texts[0]
+    sizes = {stored_bytes(study, p): p for p in study.instead.sliced_and_rounded()}
+    fitting = [size for size in sizes if size <= most]
+    if not fitting:
+        return ""
+    both = sizes[max(fitting)]
+    change = statistics.perplexity_change(study, both, int4, text)
+    return style.say(
+        "instead_both",
+        share=percent(both.slice_percentage),
+        text=text,
+        both=study.perplexity(both, text),
+        int4=study.perplexity(int4, text),
+        MB=max(fitting) / 1e6,
+        MB4=most / 1e6,
+        change=change.format("%"),
+        says=change.direction,
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "; ".join(names) or "none"
