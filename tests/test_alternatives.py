@@ -1,16 +1,22 @@
-"""What a user would pick instead of slicing: fewer layers, fewer neurons."""
+"""What a user would pick instead of slicing: fewer layers, fewer neurons, fewer bits."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import TIED, TINY, decoder, write_of_the_last_block
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dynslice.core.errors import RequestError
-from dynslice.extensions import layers, neurons
+from dynslice.evaluate.perplexity import perplexity
+from dynslice.extensions import bits, layers, neurons, schedules
+from dynslice.extensions.alternatives import METHODS, smaller
 from dynslice.extensions.compensation import Compensation
-from dynslice.inputs.checkpoints import write
 from dynslice.inputs import models
+from dynslice.inputs.checkpoints import write
+from dynslice.inputs.windows import token_windows
+from dynslice.method.plan import final_slices
 from dynslice.method.redundancy import layer_redundancy
+from dynslice.method.scores import normalise
 
 
 def logits(model, tokens):
@@ -40,44 +46,38 @@ def test_a_dropped_layer_is_one_that_does_not_run(name, tokens):
     assert torch.equal(logits(fewer, tokens), logits(model, tokens))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "phi"])
-def test_a_span_that_is_linear_in_what_is_written_is_given_back(name, tokens):
-    """A layer whose blocks add a multiple of what the layer before wrote is no loss."""
-    torch.manual_seed(0)
+class _Linear(torch.nn.Module):
+    """Adds a linear function of the first coordinates of the stream."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.map = torch.nn.Parameter(torch.randn(8, hidden_size, generator=generator) / 4)
+
+    def forward(self, x):
+        return x[..., :8] @ self.map
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_a_span_that_is_linear_in_what_was_written_is_given_back(name, tokens):
+    """Layer 1 adds a linear function of what the MLP before it alone writes."""
     model = TINY[name]()
-    first = decoder(model).layers[0]
-    more = torch.randn(6, 64) * 0.1
-    wanted = {}
-
-    def doubled(_layer, args, output):
-        x = args[0] if args else None
-        wanted["x"] = output
-        return output
-
-    handle = first.register_forward_hook(doubled)
-    logits(model, tokens)
-    handle.remove()
-    del more
-    # Layer 1 writes nothing, so that it is the identity: dropping it loses nothing to give back.
-    for parameter_name, parameter in decoder(model).layers[1].named_parameters():
-        if any(parameter_name.startswith(w) for w in ("self_attn.o", "self_attn.dense")) or (
-            parameter is write_of_the_last_block(decoder(model).layers[1]).weight
-        ):
-            parameter.data.zero_()
-        if parameter_name.endswith(("out_proj.bias", "fc2.bias", "dense.bias")):
-            parameter.data.zero_()
-    for compensation in (None, Compensation(ridge=1e-3)):
-        fewer = layers.drop_layers(model, [1], tokens, compensation)
-        torch.testing.assert_close(
-            logits(fewer, tokens), logits(model, tokens), atol=1e-3, rtol=1e-3
-        )
+    first, span, _ = decoder(model).layers
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, :8] = 0
+        first.self_attn.o_proj.weight[:8] = 0
+        span.self_attn.o_proj.weight.zero_()
+    span.post_attention_layernorm = torch.nn.Identity()
+    span.mlp = _Linear(model.config.hidden_size)
+    wanted = logits(model, tokens)
+    without = layers.drop_layers(model, [1])
+    assert (logits(without, tokens) - wanted).abs().max() > 0.1
+    mapped = layers.drop_layers(model, [1], tokens, Compensation(ridge=1e-6))
+    torch.testing.assert_close(logits(mapped, tokens), wanted, atol=2e-3, rtol=1e-2)
 
 
 def test_the_map_brings_the_stream_nearer_to_the_dense_one(smollm2):
     model, tokenizer = smollm2
-    from dynslice.evaluate.perplexity import perplexity
-    from dynslice.inputs.windows import token_windows
-
     calibration = token_windows("sotu", "train", tokenizer, 256, 8, seed=1)
     held_out = token_windows("sotu", "test", tokenizer, 256, 4, seed=1)
     dropped = layers.highest(layer_redundancy(model, calibration).lr, 3)
@@ -160,3 +160,130 @@ def test_what_is_left_is_an_ordinary_checkpoint(name, tokens, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert type(loaded) is type(model)
         torch.testing.assert_close(logits(loaded, tokens), logits(network, tokens))
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_is_kept_and_nearly_used(method, name, tokens):
+    model = TINY[name]()
+    stored = sum(p.numel() for p in model.parameters())
+    budget = round(0.8 * stored)
+    made = smaller(model, tokens, budget, method)
+    left = sum(p.numel() for p in made.model.parameters())
+    one = (stored - left) / (len(made.dropped_layers) or 1)  # a layer, or at most 8 neurons each
+    unit = one if method == "layers" else 0.1 * stored
+    assert budget - unit < left <= budget
+    assert type(made.model) is type(model)
+
+
+def test_a_budget_that_nothing_keeps_is_refused(tokens):
+    for method in METHODS:
+        with pytest.raises(RequestError, match="give a larger size"):
+            smaller(TINY["llama"](), tokens, 100, method)
+    with pytest.raises(RequestError, match="'experts' is unknown; there are layers, neurons"):
+        smaller(TINY["llama"](), tokens, 100, "experts")
+
+
+# Fewer bits
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_sixteen_bits_change_nothing(name, tokens):
+    model = TINY[name]()
+    wanted = logits(model, tokens)
+    unpacked = bits.quantize(model, [bits.WHOLE] * 3).unpacked(model)
+    assert torch.equal(logits(unpacked, tokens), wanted)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_each_weight_is_the_nearest_of_its_values(name):
+    """At 8 bits one scale serves an output, at 4 bits the inputs of a group."""
+    model = TINY[name]()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rounded = bits.quantize(model, [4, 8, 16]).unpacked(model)
+    for key, weight in rounded.state_dict().items():
+        off = (weight - before[key]).abs()
+        is_map = weight.ndim == 2 and ".layers." in key
+        if not is_map or ".layers.2." in key:
+            assert off.max() == 0, key
+            continue
+        steps = 7.5 if ".layers.0." in key else 127.5
+        assert 0 < (off / before[key].abs().amax(1, keepdim=True)).max() <= 0.5001 / steps, key
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("each", [[8, 8], [4, 4], [4, 8]])
+def test_bytes_that_are_counted_lie_on_disk(each, tmp_path):
+    """And transformers loads the directory to the same logits, without code of ours."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=512,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    tokens = torch.randint(512, (2, 32))
+    packed = bits.quantize(model, each)
+    counted = packed.bytes
+    packed.save(models.load_tokenizer("embedded:tiny-random"), tmp_path)
+    on_disk = (tmp_path / "model.safetensors").stat().st_size
+    assert on_disk == pytest.approx(counted, rel=0.01)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    rounded = packed.unpacked(model)
+    torch.testing.assert_close(logits(loaded, tokens), logits(rounded, tokens), atol=0.02, rtol=0)
+    for key, weight in rounded.state_dict().items():  # which the first pass unpacked
+        assert torch.equal(weight, loaded.state_dict()[key]), key
+
+
+def test_bits_of_another_model_are_refused():
+    with pytest.raises(RequestError, match="none of 3 layers; give 4, 8, 16 for each"):
+        bits.quantize(TINY["llama"](), [4, 4])
+    with pytest.raises(RequestError, match="none of 3 layers"):
+        bits.quantize(TINY["llama"](), [3, 4, 4])
+
+
+def test_the_layers_of_highest_score_get_fewer_bits():
+    assert bits.bits_by_score([0.1, 0.9, 0.5, 0.8], 0.5) == [8, 4, 8, 4]
+    assert bits.bits_by_score([0.1, 0.9], 0.0) == [8, 8]
+
+
+def test_a_layer_that_changes_nothing_says_the_same_tokens(tokens):
+    model = TINY["llama"]()
+    idle = decoder(model).layers[1]
+    idle.self_attn.o_proj.weight.data.zero_()
+    idle.mlp.down_proj.weight.data.zero_()
+    overlap = bits.token_overlap(model, tokens)
+    assert overlap[1] == 1.0
+    assert all(0 <= other < 1 for other in (overlap[0], overlap[2]))
+
+
+# Widths by a softmax of LR
+
+LR = [0.2, 0.95, 0.9, 0.8, 0.97]
+
+
+def test_entropic_slices_keep_their_mean_and_follow_lr():
+    for base in (0.0, 0.1):
+        slices = schedules.entropic_slices(LR, 0.3, base, 0.99)
+        assert np.mean(slices) == pytest.approx(0.3)
+        assert np.array_equal(np.argsort(slices), np.argsort(LR))
+
+
+def test_at_a_high_temperature_all_slices_are_alike():
+    """SB towards SP is eps towards infinity: constant slicing."""
+    assert schedules.entropic_slices(LR, 0.3, 0.3, 0.99) == (0.3,) * 5
+    near = schedules.entropic_slices(LR, 0.3, 0.3 - 1e-6, 0.99)
+    np.testing.assert_allclose(near, 0.3, atol=1e-5)
+
+
+def test_the_papers_rule_is_the_first_order_of_the_entropic_one():
+    """Near SB = SP both differ from constant by the same, but for the square of the distance."""
+    for step in (1e-2, 1e-3, 1e-4):
+        soft = schedules.entropic_slices(LR, 0.3, 0.3 - step, 0.99)
+        linear = final_slices(normalise(LR), 0.3, 0.3 - step, 0.99)
+        assert np.abs(np.subtract(soft, linear)).max() < 20 * step**2
+        assert np.abs(np.subtract(linear, 0.3)).max() > step / 2

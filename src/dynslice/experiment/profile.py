@@ -192,7 +192,7 @@ class Profile(BaseModel):
         return self
 
     def _check_alternatives(self) -> None:
-        """What is picked instead of slicing is compared with the ladder, by a dense model at hand."""
+        """What is picked instead needs the ladder to be compared with, and the dense model."""
         sizes = self.instead_slice_percentages
         if strange := {*sizes} - {*self.beyond_slice_percentages}:
             raise ValueError(

@@ -6,9 +6,10 @@ head, norms and shortcuts keep their dtype, as is usual. transformers and vLLM l
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors import ModelCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -17,8 +18,9 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.utils import get_direct_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import batches, evaluating
@@ -42,14 +44,20 @@ class Packed:
         kept = {t.data_ptr(): t for t in self.model.state_dict().values()}.values()
         return sum(t.numel() * (2 if t.is_floating_point() else t.itemsize) for t in kept)
 
+    def save(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Write weights, config and tokenizer into a folder that is there."""
+        self.model.save_pretrained(folder)
+        self.compressor.update_config(folder)
+        tokenizer.save_pretrained(folder)
+
     def unpacked(self, model: PreTrainedModel) -> PreTrainedModel:
         """`model`, from which this was made, with the rounded weights in its own dtype."""
-        self.compressor.decompress_model(self.model)
-        rounded = dict(self.model.named_parameters())
         made = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, weight in made.named_parameters():
-                weight.copy_(rounded[name])
+        for name, module in self.model.named_modules():
+            if scheme := getattr(module, "quantization_scheme", None):
+                packed = get_direct_state_dict(module)
+                weight = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+                made.get_submodule(name).weight.data.copy_(weight)
         return made
 
 

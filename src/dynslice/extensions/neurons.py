@@ -60,9 +60,9 @@ def drop_neurons(
                     x.update(lambda stream, here=here: stream + here(stream))
                     continue
                 [branch] = branches
-                narrower = _narrower_mlp(x, here, branch, count, ridge)
+                fewer = _narrower_mlp(x, here, branch, count, ridge)
                 prefix = f"{family.layers}.{i}."
-                weights |= {f"{prefix}{name}": weight for name, weight in narrower.items()}
+                weights |= {f"{prefix}{name}": weight for name, weight in fewer.items()}
     config = narrower(model.config, share)
     made = without_storage(lambda: type(model)(config))
     made.load_state_dict(weights, assign=True)

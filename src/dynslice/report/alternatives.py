@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from dynslice.evaluate.task_table import chance
-from dynslice.experiment.alternatives import INT4, INT8, RECIPE
+from dynslice.experiment.alternatives import RECIPE
 from dynslice.experiment.equal_size import SLICEGPT
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Point
@@ -24,7 +24,7 @@ FORMS = {  # of the figure: what a name starts with, its mark, and how it is cal
     "fewer layers": ("s", "fewer layers"),
     "fewer neurons": ("^", "fewer neurons"),
     "int": ("v", "fewer bits"),
-    "half": ("v", "fewer bits"),
+    "half": ("<", "bits by layer"),
 }
 
 
@@ -161,7 +161,7 @@ def _at_size(study: Study, table: pd.DataFrame, sp: float) -> str:
     for row in rows.to_dict("records"):
         of_texts = [_change(row, text) for text in study.profile.eval_texts]
         is_better = all(change.direction == "lower" for change in of_texts)
-        told = ", ".join(change.format("%") for change in of_texts)
+        told = ", ".join(f"{change.estimate:+.1f} %" for change in of_texts)
         (better if is_better else others).append(f"{row['network']} ({told})")
     return style.say(
         "instead_size",
