@@ -1,4 +1,4 @@
-"""The model card of a slice: what it is, how it was made, and how to load it."""
+"""The model card of what was made: what it is, how it was made, and how to load it."""
 
 from pathlib import Path
 
@@ -14,51 +14,73 @@ Layer Redundancy* (Dumitru et al., Findings of EMNLP 2024, arXiv 2411.03513) and
 
 
 def model_card(recipe: dict, base: str, revision: str | None) -> str:
-    """The README.md of a slice, with the metadata that the hub reads.
+    """The README.md of a slice; recipe: what `slice.json` holds, base: as the command named it."""
+    how = (
+        "The residual stream of the base model was rotated and cut to fewer dimensions. "
+        "`plan.json` holds the width of each layer, `slice.json` how the slice was made, with the "
+        "hashes of what was sliced."
+    )
+    shown = {
+        "with embedding and head apart": f"{recipe['parameters_untied']:,}",
+        "recipe": f"{recipe['recipe']}, schedule {recipe['schedule']}",
+        "compensation": "yes" if recipe["compensation"] else "no",
+        "fine-tuning": f"{recipe['recovery']['steps']} steps" if recipe["recovery"] else "none",
+    }
+    has_code = not recipe["layout"]["plain"]
+    return card("sliced", how, shown, recipe, base, revision, has_code)
 
-    recipe: what `slice.json` holds. base: the model that was sliced, as the command named it.
+
+def card(
+    done: str,
+    how: str,
+    shown: dict[str, str],
+    recipe: dict,
+    base: str,
+    revision: str | None,
+    has_code: bool = False,
+) -> str:
+    """The README.md of a model that was made smaller, with the metadata that the hub reads.
+
+    done: in a word; how: in sentences; shown: rows of the table besides those that all have;
+    recipe: what is saved of how it was made. base: the model that it comes from, as the command
+    named it. has_code: whether the directory brings a modelling file.
     """
     name, licence = recipe["model"], _licence(base, revision)
-    is_plain = recipe["layout"]["plain"]
     data = ModelCardData(
         base_model=base if is_remote(base) else None,
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["dynslice", "sliced", "compression"],
+        tags=["dynslice", done, "compression"],
     )
-    code = "" if is_plain else ", trust_remote_code=True"
+    code = ", trust_remote_code=True" if has_code else ""
     why = (
-        "It is a model of the library's own class."
-        if is_plain
-        else "Its modelling file comes with it (`trust_remote_code`)."
+        "Its modelling file comes with it (`trust_remote_code`)."
+        if has_code
+        else "It is a model of the library's own class."
     )
-    shown = {
+    read = f"{recipe['windows']} windows of {recipe['window']} tokens"
+    rows = {
         "base model": f"{name} (revision {recipe['revision'] or 'none'})",
         "licence": f"that of the base model: {licence or 'not stated there'}",
         "stored parameters": f"{recipe['parameters']:,} (dense {recipe['parameters_dense']:,})",
-        "with embedding and head apart": f"{recipe['parameters_untied']:,}",
-        "recipe": f"{recipe['recipe']}, schedule {recipe['schedule']}",
-        "compensation": "yes" if recipe["compensation"] else "no",
-        "fine-tuning": f"{recipe['recovery']['steps']} steps" if recipe["recovery"] else "none",
-        "calibration": f"{recipe['calibration']}, {recipe['windows']} windows of "
-        f"{recipe['window']} tokens",
+        **shown,
+        "calibration": f"{recipe['calibration']}, {read}" if recipe["calibration"] else "none",
         "saved in": recipe["dtype"],
         "perplexity": "not measured yet; `dynslice ppl --model DIR --text TEXT` does that",
     }
-    rows = "\n".join(f"| {what} | {said} |" for what, said in shown.items())
+    table = "\n".join(f"| {what} | {said} |" for what, said in rows.items())
     return f"""---
 {data.to_yaml()}
 ---
 
-# {Path(name).name}, sliced
+# {Path(name).name}, {done}
 
-The residual stream of the base model was rotated and cut to fewer dimensions. `plan.json` holds the
-width of each layer, `slice.json` how the slice was made, with the hashes of what was sliced.
+{how}
 
 | | |
 |---|---|
-{rows}
+{table}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

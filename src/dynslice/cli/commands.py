@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from dynslice.cli import common
+from dynslice.cli.alternatives import drop_layers_command, quantize_command
 from dynslice.cli.common import check_output, dims, given, is_sampled, loaded, placed, windows_of
 from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
@@ -355,9 +356,16 @@ def _number(value: float | None) -> str:
 
 
 _RUNS = (assets_command, lr_command, plan_command, slice_command, sensitivity_command)
-_RUNS += (search_command, ppl_command, tasks_command, bench_command)
+_RUNS += (
+    drop_layers_command,
+    quantize_command,
+    search_command,
+    ppl_command,
+    tasks_command,
+    bench_command,
+)
 _RUNS += (reproduce_command, record_command)
-COMMANDS = {run.__name__.removesuffix("_command"): run for run in _RUNS}
+COMMANDS = {run.__name__.removesuffix("_command").replace("_", "-"): run for run in _RUNS}
 
 if __name__ == "__main__":
     sys.exit(main())

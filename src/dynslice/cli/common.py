@@ -46,12 +46,27 @@ def saved_dtype(options) -> Any:
     return models.load_config(options.model, options.revision).dtype or computed
 
 
-def dims(options, dense_for: str | None = None) -> ModelDims:
-    """The shape of the model, by its config alone; dense_for: see `loaded`."""
+def config_of(options, whole: bool = False) -> Any:
+    """The config of the model, without the neurons that go first; whole: with all of them."""
     from dynslice.inputs import models
+
+    config, share = models.load_config(options.model, options.revision), None
+    if not whole:
+        share = getattr(options, "mlp_neurons", None)
+    if share is None:
+        return config
+    from dynslice.extensions.neurons import narrower
+    from dynslice.method.architectures import require_dense
+
+    require_dense(config, "dropping neurons")
+    return narrower(config, share)
+
+
+def dims(options, dense_for: str | None = None, whole: bool = False) -> ModelDims:
+    """The shape of the model, by its config alone; dense_for: see `loaded`, whole: `config_of`."""
     from dynslice.method.architectures import dims_of, require_dense
 
-    config = models.load_config(options.model, options.revision)
+    config = config_of(options, whole)
     if dense_for:
         require_dense(config, dense_for)
     return dims_of(config)
@@ -106,6 +121,32 @@ def check_output(options) -> None:
         )
     if place.exists() and not place.is_file():
         raise RequestError(f"output {path!r} is a folder or device; name a file")
+
+
+def new_directory(options) -> Path:
+    """Where --out is to be made. Raises RequestError where something is there."""
+    out = Path(options.out).resolve()
+    if out.exists():
+        raise RequestError(f"output {options.out!r} exists already; name a new directory")
+    check_output(options)
+    return out
+
+
+def recipe_of(options, result: dict) -> dict:
+    """How something was made, which is saved with it: no places of this machine, only names."""
+    names = given(options, "model", "calibration").items()
+    recipe = {key: Path(x).name if x and Path(x).exists() else x for key, x in names}
+    recipe |= given(options, "revision", "seed", "bos") | result
+    del recipe["out"]
+    return recipe
+
+
+def hashes(options) -> dict[str, str]:
+    """The SHA-256 of each file of weights of the model."""
+    from dynslice.inputs.models import weights_folder
+
+    folder = weights_folder(options.model, options.revision)
+    return {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def write_json(path: str | Path | None, values: dict) -> None:

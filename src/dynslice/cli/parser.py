@@ -60,6 +60,7 @@ _TYPES = {
     "size": _size,
     "layers": lambda text: text if text == "all" else _at_least(1, text),
     "positive": partial(_at_least, 1),
+    "count": partial(_at_least, 0),
     "window": partial(_at_least, 2),
     "windows": lambda text: None if text == "all" else _at_least(1, text),
     "seed": partial(_at_least, 0, below=2**32),  # what every random generator takes

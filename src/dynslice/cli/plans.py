@@ -132,6 +132,13 @@ def _round_to(options, shape: ModelDims) -> int:
     return math.lcm(shape.heads or 1, options.round_to or 1)
 
 
+def asked_parameters(options, shape: ModelDims) -> float:
+    """What --size means in stored parameters, of a dense model of that shape."""
+    number, unit = _SIZE.fullmatch(options.size.upper()).groups()
+    size = float(number) * (10 ** _UNITS[unit] if unit else shape.dense_parameters)
+    return size / saved_dtype(options).itemsize if len(unit) == 2 else size
+
+
 _SIZE = re.compile(r"([0-9.]+)\s*([A-Z]*)")
 _UNITS = {"K": 3, "M": 6, "B": 9, "KB": 3, "MB": 6, "GB": 9}  # powers of ten
 
@@ -148,10 +155,8 @@ def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
             budget_of(shape, options.slice_percentage, round_to, layout),
         )
     else:
-        flag, (number, unit) = "size", _SIZE.fullmatch(options.size.upper()).groups()
-        size = float(number) * (10 ** _UNITS[unit] if unit else shape.dense_parameters)
-        if len(unit) == 2:
-            size /= saved_dtype(options).itemsize
+        whole = dims(options, whole=True) if options.model else shape
+        flag, size = "size", asked_parameters(options, whole)
     least, most = size_range(shape, round_to, layout)
     if not least <= size < most:
         raise RequestError(

@@ -1,12 +1,11 @@
 """`dynslice slice`: a model, a calibration text and widths, to a saved slice."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from dynslice.cli import common
-from dynslice.cli.plans import AMOUNTS, apply_recipe, measures_lr, plan_of, refuse_next_to
-from dynslice.core import files
+from dynslice.cli.alternatives import drop_neurons
+from dynslice.cli.plans import AMOUNTS, apply_recipe, is_given, measures_lr, plan_of, refuse_next_to
 from dynslice.core.errors import RequestError
 
 
@@ -17,12 +16,13 @@ def slice_command(options) -> tuple[dict, list[str]]:
     from dynslice.inputs import models, texts
     from dynslice.inputs.checkpoints import saving, write
 
+    if options.mlp_neurons is not None:
+        refuse_next_to(options, "--mlp-neurons", "plan", "stream", said="changes the model first")
+        if not any(is_given(options, name) for name in (*AMOUNTS, "compensate", "recovery_steps")):
+            return drop_neurons(options)
     apply_recipe(options)
     start, recovery = _compensation(options), _recovery(options)
-    out = Path(options.out).resolve()
-    if out.exists():
-        raise RequestError(f"output {options.out!r} exists already; name a new directory")
-    common.check_output(options)
+    out = common.new_directory(options)
     split = texts.checked_split(options.calibration, None, "train")
     plan = _plan(options)
     device, dtype = common.placed(options)
@@ -92,7 +92,6 @@ def _corrections(start) -> str:
 
 def _plan(options) -> Any:
     """The plan; None where LR of the calibration windows decides it, once they are there."""
-    from dynslice.inputs import models
     from dynslice.method.architectures import check_plan
     from dynslice.method.plan import SlicePlan
 
@@ -101,7 +100,7 @@ def _plan(options) -> Any:
     elif measures_lr(options):
         return None
     plan = SlicePlan.read(options.plan) if options.plan else plan_of(options)
-    check_plan(models.load_config(options.model, options.revision), plan)
+    check_plan(common.config_of(options), plan)
     return plan
 
 
@@ -111,6 +110,10 @@ def _sliced(options, windows, plan, start, recovery, dtypes) -> Any:
     from dynslice.method.slicing import slice_model
 
     model, _ = common.loaded(options, dense_for="slicing")
+    if options.mlp_neurons is not None:
+        from dynslice.extensions.neurons import drop_neurons
+
+        model = drop_neurons(model, windows, options.mlp_neurons)
     plan = plan or plan_of(options, layer_redundancy(model, windows).lr)
     sliced = slice_model(model, windows, plan, start, dtypes[0 if recovery else 1])
     if not recovery:
@@ -128,7 +131,8 @@ def _facts(options, sliced) -> dict:
         "out": options.out,
         "parameters": plan.parameters,
         "parameters_untied": plan.untied.parameters,
-        "parameters_dense": plan.shape.dense_parameters,
+        "parameters_dense": common.dims(options, whole=True).dense_parameters,
+        "mlp_neurons_dropped": options.mlp_neurons or 0.0,
         "layout": asdict(plan.layout),
         "mean_slice": plan.mean_slice,
         "window": options.window,
@@ -143,20 +147,7 @@ def _facts(options, sliced) -> dict:
 
 def _recipe(options, result: dict) -> dict:
     """How a slice was made, which is saved with it: no places of this machine, only names."""
-    names = common.given(options, "model", "calibration").items()
-    recipe = {key: Path(x).name if Path(x).exists() else x for key, x in names}
-    recipe |= common.given(options, "revision", "seed", "bos") | result
-    recipe["sliced_sha256"] = _hashes(options)
-    del recipe["out"]
-    return recipe
-
-
-def _hashes(options) -> dict[str, str]:
-    """The SHA-256 of each file of weights that was sliced."""
-    from dynslice.inputs.models import weights_folder
-
-    folder = weights_folder(options.model, options.revision)
-    return {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    return common.recipe_of(options, result) | {"sliced_sha256": common.hashes(options)}
 
 
 def _budget(options, device) -> Any:

@@ -67,6 +67,8 @@ def quantize(model: PreTrainedModel, bits: Sequence[int]) -> Packed:
     At 8 bits each output has a scale, at 4 bits each group of inputs of an output. The model is
     left as it was. Raises RequestError for other numbers of bits or of layers.
     """
+    if getattr(model.config, "quantization_config", None):
+        raise RequestError("the weights of this model are quantised already")
     layers = family_of(model.config).layers
     count = len(model.get_submodule(layers))
     if len(bits) != count or not {*bits} <= {*BITS}:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel as Model
@@ -27,7 +28,7 @@ from dynslice.inputs.checkpoints import (
     weight_files,
 )
 from dynslice.inputs.embedded_models import EMBEDDED
-from dynslice.method.architectures import check_family, is_sliced
+from dynslice.method.architectures import check_family, is_packed, is_sliced
 from dynslice.method.modeling_sliced import SLICED_CLASSES
 from dynslice.method.plan import SlicePlan
 from dynslice.method.slicing import Sliced
@@ -85,6 +86,8 @@ def load(
                 f"({in_one_line(error)}); save the model anew with transformers"
             ) from error
     _check_keys(told, name)
+    if is_packed(config):
+        _unpack(model)
     model = model if spread else model.to(device)
     if model.device.type == "meta":
         raise RequestError(
@@ -95,6 +98,14 @@ def load(
     tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     model.config.tie_word_embeddings = tables[0] is tables[1]  # a config can be wrong
     return model.eval(), tokenizer
+
+
+def _unpack(model: Model) -> None:
+    """Give a model its rounded weights in its own dtype; the library waits for a first pass."""
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            PackedQuantizationCompressor.decompress_module(module, leave_decompressed=False)
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
 
 
 def _check_keys(told: dict, name: str) -> None:

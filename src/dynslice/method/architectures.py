@@ -26,6 +26,13 @@ def is_sliced(config) -> bool:
     return config.model_type.startswith("sliced_")
 
 
+def is_packed(config) -> bool:
+    """Whether a config belongs to weights that compressed-tensors packed, which can be run."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    given = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    return given.get("quant_method") == "compressed-tensors"
+
+
 def check_family(config) -> None:
     """Raise RequestError with the reason when a config can't be sliced exactly."""
     if reason := obstacle(config):
@@ -36,9 +43,11 @@ def check_family(config) -> None:
 
 
 def require_dense(config, what: str) -> None:
-    """Raise RequestError when `config` is that of an already sliced network."""
+    """Raise RequestError when `config` is that of a sliced network, or of packed weights."""
     if is_sliced(config):
         raise RequestError(f"{what} needs a dense model, and this one is sliced already")
+    if is_packed(config):
+        raise RequestError(f"{what} needs plain weights, and those of this model are quantised")
 
 
 def dims_of(config) -> ModelDims:
@@ -168,7 +177,7 @@ def obstacle(config: PretrainedConfig) -> str | None:
     """
     if getattr(config, "num_hidden_layers", 1) < 1:
         return "it has no layers"
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and not is_packed(config):
         return "its weights are quantised, and folding and rotating needs plain ones"
     model_type = config.model_type.removeprefix("sliced_")
     if model_type == "opt":
