@@ -1,5 +1,7 @@
 """What a user would pick instead of slicing: fewer layers, fewer neurons, fewer bits."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -287,3 +289,95 @@ def test_the_papers_rule_is_the_first_order_of_the_entropic_one():
         linear = final_slices(normalise(LR), 0.3, 0.3 - step, 0.99)
         assert np.abs(np.subtract(soft, linear)).max() < 20 * step**2
         assert np.abs(np.subtract(linear, 0.3)).max() > step / 2
+
+
+# The command line
+
+CALIBRATION = ("--calibration", "wikipedia", "--windows", 4, "--window", 64)
+MODEL = ("--model", "embedded:tiny-random")
+STORED = 164_480  # by the dense model
+
+
+@pytest.fixture
+def made(ask, tmp_path):
+    """Runs a command that saves a directory; its JSON, and the loaded model."""
+
+    def run(*arguments, trust=False):
+        out = tmp_path / f"made-{len([*tmp_path.iterdir()])}"
+        status, told, said = ask(*arguments, "--out", out, "--json")
+        assert status == 0, said
+        result = json.loads(told)
+        checkpoint = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=trust)
+        recipe = json.loads((out / ("slice.json" if trust else "made.json")).read_text())
+        assert recipe["parameters"] == result["parameters"]
+        assert "huggingface" not in (out / "README.md").read_text()
+        status, told, said = ask("ppl", "--model", out, "--text", "sotu", "--windows", 2, "--json")
+        assert status == 0, said
+        return result, checkpoint, json.loads(told)["perplexity"]
+
+    return run
+
+
+def test_layers_are_dropped_by_command(made):
+    result, checkpoint, _ = made("drop-layers", *MODEL, *CALIBRATION, "--layers", 1, "--map")
+    assert type(checkpoint).__name__ == "LlamaForCausalLM"
+    assert checkpoint.config.num_hidden_layers == 3
+    assert len(result["dropped_layers"]) == 1
+    assert result["parameters"] == sum(p.numel() for p in checkpoint.parameters()) < STORED
+    small, *_ = made("drop-layers", *MODEL, *CALIBRATION, "--size", 0.6, "--one-by-one")
+    assert small["parameters"] <= 0.6 * STORED < small["parameters"] + 40_000
+
+
+def test_neurons_are_dropped_by_command(made):
+    result, checkpoint, _ = made("slice", *MODEL, *CALIBRATION, "--mlp-neurons", 0.25)
+    assert checkpoint.config.intermediate_size == 96
+    assert result["parameters"] == sum(p.numel() for p in checkpoint.parameters())
+
+
+def test_neurons_and_slicing_share_a_size(made):
+    how = ("--mlp-neurons", 0.25, "--size", 0.8, "--recipe", "best")
+    result, checkpoint, _ = made("slice", *MODEL, *CALIBRATION, *how, trust=True)
+    assert checkpoint.config.intermediate_size == 96
+    assert 0.75 * STORED < result["parameters"] <= 0.8 * STORED
+    assert result["parameters_dense"] == STORED
+    assert result["mlp_neurons_dropped"] == 0.25
+
+
+def test_weights_are_rounded_by_command(made, ask):
+    dense = json.loads(ask("ppl", *MODEL, "--text", "sotu", "--windows", 2, "--json")[1])
+    wide, _, perplexity = made("quantize", *MODEL, "--bits", 8)
+    assert perplexity == pytest.approx(dense["perplexity"], rel=0.1)
+    mixed, *_ = made("quantize", *MODEL, *CALIBRATION, "--by", "overlap", "--share", 0.25)
+    assert sorted(mixed["bits"]) == [4, 8, 8, 8]
+    assert mixed["weight_bytes"] < wide["weight_bytes"] < 2 * STORED
+
+
+def test_what_is_packed_can_be_evaluated_and_no_more(ask, tmp_path):
+    out = tmp_path / "packed"
+    assert ask("quantize", *MODEL, "--bits", 4, "--out", out)[0] == 0
+    for arguments in (
+        ("lr", "--model", out, "--text", "sotu"),
+        ("slice", "--model", out, *CALIBRATION, "--slice-percentage", 0.25, "--out", "new"),
+        ("drop-layers", "--model", out, *CALIBRATION, "--layers", 1, "--out", "new"),
+        ("quantize", "--model", out, "--bits", 8, "--out", tmp_path / "again"),
+    ):
+        status, _, said = ask(*arguments)
+        assert status == 2
+        assert "quantised" in said
+
+
+def test_a_slice_at_eight_bits_is_loaded(made, ask, tmp_path):
+    sliced = tmp_path / "sliced"
+    size = ("--size", 0.8, "--recipe", "best")
+    assert ask("slice", *MODEL, *CALIBRATION, *size, "--out", sliced)[0] == 0
+    status, _, said = ask("quantize", "--model", sliced, "--bits", 8, "--out", tmp_path / "both")
+    assert status == 0, said
+    perplexities = [
+        json.loads(ask("ppl", "--model", x, "--text", "sotu", "--windows", 2, "--json")[1])
+        for x in (sliced, tmp_path / "both")
+    ]
+    before, after = (x["perplexity"] for x in perplexities)
+    assert after == pytest.approx(before, rel=0.1)
+    tokens = torch.arange(12)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "both", trust_remote_code=True)
+    assert logits(loaded, tokens).isfinite().all()

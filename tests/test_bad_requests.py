@@ -39,6 +39,9 @@ TASKS = "tasks --model embedded:tiny-random --limit 1"
 _EVIDENCE = "--model embedded:tiny-random --calibration text.txt --text page.txt --windows 1"
 SENSITIVITY = f"sensitivity {_EVIDENCE} --window 32 --slice-percentage 0.2"
 SEARCH = f"search {_EVIDENCE} --window 32 --slice-percentage 0.2"
+DROP = "drop-layers --model embedded:tiny-random --calibration text.txt --windows 1 --window 32"
+DROP = f"{DROP} --out new"
+QUANTIZE = "quantize --model embedded:tiny-random --windows 1 --window 32 --out new"
 SMOKE = "reproduce --profile smoke --dry-run"
 
 BAD_REQUESTS = {
@@ -175,6 +178,23 @@ BAD_REQUESTS = {
     f"{SENSITIVITY} --text nowhere.txt": "text 'nowhere.txt' is neither a corpus",
     f"{SEARCH} --evaluations 0": "0 is no whole number of at least 1",
     f"{SEARCH} --slice-percentage nan": "slice percentage nan is outside 0 to",
+    # what is picked instead of slicing
+    DROP: "give either --layers, how many go, or --size",
+    f"{DROP} --layers 1 --size 0.9": "give either --layers, how many go, or --size",
+    f"{DROP} --layers 4": "4 of 4 layers cannot be dropped; leave at least one",
+    f"{DROP} --layers -1": "-1 is no whole number of at least 0",
+    f"{DROP} --size 1K": "1000 parameters are fewer than the",
+    f"{DROP} --layers 1 --out empty": "output 'empty' exists already; name a new directory",
+    f"{SLICE} --out new --mlp-neurons 1": "share 1.0 of 128 neurons leaves none",
+    f"{SLICE} --out new --mlp-neurons nan": "share nan of 128 neurons leaves none",
+    f"{SLICE} --out new --mlp-neurons 0.2 --plan plan.json": "leave --plan out",
+    f"{SLICE} --out new --mlp-neurons 0.2 --stream": "leave --stream out",
+    QUANTIZE: "give either --bits, for all layers, or --by",
+    f"{QUANTIZE} --bits 8 --by lr": "give either --bits, for all layers, or --by",
+    f"{QUANTIZE} --bits 3": "invalid choice: 3",
+    f"{QUANTIZE} --bits 8 --calibration text.txt": "is read by --by; leave it out",
+    f"{QUANTIZE} --by lr": "--by lr is measured on a text; give --calibration",
+    f"{QUANTIZE} --by lr --calibration text.txt --share 2": "--share 2.0 is outside 0 to 1",
     # sizes, recipes, layouts
     f"{PLAN} --size 0.9 --slice-percentage 0.2": "--size 0.9 decides the slice percentage; leave",
     f"{PLAN} --size 0": "--size 0 allows 0 parameters, and slices of this model in",
@@ -601,8 +621,14 @@ def test_sliced_model_is_not_sliced_again(ask, tmp_path):
     again = ["--model", tmp_path / "one", "--slice-percentage", 0.25, *calibration]
     refused = ask("slice", *again, "--out", tmp_path / "two")
     check_refusal(*refused, "needs a dense model, and this one is sliced already")
-    refused = ask("lr", "--model", tmp_path / "one", "--text", "text.txt")
-    check_refusal(*refused, "needs a dense model, and this one is sliced already")
+    for asked in (
+        ["lr", "--text", "text.txt"],
+        ["drop-layers", "--layers", 1, *calibration, "--out", tmp_path / "two"],
+        ["slice", "--mlp-neurons", 0.2, *calibration, "--out", tmp_path / "two"],
+        ["quantize", "--by", "lr", *calibration, "--out", tmp_path / "two"],
+    ):
+        refused = ask(*asked, "--model", tmp_path / "one")
+        check_refusal(*refused, "needs a dense model, and this one is sliced already")
 
 
 def test_plan_of_another_model_is_refused(ask, tmp_path):

@@ -1,7 +1,8 @@
 """`dynslice bench`: how long each step takes, on what, and whether its result is right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 from tabulate import tabulate
 
@@ -12,6 +13,7 @@ from dynslice.evaluate import speed
 from dynslice.experiment.profile import percent
 from dynslice.experiment.store import provenance
 from dynslice.extensions import schedules
+from dynslice.extensions.alternatives import METHODS, smaller
 from dynslice.extensions.compensation import Compensation
 from dynslice.method import slicing
 from dynslice.method.architectures import dims_of
@@ -42,10 +44,8 @@ def run(
     plan = slices[0].plan
     rows += bench_rows.calibration_rows(dense, windows, slices, repeats, rate)
     rows.append(bench_rows.memory_row(subject, dense, windows, plan))
-    for label, widths in {x.label: x.plan for x in slices if not x.start}.items():
-        sliced = slicing.slice_model(dense, few, widths).model
-        rows += bench_rows.throughput_rows(dense, sliced, label, repeats)
-        del sliced
+    for label, make in _networks(slices, slice_percentage).items():
+        rows += bench_rows.throughput_rows(dense, make(dense, few).model, label, repeats)
     del dense
     free_memory()
     if device.type == "cuda":
@@ -67,6 +67,16 @@ def run(
     }
 
 
+def _networks(slices: list[Slice], slice_percentage: float) -> dict[str, Callable]:
+    """What makes each network whose speed is measured, of the dense model and token windows."""
+    found = {x.label: partial(slicing.slice_model, plan=x.plan) for x in slices if not x.start}
+    budget = slices[0].plan.parameters
+    for method in METHODS:
+        label = f"fewer {method}, size of SP {percent(slice_percentage)}"
+        found[label] = partial(smaller, budget=budget, method=method)
+    return found
+
+
 def _slices(shape: ModelDims, lr: Sequence[float], slice_percentage: float) -> list[Slice]:
     """What is sliced: constant and dynamic, and at the size of constant with shared bases."""
     at, tied = f"SP {percent(slice_percentage)}", Layout(tied=shape.tied)
@@ -82,8 +92,9 @@ def _slices(shape: ModelDims, lr: Sequence[float], slice_percentage: float) -> l
     best = shared(layers)
     ordinary = []  # the library's own class, whose speed ours can be held against
     if shape.heads:
-        narrow = constant(shape, slice_percentage, shape.heads, layout=Layout(plain=True))
-        ordinary.append(Slice(f"ordinary checkpoint, {at}", narrow, 2.6))
+        known = schedules.Evidence(shape, shape.heads, layout=Layout(plain=True))
+        narrow = schedules.within("constant", known, plan.parameters)
+        ordinary.append(Slice(f"ordinary checkpoint, size of {at}", narrow, 2.6))
     return [
         Slice(f"constant, {at}", plan, 1.5),
         Slice(f"dynamic, {at}, SB 0%", dynamic(shape, lr, slice_percentage, layout=tied), 1.5),

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel as Model
@@ -102,6 +101,8 @@ def load(
 
 def _unpack(model: Model) -> None:
     """Give a model its rounded weights in its own dtype; the library waits for a first pass."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor  # for these only
+
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
             PackedQuantizationCompressor.decompress_module(module, leave_decompressed=False)
