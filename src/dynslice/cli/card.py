@@ -12,6 +12,31 @@ Made with dynslice, which reproduces *Change Is the Only Constant: Dynamic LLM S
 Layer Redundancy* (Dumitru et al., Findings of EMNLP 2024, arXiv 2411.03513) and builds on SliceGPT
 (Ashkboos et al., ICLR 2024, arXiv 2401.15024). Cite both, and the base model."""
 
+_PAGE = """\
+---
+{data}
+---
+
+# {title}
+
+{how}
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR"{code})
+tokenizer = AutoTokenizer.from_pretrained("DIR"{code})
+```
+
+{why}
+
+{cited}
+"""
+
 
 def model_card(recipe: dict, base: str, revision: str | None) -> str:
     """The README.md of a slice; recipe: what `slice.json` holds, base: as the command named it."""
@@ -69,30 +94,15 @@ def card(
         "saved in": recipe["dtype"],
         "perplexity": "not measured yet; `dynslice ppl --model DIR --text TEXT` does that",
     }
-    table = "\n".join(f"| {what} | {said} |" for what, said in rows.items())
-    return f"""---
-{data.to_yaml()}
----
-
-# {Path(name).name}, {done}
-
-{how}
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("DIR"{code})
-tokenizer = AutoTokenizer.from_pretrained("DIR"{code})
-```
-
-{why}
-
-{_CITED}
-"""
+    return _PAGE.format(
+        data=data.to_yaml(),
+        title=f"{Path(name).name}, {done}",
+        how=how,
+        table="\n".join(f"| {what} | {said} |" for what, said in rows.items()),
+        code=code,
+        why=why,
+        cited=_CITED,
+    )
 
 
 def _licence(base: str, revision: str | None) -> str | None:

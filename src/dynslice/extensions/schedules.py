@@ -223,10 +223,10 @@ SCHEDULES = {
     "constant": Schedule(partial(_widest, _constant)),
     "dynamic": Schedule(partial(_widest, _lr), needs="lr"),
     "lr": Schedule(partial(_widest, _lr), needs="lr"),
-    "entropic": Schedule(partial(_widest, _entropic), needs="lr"),
     "embedding": Schedule(partial(_widest, _embedding)),
     "first": Schedule(partial(_widest, _first)),
     "sensitivity": Schedule(sensitivity, needs="rises"),
+    "entropic": Schedule(partial(_widest, _entropic), needs="lr"),
 }
 
 
