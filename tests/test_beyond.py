@@ -13,7 +13,7 @@ from dynslice.core.errors import RequestError
 from dynslice.experiment.agenda import describe, needs
 from dynslice.experiment.equal_size import BEST_RECIPE, LEVERS, LR, SHARED, SLICEGPT, UNTIED
 from dynslice.experiment.kinds import KINDS
-from dynslice.experiment.profile import load
+from dynslice.experiment.profile import load, percent
 from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
 from dynslice.report import equal_size, statistics, style
@@ -245,17 +245,22 @@ def test_each_network_has_one_line_of_widths(study):
     assert len(equal_size.places_figure(study).axes) == 1
 
 
-def test_the_figure_has_a_panel_per_size_and_a_mark_per_rung(study):
+def test_the_figure_is_a_waterfall_per_size_and_text(study):
+    """Each bar goes from the rung before to its own, the last one ends at the last rung."""
     table = equal_size.ladder_table(study)
-    axes = equal_size.ladder_figure(table).axes
-    assert [axis.get_title(loc="left") for axis in axes] == ["size of SP 25%", "size of SP 50%"]
-    for axis, sp in zip(axes, SIZES, strict=True):
-        curve, *_, dense = (line for line in axis.lines if len(line.get_xdata()))
-        here = table[(table["SP"] == sp) & (table["network"] != "dense")]
-        assert [*curve.get_xdata()] == [*here["perplexity"]]
-        assert [label.get_text() for label in axis.get_yticklabels()] == [*LEVERS, LORA]
-        assert dense.get_xdata()[0] == study.perplexity(DENSE, study.profile.eval_texts[0])
+    axes, texts = equal_size.ladder_figure(table).axes, study.profile.eval_texts
+    where = [(sp, text) for sp in SIZES for text in texts]
+    wanted = [f"size of SP {percent(sp)}, {text}" for sp, text in where]
+    assert [axis.get_title(loc="left") for axis in axes] == wanted
+    for axis, (sp, text) in zip(axes, where, strict=True):
+        here = table[(table["SP"] == sp) & (table["text"] == text)]
+        levels = [*here[here["network"] != "dense"]["perplexity"]]
+        ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
+        assert ends == [pytest.approx(pair) for pair in pairwise(levels)]
+        assert axis.lines[0].get_xdata()[0] == study.perplexity(DENSE, text)
         assert axis.get_xscale() == "log"
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert labels == [*LEVERS, LORA]
 
 
 def test_sentences_say_the_direction_that_the_interval_shows(study):

@@ -196,7 +196,8 @@ def claims_prose(across: Across) -> str:
         verdicts = rows["verdict on this model"].str.partition(" (")[0]
         counts = verdicts.value_counts()
         said = ", ".join(f"{verdict} on {count}" for verdict, count in counts.items())
-        lines.append(style.say("claim_across", claim=claim, at=basis, on=on, said=said))
+        of = {"claim": claim, "at": basis, "on": on, "said": said, "models": len(rows)}
+        lines.append(style.say("claim_across", **of))
     return "\n".join(f"- {line}" for line in lines) or style.NONE
 
 

@@ -1,6 +1,6 @@
 """Notebook 07: the ladder at equal stored parameters, one lever more on each rung."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -123,35 +123,52 @@ def speed_table(study: Study) -> pd.DataFrame:
 
 
 def ladder_figure(table: pd.DataFrame) -> plt.Figure | None:
-    """Perplexity by rung, a panel per size, a curve per text; a line where the dense model is."""
+    """What each rung changes, as steps of a waterfall: a row per size, a column per text.
+
+    A bar goes from the perplexity of the rung before to that of its own; the thin line is the
+    interval of this step. A dashed line is the dense model.
+    """
     if table.empty:
         return None
-    percentages, dense = table["SP"].unique(), table["network"] == DENSE.schedule
-    names = list(table["network"][~dense].unique())
-    height = (0.5 + 0.2 * len(names)) * len(percentages) + 0.4
-    size = {"height": height, "width": style.COLUMN_WIDTH}
-    figure, axes = style.panels(len(percentages), 1, squeeze=False, sharex=True, **size)
-    for axis, sp in zip(axes[:, 0], percentages, strict=True):
-        texts = table[table["SP"] == sp].groupby("text", sort=False)
-        looks = zip(("o-", "s--", "^:", "D-."), ("C0", "C1", "C2", "C4"), strict=True)
-        for (text, rows), (form, colour) in zip(texts, looks, strict=False):
-            whole, here = rows[rows["network"] == DENSE.schedule], rows[~dense.loc[rows.index]]
-            reach = [here["perplexity"] - here["low"], here["high"] - here["perplexity"]]
-            y = [-names.index(rung) for rung in here["network"]]
-            look = {"color": colour, "markersize": 4, "linewidth": 1, "capsize": 2}
-            look["markerfacecolor"] = "w" if form[0] in "s^" else colour
-            axis.errorbar(here["perplexity"], y, xerr=reach, fmt=form, label=text, **look)
-            axis.axvline(*whole["perplexity"], color=colour, linestyle=form[1:], linewidth=1)
-        axis.set_yticks([-i for i in range(len(names))], names)
-        axis.set_ylim(-len(names) + 0.4, 0.6)
-        axis.set_title(f"size of SP {percent(sp)}", loc="left")
-    axes[-1, 0].set_xlabel("perplexity (vertical lines: dense)")
-    axes[-1, 0].set_xscale("log")
-    least, most = axes[-1, 0].get_xlim()
-    style.log_ticks(axes[-1, 0].xaxis, 1, 2, *([3, 5, 7] if most < 10 * least else [5]))
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]))
+    sizes, texts = table["SP"].unique(), table["text"].unique()
+    rungs = table["network"].nunique() - 1
+    grid = {"squeeze": False, "sharex": "col", "sharey": True}
+    height = (0.5 + 0.2 * rungs) * len(sizes) + 0.3
+    figure, axes = style.panels(len(sizes), len(texts), height, **grid)
+    for row, sp in zip(axes, sizes, strict=True):
+        for axis, text in zip(row, texts, strict=True):
+            here = table[(table["SP"] == sp) & (table["text"] == text)]
+            dense, steps = here[here["network"] == DENSE.schedule], here.iloc[1:]
+            axis.axvline(*dense["perplexity"], color="0.4", linestyle="--", linewidth=1)
+            _waterfall(axis, steps)
+            axis.set_yticks(range(0, -len(steps), -1), steps["network"])
+            axis.set_ylim(-len(steps) + 0.4, 0.6)
+            axis.set_title(f"size of SP {percent(sp)}, {text}", loc="left")
+    for axis in axes[-1]:
+        axis.set(xlabel="perplexity (dashed: dense)", xscale="log")
+        least, most = axis.get_xlim()
+        axis.set_xlim(least, most * (most / least) ** 0.12)  # room for what is written at the bars
+        style.log_ticks(axis.xaxis, 1, 2, *([3, 5, 7] if most < 10 * least else [5]))
     return figure
+
+
+def _waterfall(axis: plt.Axes, steps: pd.DataFrame) -> None:
+    """The rungs of one size and text, the first as a mark and each other one as a bar."""
+    first, *others = steps.to_dict("records")
+    before = first["perplexity"]
+    axis.plot(before, 0, "ko", markersize=4)
+    for y, row in enumerate(others, start=1):
+        level, change = row["perplexity"], of_row(row, *STEP)
+        is_lower = level < before
+        look = {"color": "C0" if is_lower else "w", "edgecolor": "k", "linewidth": 0.6}
+        look["hatch"] = None if is_lower else "////"
+        axis.barh(-y, level - before, left=before, height=0.6, **look)
+        ends = [before * (1 + bound / 100) for bound in (change.low, change.high)]
+        axis.plot(ends, [-y, -y], "k-", linewidth=1)
+        told = f"{change.estimate:+.1f} %"
+        where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        axis.annotate(told, (max(level, before, *ends), -y), **where)
+        before = level
 
 
 # In sentences
@@ -162,6 +179,28 @@ def ladder_prose(study: Study) -> str:
     if not ladders(study):
         return style.NONE
     return "\n".join(f"- {_size_prose(study, sp)}" for sp in ladders(study))
+
+
+def steps_prose(study: Study, sp: float) -> str:
+    """From SliceGPT to the recipe on the text of the calibration, step by step (Markdown)."""
+    text = study.profile.eval_texts[0]
+    rungs = ladders(study)[sp]
+    below = rungs[rungs.index(rung(rungs, SLICEGPT)) : rungs.index(rung(rungs, BEST_RECIPE)) + 1]
+    steps = [
+        f"{after.name} {statistics.perplexity_change(study, after, before, text).estimate:+.1f} %"
+        for before, after in pairwise(below)
+    ]
+    return style.say(
+        "short_ladder",
+        share=percent(sp),
+        stored=study.size(below[-1]) / 1e6,
+        dense=study.size(DENSE) / 1e6,
+        text=text,
+        slicegpt=study.perplexity(below[0], text),
+        recipe=study.perplexity(below[-1], text),
+        steps=", ".join(steps),
+        whole=study.perplexity(DENSE, text),
+    )
 
 
 def _size_prose(study: Study, sp: float) -> str:

@@ -6,10 +6,18 @@ from collections.abc import Iterable
 from dynslice.evaluate.task_table import chance
 from dynslice.experiment.across import Across
 from dynslice.experiment.profile import percent
-from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
+from dynslice.report import ablations as changed
 from dynslice.report import across as models
-from dynslice.report import alternatives, claims, efficiency, equal_size, statistics, style
+from dynslice.report import (
+    alternatives,
+    claims,
+    efficiency,
+    equal_size,
+    single_layer,
+    statistics,
+    style,
+)
 from dynslice.report.statistics import BASES, Estimate
 
 REDUNDANT = 0.9  # LR above which a layer hardly turns the stream
@@ -62,17 +70,15 @@ def tasks(study: Study) -> str:
     if not names:
         return style.NONE
     for basis in BASES:
-        for a, b, _ in statistics.pairs(study.task_points(), basis):
-            change = {"average": statistics.accuracy_change(study, a, b, names)}
-            lines.append(_changes("accuracy", basis, a.label, change, "points"))
-    levels = [
-        f"{p.label} {statistics.accuracy(study, p, names):.1f} %" for p in study.task_points()
-    ]
-    dense = statistics.accuracy(study, DENSE, names)
-    opening = style.say(
-        "short_tasks", dense=dense, chance=chance(names), levels="; ".join(levels[1:])
-    )
-    return _said([opening, *lines])
+        changes = {
+            a.label: statistics.accuracy_change(study, a, b, names)
+            for a, b, _ in statistics.pairs(study.task_points(), basis)
+        }
+        lines += [_changes("accuracy", basis, "on average", changes, "points")] if changes else []
+    levels = [statistics.accuracy(study, point, names) for point in study.task_points()]
+    of = {"dense": levels[0], "chance": chance(names)}
+    of |= {"low": min(levels[1:], default=levels[0]), "high": max(levels[1:], default=levels[0])}
+    return _said([style.say("short_tasks", **of), *lines])
 
 
 def _changes(what: str, basis: str, network: str, changes: dict[str, Estimate], unit: str) -> str:
@@ -83,7 +89,21 @@ def _changes(what: str, basis: str, network: str, changes: dict[str, Estimate], 
 def ablations(study: Study) -> str:
     """Of notebook 04: what the ablations say of the paper's idea."""
     study.ensure(study.ablation.requests())
-    return _said(claims.ablation_findings(study))
+    if not study.ablation.variants():
+        return style.NONE
+    losses, orders = single_layer.table(study), changed.shuffle_table(study)
+    lines = [changed.seed_prose(changed.seed_table(study))]
+    if len(losses) - 2 >= single_layer.FEWEST_LAYERS:
+        rho = single_layer.rank_correlation(losses.iloc[1:-1])
+        says = style.say(f"single_layer_{rho.direction}")
+        of = {"rho": rho.format(digits=2), "layers": len(losses) - 2, "says": says}
+        lines.insert(0, style.say("short_predicts", **of))
+    if len(orders):
+        random = orders[orders["order of the widths"].str.startswith("shuffled")]
+        worse = int((random["low, LR"] > 0).sum())
+        of = {"orders": len(random), "worse": worse, "changes": random[changed.BY_LR].describe()}
+        lines.append(style.say("short_orders", **of))
+    return _said(lines)
 
 
 def costs(study: Study) -> str:
@@ -113,10 +133,10 @@ def verdicts(study: Study) -> str:
 
 
 def ladder(study: Study) -> str:
-    """Of notebook 07: what the whole recipe changes at each size."""
+    """Of notebook 07: what each step and the whole recipe change at each size."""
     study.ensure(study.beyond.requests())
-    told = equal_size.ladder_prose(study)
-    return _said(line.removeprefix("- ") for line in told.splitlines())
+    lines = [equal_size.steps_prose(study, sp) for sp in study.profile.beyond_slice_percentages]
+    return _said(lines)
 
 
 def across(compared: Across) -> str:
