@@ -75,6 +75,7 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
 def update_pages(study: Study) -> None:
     """Rewrite the parts of the README and of docs/ that a record or a benchmark speaks for."""
     _fill(README, "answer", answer.answer_block)
+    _fill(README, "notebooks", answer.notebooks_block)
     for path, block in PAGES.items():
         _fill(path, f"record:{study.profile.name}", partial(block, study))
         _fill(path, "bench", efficiency.bench_block)

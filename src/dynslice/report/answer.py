@@ -1,7 +1,9 @@
 """The README's first screen: what was found on all models, in a figure, sentences and a table."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 
@@ -13,7 +15,7 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Point
 from dynslice.experiment.study import Study
 from dynslice.report import across as models
-from dynslice.report import claims, equal_size, statistics, style
+from dynslice.report import claims, equal_size, short, statistics, style
 from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
@@ -24,6 +26,27 @@ def answer_block() -> str:
     if not paths.record(OF_RECORD).is_dir():
         return "No result is recorded yet."
     return answer(Across.open(OF_RECORD, from_record=True))
+
+
+def notebooks_block() -> str:
+    """A row of the README for each rendered notebook of the record, with one finding (Markdown)."""
+    if not paths.record(OF_RECORD).is_dir():
+        return "No result is recorded yet."
+    compared = Across.open(OF_RECORD, from_record=True)
+    study = next(s for s in compared.studies if s.name == OF_RECORD)
+    rows = ["| notebook | in short |", "|---|---|"]
+    for path in sorted(paths.rendered(OF_RECORD).glob("[0-9][0-9]_*.ipynb")):
+        number, title = path.stem[:2], _title(path)
+        is_across = number not in short.FINDINGS
+        told = short.across(compared) if is_across else short.FINDINGS[number](study)
+        link = f"[{number} {title}](notebooks/rendered/{OF_RECORD}/{path.name})"
+        rows.append(f"| {link} | {short.first(told)} |")
+    return "\n".join(rows)
+
+
+def _title(path: Path) -> str:
+    first, *_ = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "".join(first["source"]).splitlines()[0].removeprefix("# ").partition(":")[0]
 
 
 def applies(across: Across) -> bool:

@@ -150,3 +150,22 @@ def instead(study: Study) -> str:
     """Of notebook 09: what beats slicing at equal bytes, and what does not."""
     told = alternatives.prose(study, alternatives.alternatives_table(study))
     return _said(line.removeprefix("- ") for line in told.splitlines())
+
+
+# What each notebook finds in one study, by its number.
+FINDINGS = {
+    "01": redundancy,
+    "02": perplexity,
+    "03": tasks,
+    "04": ablations,
+    "05": costs,
+    "06": verdicts,
+    "07": ladder,
+    "09": instead,
+}
+
+
+def first(told: str) -> str:
+    """The first bullet of an opening; nothing where there is none."""
+    bullets = [line for line in told.splitlines() if line.startswith("- ")]
+    return bullets[0].removeprefix("- ") if bullets else ""
