@@ -145,6 +145,21 @@ class EqualSize:
         has_both = self.profile.placement == "resident" and "recovery" not in point.network
         return [self.design.speed_request(point)] if has_both else []
 
+    def heard(self) -> list[Point]:
+        """Dense, SliceGPT, LR widths and the recipe at the headline size, if they are to write."""
+        p = self.profile
+        sizes = [sp for sp in p.beyond_slice_percentages if self.is_headline(sp)]
+        if not (p.sound_tokens and sizes):
+            return []
+        wanted = (SLICEGPT, LR, BEST_RECIPE)
+        return [DENSE, *(point for point in self.contest(min(sizes)) if point.name in wanted)]
+
+    def continuation_request(self, point: Point, text: str) -> Request:
+        """What a network writes after the beginning of a reported window of a text."""
+        p, read = self.profile, self.design.windows(text, self.profile.eval_split, 1)
+        asked = {**read, "window": p.sound_prompt, "new_tokens": p.sound_tokens}
+        return self.design.request("continuation", slice=point.network, **asked)
+
     def places_request(self, slice_percentage: float) -> Request:
         """The loss with one place cut more or less than all others, on validation windows."""
         reach = self.profile.sensitivity_reach * slice_percentage
@@ -178,6 +193,8 @@ class EqualSize:
             requests += [*self.task_requests(point), *self.speed_requests(point)]
         for point in (point for sp in sizes for pair in self.draws(sp) for point in pair):
             requests += [design.slice_request(point), *design.reported_requests(point)]
+        for point in self.heard():
+            requests += [self.continuation_request(point, text) for text in self.profile.eval_texts]
         for point in (point for sp in sizes for point in self.plain(sp)):
             requests += [design.slice_request(point), *design.reported_requests(point)]
         for sp in sizes[-1:]:

@@ -221,6 +221,30 @@ class Speed(Kind):
         return {f"{name} ({which})": x for name in counts for which, x in value[name].items()}
 
 
+class Continuation(Kind):
+    """What a network writes after the beginning of a window, the likeliest token each time."""
+
+    def run(self, runner: Runner, config: dict) -> dict:
+        import torch
+
+        network, prompt = runner.network(config), runner.windows(config)[:1]
+        with torch.inference_mode():
+            ids = network.generate(
+                prompt.to(network.device),
+                attention_mask=torch.ones_like(prompt, device=network.device),
+                max_new_tokens=config["new_tokens"],
+                do_sample=False,
+            )
+        said = runner.networks.tokenizer.batch_decode([prompt[0], ids[0, prompt.shape[1] :]])
+        return dict(zip(("prompt", "continuation"), said, strict=True))
+
+    def seconds(self, estimator: Estimator, config: dict) -> float:
+        return config["new_tokens"] * estimator.dense_bytes / estimator.machine.copies
+
+    def quoted(self, value: dict) -> dict[str, float]:
+        return {}  # no numbers
+
+
 class TaskAccuracy(Kind):
     """Accuracy of a network on a task."""
 
@@ -251,6 +275,7 @@ KINDS: dict[str, Kind] = {  # by names that are part of the keys of requests
     "places": PlaceLosses(),
     "search": PlanSearch(),
     "speed": Speed(),
+    "continuation": Continuation(),
     "task": TaskAccuracy(),
 }
 

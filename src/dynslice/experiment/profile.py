@@ -137,6 +137,9 @@ class Profile(BaseModel):
     recovery_windows: _Count = 16  # that are sampled again and again
     recovery_window: _Tokens = 1024
 
+    sound_tokens: int = Field(default=0, ge=0)  # that networks write after a beginning; 0: none
+    sound_prompt: _Tokens = 32  # tokens of the beginning
+
     # Notebook 09: at some of the sizes of notebook 07, what else stores as little.
     instead_slice_percentages: list[_Share] = []
     instead_layers: list[_Dropped] = [*get_args(_Dropped)]  # how layers are dropped

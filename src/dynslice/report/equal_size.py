@@ -253,6 +253,25 @@ def _rungs(study: Study) -> str:
     return style.markdown(pd.DataFrame(rows.values()))
 
 
+def heard_prose(study: Study) -> str:
+    """What networks write after the same beginning of each text (Markdown)."""
+    if not (points := study.beyond.heard()):
+        return style.NONE
+    study.ensure(study.beyond.requests())
+    parts = []
+    for text in study.profile.eval_texts:
+        said = [study.get(study.beyond.continuation_request(p, text)).value for p in points]
+        parts.append(f"**{text}**, beginning with {_verbatim(said[0]['prompt'])}")
+        rows = zip(points, said, strict=True)
+        parts.append("\n".join(f"- {p.name}: {_verbatim(x['continuation'])}" for p, x in rows))
+    return "\n\n".join(parts)
+
+
+def _verbatim(text: str) -> str:
+    """A text in one line, in which Markdown finds nothing to change."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
 # Over draws of the calibration windows
 
 
