@@ -16,7 +16,7 @@ from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import load, percent
 from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
-from dynslice.report import equal_size, statistics, style
+from dynslice.report import equal_size, statistics, style, variants
 
 WANTED = {
     "tasks": {"piqa": 4},
@@ -92,7 +92,7 @@ def test_each_rung_has_one_lever_more(study):
 
 
 def test_a_variant_changes_one_thing_of_the_rung_that_it_is_compared_with(study):
-    rungs, table = rungs_of(study), equal_size.variant_table(study).set_index("network")
+    rungs, table = rungs_of(study), variants.variant_table(study).set_index("network")
     for point in study.beyond.variants(0.5):
         varied = rungs[table.loc[point.name, "varies"]]
         a, b = varied.network, point.network
@@ -231,7 +231,7 @@ def test_speed_is_the_gain_over_dense(study):
 
 
 def test_each_network_has_one_line_of_widths(study):
-    (axis,) = equal_size.widths_figure(study).axes
+    (axis,) = variants.widths_figure(study).axes
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     tried = [f"{name} widths, shared bases" for name in WANTED["beyond_candidates"]]
     assert names == [UNTIED, SLICEGPT, LR, SHARED, *tried]
@@ -242,7 +242,7 @@ def test_each_network_has_one_line_of_widths(study):
     # Four layers, the first alone and then two each: a border before layers 1 and 3.
     borders = [line.get_xdata()[0] + 0.25 for line in axis.lines[len(names) :]]
     assert borders == [1, 3]
-    assert len(equal_size.places_figure(study).axes) == 1
+    assert len(variants.places_figure(study).axes) == 1
 
 
 def test_the_figure_is_a_waterfall_per_size_and_text(study):
@@ -282,19 +282,19 @@ def test_sentences_say_the_direction_that_the_interval_shows(study):
 
 
 def test_the_choice_is_that_of_validation_windows_without_fine_tuning(study):
-    variants = equal_size.variant_table(study)
-    assert len(variants) == 6 + 16
-    plain = variants[variants["network"] != LORA]
+    table = variants.variant_table(study)
+    assert len(table) == 6 + 16
+    plain = table[table["network"] != LORA]
     best = plain.sort_values("validation perplexity").iloc[0]["network"]
-    said = equal_size.choice_prose(study, variants)
+    said = variants.choice_prose(study, table)
     assert f"Of {len(plain)} networks" in said
     assert f"**{best}** has the lowest" in said
     assert "Of 16 variants" in said
     assert "Of 2 random orders" in said
-    low = variants.assign(**{"validation perplexity": 0.0})
+    low = table.assign(**{"validation perplexity": 0.0})
     is_lora = low["network"] == LORA
-    won = variants.where(~is_lora, low)  # however good, it is not what is chosen
-    assert equal_size.choice_prose(study, won) == said
+    won = table.where(~is_lora, low)  # however good, it is not what is chosen
+    assert variants.choice_prose(study, won) == said
 
 
 # Draws of the calibration windows
@@ -351,13 +351,13 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study):
         equal_size.cost_table(bare),
         equal_size.speed_table(bare),
         equal_size.draws_table(bare),
-        equal_size.variant_table(bare),
+        variants.variant_table(bare),
     ):
         assert table.empty
     assert equal_size.ladder_prose(bare) == style.NONE
     assert equal_size.draws_prose(equal_size.draws_table(bare)) == style.NONE
-    assert equal_size.choice_prose(bare, equal_size.variant_table(bare)) == style.NONE
-    assert equal_size.places_figure(bare) is None
+    assert variants.choice_prose(bare, variants.variant_table(bare)) == style.NONE
+    assert variants.places_figure(bare) is None
     assert equal_size.readme_prose(bare) == ""
 
 
