@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dynslice.cli import record
+from dynslice.cli import commands, parser, record
 from dynslice.core import paths
 from dynslice.experiment.profile import Profile, parse_overrides
 from dynslice.experiment.study import Study
@@ -235,3 +235,21 @@ def test_every_message_that_the_readme_explains_is_one_that_the_code_says():
     for message in messages:
         for piece in filter(None, map(str.strip, message.split("..."))):
             assert piece.strip("'.,; ") in code, f"{message}: {piece}"
+
+
+def test_the_dockerfile_sets_up_by_the_script_that_is_tested_here():
+    """No image is built where there is no Docker; its parts are these."""
+    text = (paths.ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] != "#"]
+    assert [word for word, _ in steps].count("FROM") == 1
+    version = tuple(map(int, re.search(r"python:(\d+)\.(\d+)", text).groups()))
+    assert version >= (3, 11)
+    runs = [shlex.split(rest) for word, rest in steps if word == "RUN"]
+    assert ["./run_all.sh", "--dry-run"] in runs
+    parser.parser(commands.COMMANDS, "").parse_args(["reproduce", "--dry-run"])
+    (entry,) = (json.loads(rest) for word, rest in steps if word == "ENTRYPOINT")
+    assert entry == ["./run_all.sh"]
+    assert os.access(paths.ROOT / entry[0], os.X_OK)
+    ignored = (paths.ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {".venv", "data/cache", "data/results"} <= {*ignored}
+    assert ".git" not in ignored  # results name their commit
