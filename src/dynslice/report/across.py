@@ -132,6 +132,8 @@ def model_figure(table: pd.DataFrame) -> plt.Figure:
 
 def _curves(axis: plt.Axes, sizes: pd.DataFrame, perplexities: pd.DataFrame) -> None:
     """A curve for each kind of network over the slice percentages, with dense as a star."""
+    named = [n for n in (DENSE.schedule, SLICEGPT, DYNAMIC, RECIPE) if n in perplexities]
+    style.pareto_front(axis, *(pd.concat([of[n] for n in named]) for of in (sizes, perplexities)))
     for network, form, colour in (
         (SLICEGPT, "o-", "C0"),
         (DYNAMIC, "s--", "C1"),

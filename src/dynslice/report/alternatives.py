@@ -95,12 +95,6 @@ def speed_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def front(table: pd.DataFrame, measured: str) -> pd.DataFrame:
-    """The networks that none of fewer bytes is at least as good as, the smallest first."""
-    ordered = table.sort_values([STORED, measured])
-    return ordered[ordered[measured] < ordered[measured].cummin().shift(fill_value=float("inf"))]
-
-
 def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
     """Perplexity against stored bytes, a panel per text, with the Pareto front; dense is a star."""
     if table.empty:
@@ -109,8 +103,7 @@ def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
     size = {"height": 3.1, "squeeze": False, "sharex": True}
     figure, axes = style.panels(1, len(measured), **size)
     for axis, of in zip(axes[0], measured, strict=True):
-        best = front(table, of)
-        axis.step(best[STORED], best[of], "-", where="post", color="0.7", label="Pareto front")
+        style.pareto_front(axis, table[STORED], table[of])
         for look, (start, (mark, label)) in enumerate(FORMS.items()):
             rows = table[[_form(network) == start for network in table["network"]]]
             for tuned, here in rows.groupby(rows["network"].str.contains("LoRA")):

@@ -169,6 +169,15 @@ def points_with_intervals(
         bar.set_alpha(0.5)
 
 
+def pareto_front(axis: plt.Axes, sizes: pd.Series, losses: pd.Series) -> None:
+    """Steps through the networks that none of at most their size equals or beats."""
+    rows = pd.DataFrame({"size": sizes, "loss": losses}).dropna().astype(float)
+    rows = rows.sort_values(["size", "loss"])
+    best = rows[rows["loss"] < rows["loss"].cummin().shift(fill_value=np.inf)]
+    look = {"color": "0.7", "linewidth": 2, "zorder": 1, "label": "Pareto front"}
+    axis.step(best["size"], best["loss"], "-", where="post", **look)
+
+
 def lr_curves(axis: plt.Axes, table: pd.DataFrame) -> None:
     """LR by layer, a curve per column."""
     looks = zip(cycle(MARKERS), cycle(["-", "--", ":", "-.", "-"]), strict=False)
