@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -18,7 +19,7 @@ from dynslice.cli import commands, parser, record
 from dynslice.core import paths
 from dynslice.experiment.profile import Profile, parse_overrides
 from dynslice.experiment.study import Study
-from dynslice.report import efficiency
+from dynslice.report import claims, efficiency
 
 LOCK = paths.ROOT / "requirements.lock"
 RECORDED = [folder.name for folder in (paths.ROOT / "data" / "record").glob("*/")]
@@ -253,3 +254,20 @@ def test_the_dockerfile_sets_up_by_the_script_that_is_tested_here():
     ignored = (paths.ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".venv", "data/cache", "data/results"} <= {*ignored}
     assert ".git" not in ignored  # results name their commit
+
+
+def test_verdicts_are_said_in_one_vocabulary():
+    tables = sorted((paths.ROOT / "figures").glob("*/models_claims.csv"))
+    assert tables
+    for path in tables:
+        table = pd.read_csv(path).drop(columns=["claim", "published", "at", "measured on"])
+        said = {cell.partition(":")[0].partition(" (")[0] for cell in table.to_numpy().flat}
+        assert said <= {*claims.VERDICTS}, path
+    readme = PAGES[0].read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith("- **The paper's claims**"))
+    verdicts = re.findall(r"\*\*([^*]+)\*\* on", line)
+    assert verdicts
+    assert {*verdicts} <= {*claims.VERDICTS}
+    others = re.compile(r"\b(refuted|confirmed|does not hold|holds true|partly supported)\b", re.I)
+    for page in [*PAGES, *sorted(paths.NOTEBOOKS.glob("*.ipynb"))]:
+        assert not others.search(page.read_text(encoding="utf-8")), page

@@ -1,6 +1,7 @@
 """Results of record: copying a run, and how another run agrees with it."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -29,8 +30,9 @@ PAGES = {
 def record(profile: str) -> tuple[dict, list[str]]:
     """Copy the results of a complete run of a clean tree to data/record/<profile>.
 
-    Raises RequestError when results are missing or were not all measured at one clean commit, of
-    this project and of what the hub gave.
+    A record can be extended: with its files in data/results/<profile> a run measures only what they
+    lack, and the record names every commit. Raises RequestError when results are missing, when one
+    was not measured at a clean commit, and when they read what the hub gave at several commits.
     """
     return of_models([_record_one(profile, chosen) for chosen in by_model(profile, {})])
 
@@ -50,10 +52,10 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
             f"`dynslice reproduce --profile {profile}` first"
         )
     results = [study.store.get(request) for request in requests]
-    commits = {result.provenance["commit"] for result in results}
-    if len(commits) != 1 or None in commits or any(r.provenance["dirty"] for r in results):
+    commits = Counter(result.provenance["commit"] for result in results)
+    if None in commits or any(r.provenance["dirty"] for r in results):
         raise RequestError(
-            f"the results of {profile!r} do not come from one clean commit; commit, delete "
+            f"the results of {profile!r} do not all come from a clean commit; commit, delete "
             f"{shown_path(study.store.folder)} and run the profile again"
         )
     for name in {name for r in results for name in r.provenance.get("hub_commits", {})}:
@@ -67,9 +69,10 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
         for result in results:
             Store(fresh).put(result)
     update_pages(Study.open(profile, from_record=True, **chosen))
-    name, commit = study.profile.name, commits.pop()
-    facts = {"profile": name, "results": len(results), "commit": commit}
-    return facts, [f"{len(results)} results of commit {commit[:10]} are the record of {name}"]
+    name = study.profile.name
+    facts = {"profile": name, "results": len(results), "commits": dict(commits)}
+    of = ", ".join(f"{count} of commit {commit[:10]}" for commit, count in commits.items())
+    return facts, [f"{len(results)} results are the record of {name}: {of}"]
 
 
 def update_pages(study: Study) -> None:

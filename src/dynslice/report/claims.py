@@ -12,6 +12,7 @@ from dynslice.report.statistics import BASES, EQUAL_SLICE, Estimate, Pair
 SUPPORTED, DIRECTION = "supported", "supported in direction, not in size"
 NOT_SUPPORTED, UNSEEN = "not supported", "could not have been seen"
 NOT_TESTED = "not tested here"
+VERDICTS = (SUPPORTED, DIRECTION, NOT_SUPPORTED, UNSEEN, NOT_TESTED)
 TASKS_ON_AVERAGE = "the average of the tasks"
 ON_VALIDATION, IN_HINDSIGHT = "chosen on validation windows", "the best in hindsight"
 
