@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 from dynslice.cli import commands, parser, record
 from dynslice.core import paths
+from dynslice.core.errors import RequestError
 from dynslice.experiment.profile import Profile, parse_overrides
 from dynslice.experiment.study import Study
 from dynslice.report import claims, efficiency
@@ -271,3 +274,41 @@ def test_verdicts_are_said_in_one_vocabulary():
     others = re.compile(r"\b(refuted|confirmed|does not hold|holds true|partly supported)\b", re.I)
     for page in [*PAGES, *sorted(paths.NOTEBOOKS.glob("*.ipynb"))]:
         assert not others.search(page.read_text(encoding="utf-8")), page
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The results of `quick` as a run would leave them, and where its record goes."""
+    shutil.copytree(paths.record("quick"), tmp_path / "results")
+    monkeypatch.setattr(paths, "results", lambda _name: tmp_path / "results")
+    monkeypatch.setattr(paths, "record", lambda _name: tmp_path / "record")
+    monkeypatch.setattr(record, "update_pages", lambda _study: None)
+    return Study.open("quick").store
+
+
+def test_a_record_names_every_commit_that_measured_for_it(results):
+    request = Study.open("quick").requests()[0]
+    one = results.get(request)
+    results.put(replace(one, provenance={**one.provenance, "commit": "b" * 40}))
+    facts, (line,) = record.record("quick")
+    assert facts["commits"]["b" * 40] == 1
+    assert sum(facts["commits"].values()) == facts["results"]
+    assert line.endswith("1 of commit bbbbbbbbbb") or "1 of commit bbbbbbbbbb, " in line
+    recorded = Study.open("quick", from_record=True)
+    assert recorded.store.get(request).provenance["commit"] == "b" * 40
+    assert not recorded.missing(recorded.requests())
+
+
+@pytest.mark.parametrize("change", [{"dirty": True}, {"commit": None}])
+def test_what_no_clean_commit_measured_is_no_record(results, change):
+    one = results.get(Study.open("quick").requests()[0])
+    results.put(replace(one, provenance={**one.provenance, **change}))
+    with pytest.raises(RequestError, match="do not all come from a clean commit"):
+        record.record("quick")
+    assert not paths.record("quick").exists()
+
+
+def test_an_incomplete_run_is_no_record(results):
+    next(results.folder.glob("*.json")).unlink()
+    with pytest.raises(RequestError, match=r"lacks 1 of \d+ measurements"):
+        record.record("quick")
