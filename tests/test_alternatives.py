@@ -13,6 +13,7 @@ from dynslice.evaluate.perplexity import perplexity
 from dynslice.extensions import bits, layers, neurons, schedules
 from dynslice.extensions.alternatives import METHODS, smaller
 from dynslice.extensions.compensation import Compensation
+from dynslice.extensions.finetuning import FineTuning, finetune
 from dynslice.inputs import models
 from dynslice.inputs.checkpoints import write
 from dynslice.inputs.windows import token_windows
@@ -184,6 +185,22 @@ def test_a_budget_that_nothing_keeps_is_refused(tokens):
             smaller(TINY["llama"](), tokens, 100, method)
     with pytest.raises(RequestError, match="'experts' is unknown; there are layers, neurons"):
         smaller(TINY["llama"](), tokens, 100, "experts")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_made_shares_no_weight_with_the_dense_model(method, name, tokens):
+    """Or fine-tuning, which merges in place, would change the dense one."""
+    model = TINY[name]()
+    stored = sum(p.numel() for p in model.parameters())
+    made = smaller(model, tokens, round(0.9 * stored), method).model
+    whole = [{p.data_ptr() for p in network.parameters()} for network in (model, made)]
+    assert not whole[0] & whole[1]
+    tables = made.get_input_embeddings().weight, made.get_output_embeddings().weight
+    assert (tables[0] is tables[1]) == model.config.tie_word_embeddings
+    before = logits(model, tokens)
+    finetune(made, tokens, FineTuning(steps=2, learning_rate=1e-2))
+    assert torch.equal(logits(model, tokens), before)
 
 
 # Fewer bits

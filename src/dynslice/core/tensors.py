@@ -121,6 +121,13 @@ def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
+def with_own_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with copies of weights that it shares with another; a tied table stays one."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Without dropout and its like for a while, whatever mode the model is in."""

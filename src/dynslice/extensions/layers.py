@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import evaluating, without_storage
+from dynslice.core.tensors import evaluating, with_own_weights, without_storage
 from dynslice.extensions.compensation import Compensation, corrected
 from dynslice.method.activations import (
     Activations,
@@ -77,7 +77,7 @@ def drop_layers(
     require_dense(model.config, "dropping layers")
     kept = [i for i in range(model.config.num_hidden_layers) if i not in {*dropped}]
     added = _span_maps(model, windows, kept, compensation) if compensation else {}
-    return of_layers(model, kept, added)
+    return with_own_weights(of_layers(model, kept, added))
 
 
 def of_layers(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import check_finite, evaluating, without_storage
+from dynslice.core.tensors import check_finite, evaluating, with_own_weights, without_storage
 from dynslice.extensions.compensation import inputs_of
 from dynslice.method.activations import Activations, BlockInPlace, centring, residual_stream
 from dynslice.method.architectures import family_of, require_dense
@@ -68,7 +68,7 @@ def drop_neurons(
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
     made.generation_config = model.generation_config
-    return made.to(model.device).eval()
+    return with_own_weights(made.to(model.device).eval())
 
 
 def _narrower_mlp(
