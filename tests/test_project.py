@@ -40,6 +40,12 @@ def test_conda_users_get_the_pins_of_the_lock_file():
     assert pins(conda) == pins(LOCK.read_text().splitlines())
 
 
+def test_the_lock_with_hashes_has_the_same_pins():
+    text = LOCK.with_name("requirements-cpu.lock").read_text(encoding="utf-8")
+    entries = re.findall(r"^(\S+==\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M)
+    assert {pin for pin, _ in entries} == pins(LOCK.read_text().splitlines())
+
+
 def test_every_requirement_of_the_project_is_pinned_within_its_range():
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     locked = dict(line.split("==") for line in pins(LOCK.read_text().splitlines()))
@@ -248,6 +254,8 @@ def test_the_dockerfile_sets_up_by_the_script_that_is_tested_here():
     assert [word for word, _ in steps].count("FROM") == 1
     version = tuple(map(int, re.search(r"python:(\d+)\.(\d+)", text).groups()))
     assert version >= (3, 11)
+    assert "--require-hashes" in text
+    assert "-r requirements-cpu.lock" in text
     runs = [shlex.split(rest) for word, rest in steps if word == "RUN"]
     assert ["./run_all.sh", "--dry-run"] in runs
     parser.parser(commands.COMMANDS, "").parse_args(["reproduce", "--dry-run"])
