@@ -63,6 +63,9 @@ def _shown(output):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_rendered_notebooks_say_what_the_record_says(again, source):
     path = f"notebooks/rendered/{again.profile}/{source.name}"
+    if not (again.folder / path).is_file():  # a notebook that this profile asks nothing of
+        assert source.name not in committed(f"notebooks/rendered/{again.profile}/").split()
+        return
     assert outputs(committed(path)) == outputs((again.folder / path).read_text())
 
 
@@ -140,7 +143,7 @@ def prose():
     for path in (record.README, *record.PAGES):
         yield (
             path.name,
-            re.sub(r"<!-- ([\w:]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S),
+            re.sub(r"<!-- ([\w:.-]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S),
         )
     for path in SOURCES:
         for cell in json.loads(path.read_text())["cells"]:
