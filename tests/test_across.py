@@ -11,7 +11,13 @@ from dynslice.report import claims
 from dynslice.report.statistics import Estimate
 
 MODELS = ["embedded:tiny-random", "embedded:tiny-llama-3"]
-SMALL = {"slice_bases": [0.0], "tasks": {}, "speed_slice_percentages": [], "recovery_steps": 0}
+SMALL = {
+    "instead_slice_percentages": [],
+    "slice_bases": [0.0],
+    "tasks": {},
+    "speed_slice_percentages": [],
+    "recovery_steps": 0,
+}
 SMALL |= {"ablation_slice_percentage": None, "single_layer_slice": None, "beyond_plain": False}
 SMALL |= {"beyond_candidates": [], "beyond_basis_layers_tried": [], "beyond_shuffles": 0}
 SMALL |= {"beyond_ridges": [], "beyond_calibration_seeds": [], "eval_windows": 4}

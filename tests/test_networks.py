@@ -22,6 +22,7 @@ SMALL = {
     "single_layer_slice": None,
     "ablation_lr_tokens": [],
     "beyond_slice_percentages": [],
+    "instead_slice_percentages": [],
 }
 ONE_AT_A_TIME = {"speed_slice_percentages": [], "host_memory_gib": 0.5}
 

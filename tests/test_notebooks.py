@@ -76,6 +76,15 @@ CHANGED = {
     "beyond_calibration_windows": [3],
     "sensitivity_reach": 0.75,
     "recovery_steps": 1,
+    "sound_tokens": 4,
+    "sound_prompt": 6,
+    "instead_slice_percentages": [0.375],
+    "instead_layers": ["one by one"],
+    "instead_neurons": [0.25],
+    "instead_bits": True,
+    "instead_int8_slice_percentages": [0.375],
+    "instead_learning_rates": [0.0006],
+    "instead_tasks": False,
 }
 
 # As little as a profile can ask for.
@@ -112,6 +121,8 @@ BARE = {
     "beyond_ridges": [],
     "beyond_calibration_windows": [],
     "recovery_steps": 0,
+    "sound_tokens": 0,
+    "instead_slice_percentages": [],
 }
 
 

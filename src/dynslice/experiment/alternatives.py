@@ -47,6 +47,8 @@ class Alternatives:
 
     def recovered(self, slice_percentage: float) -> list[list[Point]]:
         """The contenders of the last size after LoRA: one network for each learning rate."""
+        if not self.profile.recovery_steps:
+            return []
         rates, points = self.profile.instead_learning_rates, self.finalists(slice_percentage)
         return [[self._with_lora(point, rate) for rate in rates] for point in points if rates]
 

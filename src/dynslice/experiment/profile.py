@@ -140,7 +140,7 @@ class Profile(BaseModel):
     sound_tokens: int = Field(default=0, ge=0)  # that networks write after a beginning; 0: none
     sound_prompt: _Tokens = 32  # tokens of the beginning
 
-    # Notebook 09: at some of the sizes of notebook 07, what else stores as little.
+    # Notebook 09: what else stores as little as constant slicing at these.
     instead_slice_percentages: list[_Share] = []
     instead_layers: list[_Dropped] = [*get_args(_Dropped)]  # how layers are dropped
     instead_neurons: list[_Share] = []  # shares of the neurons that go before the recipe
@@ -148,7 +148,7 @@ class Profile(BaseModel):
     instead_int8_slice_percentages: list[_Share] = []  # sizes of the recipe at 8 bits
     # At the last of the sizes:
     instead_tasks: bool = True
-    instead_learning_rates: list[_Positive] = []  # of LoRA, of recovery_steps
+    instead_learning_rates: list[_Positive] = []  # of LoRA, where recovery_steps asks for it
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
@@ -181,7 +181,11 @@ class Profile(BaseModel):
             values = getattr(self, key)
             if both := known & set(values):
                 raise ValueError(f"{key} {values} names {both.pop()}, which is compared anyway")
-        self._check_alternatives()
+        if self.placement != "resident" and self.instead_slice_percentages:
+            raise ValueError(
+                f"placement {self.placement} has no dense model in memory, which "
+                "instead_slice_percentages needs: use placement resident, or []"
+            )
         most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
         if most >= 1 and "sensitivity" in self.beyond_candidates:
             raise ValueError(
@@ -193,22 +197,6 @@ class Profile(BaseModel):
         if self.ablation_slice_base >= (self.ablation_slice_percentage or 1):
             raise ValueError("ablation_slice_base is not below ablation_slice_percentage")
         return self
-
-    def _check_alternatives(self) -> None:
-        """What is picked instead needs the ladder to be compared with, and the dense model."""
-        sizes = self.instead_slice_percentages
-        if strange := {*sizes} - {*self.beyond_slice_percentages}:
-            raise ValueError(
-                f"instead_slice_percentages {sizes} names {strange.pop()}, at which "
-                "beyond_slice_percentages has no ladder: add it there"
-            )
-        if sizes and self.placement != "resident":
-            raise ValueError(
-                f"placement {self.placement} has no dense model in memory, which "
-                "instead_slice_percentages needs: use placement resident, or []"
-            )
-        if self.instead_learning_rates and not self.recovery_steps:
-            raise ValueError("instead_learning_rates are those of recovery_steps: give some")
 
     def _check_names(self) -> None:
         """What stands in for or has a revision must be something that the profile can read."""
