@@ -22,8 +22,14 @@ ALL_DRAWS = "all"
 
 
 def ladders(study: Study) -> dict[float, list[Point]]:
-    """The rungs of each size, lowest first."""
-    return {sp: study.beyond.contest(sp) for sp in study.profile.beyond_slice_percentages}
+    """The rungs of each size, lowest first, by the share that constant slicing cuts there."""
+    return {sp: study.beyond.contest(sp) for sp in sorted(study.profile.beyond_slice_percentages)}
+
+
+def last_ladder(study: Study) -> tuple[float, list[Point]]:
+    """The size that the profile names last, where variants are tried, and its rungs."""
+    sp = study.profile.beyond_slice_percentages[-1]
+    return sp, ladders(study)[sp]
 
 
 def rung(rungs: list[Point], lever: str) -> Point:

@@ -135,7 +135,7 @@ def verdicts(study: Study) -> str:
 def ladder(study: Study) -> str:
     """Of notebook 07: what each step and the whole recipe change at each size."""
     study.ensure(study.beyond.requests())
-    lines = [equal_size.steps_prose(study, sp) for sp in study.profile.beyond_slice_percentages]
+    lines = [equal_size.steps_prose(study, sp) for sp in equal_size.ladders(study)]
     return _said(lines)
 
 

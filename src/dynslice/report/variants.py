@@ -14,7 +14,7 @@ from dynslice.experiment.study import Study
 from dynslice.method.layout import basis_groups
 from dynslice.method.scores import rises
 from dynslice.report import statistics, style
-from dynslice.report.equal_size import WHOLE, ladders, rung
+from dynslice.report.equal_size import WHOLE, ladders, last_ladder, rung
 from dynslice.report.statistics import columns
 
 # The columns of a change from what a variant varies, and of its interval.
@@ -28,7 +28,7 @@ def variant_table(study: Study) -> pd.DataFrame:
     """
     if not ladders(study) or study.profile.selection_windows is None:
         return pd.DataFrame()
-    *_, (sp, rungs) = ladders(study).items()
+    sp, rungs = last_ladder(study)
     reference, rows = rung(rungs, SLICEGPT), []
     for point in [*rungs, *study.beyond.variants(sp)]:
         varied = None if point in rungs else _varied(point, rungs)
@@ -55,7 +55,7 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     """Whether validation windows choose the recipe, and what the variants did (Markdown)."""
     if table.empty:
         return style.NONE
-    *_, (sp, rungs) = ladders(study).items()
+    sp, rungs = last_ladder(study)
     tuned = [point.name for point in rungs if "recovery" in point.network]
     ranked = table[~table["network"].isin(tuned)].sort_values("validation perplexity")
     best, recipe = ranked.iloc[0], ranked[ranked["network"] == BEST_RECIPE].iloc[0]
@@ -80,7 +80,7 @@ def widths_figure(study: Study) -> plt.Figure | None:
     """
     if not ladders(study):
         return None
-    *_, (sp, rungs) = ladders(study).items()
+    sp, rungs = last_ladder(study)
     calibration, candidates = rungs[0].network["calibration"], study.profile.beyond_candidates
     tried = [p for p in study.beyond.variants(sp) if p.network["plan"]["schedule"] in candidates]
     tried = [p for p in tried if p.network["calibration"] == calibration]
@@ -111,7 +111,7 @@ def places_figure(study: Study) -> plt.Figure | None:
     """
     if not ladders(study) or "sensitivity" not in study.profile.beyond_candidates:
         return None
-    value = study.get(study.beyond.places_request([*ladders(study)][-1])).value
+    value = study.get(study.beyond.places_request(last_ladder(study)[0])).value
     table = pd.DataFrame(rises(value))
     figure, axis = style.panels(height=2.2)
     for share, form in zip(value["shares"], ("oC0", "vC1"), strict=True):
