@@ -43,7 +43,7 @@ def lr_table(study: Study) -> pd.DataFrame:
 
 
 def lr_figure(table: pd.DataFrame) -> plt.Figure:
-    """LR by layer, a curve per text and definition."""
+    """1 - LR by layer, a curve per text and definition."""
     figure, axis = style.panels(height=2.6, width=style.COLUMN_WIDTH)
     style.lr_curves(axis, table.drop(columns=OF_SCORES.values(), errors="ignore"))
     return figure

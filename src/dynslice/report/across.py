@@ -161,12 +161,13 @@ def lr_table(across: Across) -> pd.DataFrame:
 
 
 def lr_figure(table: pd.DataFrame) -> plt.Figure:
-    """LR against the depth of the layer, a curve per model."""
+    """1 - LR against the depth of the layer, a curve per model, logarithmic."""
     figure, axis = style.panels(height=2.3)
     models = table.groupby("model", sort=False)
     for (model, rows), form in zip(models, cycle(("o-", "s--", "^:", "D-.")), strict=False):
-        axis.plot(rows["depth"], rows["LR"], form, markersize=3, linewidth=1, label=model)
-    axis.set(xlabel="depth of the layer (0: first, 1: last)", ylabel="layer redundancy (cosine)")
+        axis.plot(rows["depth"], 1 - rows["LR"], form, markersize=3, linewidth=1, label=model)
+    axis.set(xlabel="depth of the layer (0: first, 1: last)", ylabel=style.TURNED, yscale="log")
+    style.log_ticks(axis.yaxis, 1, 2, 5)
     axis.legend()
     return figure
 

@@ -29,7 +29,7 @@ def last_layer_prose(study: Study) -> str:
 
 
 def redundancy_figure(table: pd.DataFrame, study: Study) -> plt.Figure:
-    """Left LR by layer and text; right the slice FS of each layer, base and rest."""
+    """Left 1 - LR by layer and text; right the slice FS of each layer, base and rest."""
     base, target = study.profile.figure_slice_base, study.profile.figure_slice_percentage
     figure, (left, right) = style.panels(1, 2, 2.4)
     style.lr_curves(left, table.filter(like="LR ("))

@@ -22,6 +22,7 @@ from dynslice.report import statistics
 COLUMN_WIDTH, PAGE_WIDTH = 3.4, 6.8  # inches, of a page with two columns
 
 MARKERS = "D^vsP*<>"
+TURNED = "1 - LR (small: redundant)"  # on axes
 
 ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
 
@@ -179,12 +180,16 @@ def pareto_front(axis: plt.Axes, sizes: pd.Series, losses: pd.Series) -> None:
 
 
 def lr_curves(axis: plt.Axes, table: pd.DataFrame) -> None:
-    """LR by layer, a curve per column."""
+    """1 - LR by layer, a curve per column: how much each layer turns the stream.
+
+    The axis is logarithmic, since most layers have LR close to 1.
+    """
     looks = zip(cycle(MARKERS), cycle(["-", "--", ":", "-.", "-"]), strict=False)
     for name, (marker, line) in zip(table, looks, strict=False):
-        axis.plot(table.index, table[name], line, marker=marker, markersize=3, label=name)
+        axis.plot(table.index, 1 - table[name], line, marker=marker, markersize=3, label=name)
     whole_numbers(axis)
-    axis.set(xlabel="layer", ylabel="layer redundancy (cosine)")
+    axis.set(xlabel="layer", ylabel=TURNED, yscale="log")
+    log_ticks(axis.yaxis, 1, 2, 5)
     axis.legend()
 
 

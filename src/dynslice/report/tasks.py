@@ -119,7 +119,8 @@ def accuracy_figure(table: pd.DataFrame) -> plt.Figure | None:
     left.axhline(_chance(table, "average"), color="0.5", linestyle="-.", label="chance")
     left.set(xlabel="stored parameters (millions)", ylabel="average accuracy (%)")
     right.set(xlabel="stored parameters (millions)", ylabel="average margin (nats)")
-    left.legend()
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]))
     return figure
 
 
