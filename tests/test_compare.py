@@ -28,6 +28,7 @@ SETTINGS = {
     "task_slice_percentages": [0.2, 0.3],
     "ablation_slice_percentage": 0.3,
     "beyond_slice_percentages": [],
+    "instead_slice_percentages": [],
 }
 
 

@@ -321,9 +321,7 @@ TABLE = {
         lambda _: test_compensation.test_it_minimises_the_stated_objective(),
     ),
     "corrections that the next places do not see": (
-        mutation(
-            compensation.compensate_block, "stream.add_(next(seen) @ D.to(stream.dtype))", "stream"
-        ),
+        mutation(compensation.corrected, "stream.add_(next(seen) @ D.to(stream.dtype))", "stream"),
         lambda given: test_compensation.test_the_sliced_model_computes_what_was_fitted(
             TINY["llama"](), given.tokens
         ),

@@ -262,7 +262,7 @@ def test_percentages_models_and_layers_are_those_of_the_run(changed, folder):
     settings = load("smoke", CHANGED)
     shares = {0.0, statistics.CONFIDENCE}
     for name, value in settings.model_dump().items():
-        if re.search(r"slice_(percentages?|bases?)$|_slice$", name):
+        if re.search(r"slice_(percentages?|bases?)$|_(slice|neurons)$", name):
             shares |= set(value) if isinstance(value, list) else {value}
     tables = folder / "figures/smoke"
     reached = pd.read_csv(tables / "perplexity.csv")["mean slice"]

@@ -192,6 +192,10 @@ FACTS = {
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
     ("07_ladder", "32"): "the rank of LoRA",
     ("07_ladder", "10"): "and its alpha",
+    ("09_alternatives", "8"): "bits of a rounded weight",
+    ("09_alternatives", "4"): "and fewer of them",
+    ("09_alternatives", "256"): "values of the one",
+    ("09_alternatives", "16"): "of the other, and bits of a weight that is not rounded",
 }
 
 

@@ -19,6 +19,7 @@ SETTINGS = {
     "task_subset": "first",
     "task_slice_percentages": [0.3],
     "beyond_slice_percentages": [],
+    "instead_slice_percentages": [],
 }
 HEADER = (
     "method,model,metric,dataset,slice_percentage,slice_base,calibration,calibration_windows,"

@@ -23,6 +23,7 @@ SMALL = {
     "ablation_lr_tokens": [],
     "single_layer_slice": None,
     "beyond_slice_percentages": [],
+    "instead_slice_percentages": [],
 }
 
 

@@ -119,10 +119,9 @@ def narrower(config: PretrainedConfig, share: float) -> PretrainedConfig:
 
 
 def _kept_count(m: int, share: float) -> int:
-    count = round(m * (1 - share))
-    if not (0 <= share < 1 and count):
+    if not (0 <= share < 1 and round(m * (1 - share))):
         raise RequestError(f"share {share} of {m} neurons leaves none; give one such as 0.2")
-    return count
+    return round(m * (1 - share))
 
 
 def share_within(model: PreTrainedModel, budget: int) -> float:
