@@ -35,7 +35,7 @@ img {{ max-width: 100%; height: auto; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.85rem; }}
 th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left; }}
 th, td {{ overflow-wrap: normal; }}
-pre {{ overflow-x: auto; font-size: 0.8rem; background: #f6f6f6; padding: 0.5rem; }}
+pre {{ white-space: pre-wrap; font-size: 0.8rem; background: #f6f6f6; padding: 0.5rem; }}
 .anchor-link {{ display: none; }}
 details {{ color: #666; font-size: 0.85rem; }}
 </style>

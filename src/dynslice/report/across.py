@@ -43,7 +43,8 @@ def model_table(across: Across) -> pd.DataFrame:
     """A row for each model, slice percentage and measure, with a column for each network.
 
     The measures: stored parameters in millions, perplexity on each text, accuracy in percent on
-    each task and on average, with what guessing gives. None where a network has no such value.
+    each task and on average, with what guessing gives. None where a network has no such value; a
+    row that says something of the dense model alone is left out.
     """
     across.ensure()
     tables = []
@@ -52,7 +53,8 @@ def model_table(across: Across) -> pd.DataFrame:
         guessing = {task: chance([task]) for task in tasks} | {AVERAGE: chance(tasks)}
         for sp in study.profile.slice_percentages:
             here = {n: _measures(study, point) for n, point in networks(study, sp).items()}
-            table = pd.DataFrame(here).rename_axis("measured").reset_index()
+            table = pd.DataFrame(here).dropna(subset=SLICEGPT)
+            table = table.rename_axis("measured").reset_index()
             table.insert(0, "SP", sp)
             table.insert(0, "model", name(study))
             tables.append(table.assign(**{CHANCE: table["measured"].map(guessing)}))

@@ -92,6 +92,19 @@ def claims_table(study: Study) -> pd.DataFrame:
     return table.assign(source=sources)
 
 
+def view(study: Study) -> pd.DataFrame:
+    """The outcomes in few words, for a page."""
+    kept = ("at", "measured on", "network", "stored", "measured", "verdict on this model")
+    rows = [{"claim": claimed(o), **{key: o[key] for key in kept}} for o in outcomes(study)]
+    return pd.DataFrame(rows).rename(columns={"verdict on this model": "verdict"})
+
+
+def not_tested(study: Study) -> list[str]:
+    """The models that a claim was published for and that are not this study's."""
+    models = dict.fromkeys(model for outcome in outcomes(study) for model in outcome["models"])
+    return [model for model in models if model != study.profile.model]
+
+
 # A text or tasks, the network that speaks, how it was chosen and what it stores against constant,
 # then the changes of an outcome.
 Measured = tuple[str, str, str, str, Estimate | None, Estimate | None]
@@ -145,13 +158,19 @@ def findings(study: Study) -> str:
     """What a record says of the paper's idea: the claims, then what the ablations say of it."""
     lines = [_finding(outcome) for outcome in outcomes(study) if outcome["change"]]
     lines = lines or [style.say("finding_none", verdict=NOT_TESTED.capitalize())]
+    claims = "\n".join(f"- {line}" for line in lines)
+    parts = style.say("findings"), claims, style.say("findings_more"), remarks(study)
+    return "\n\n".join(parts)
+
+
+def remarks(study: Study) -> str:
+    """What the sizes, other texts and the ablations say of the claims, as a list (Markdown)."""
     # On a text that nothing was calibrated on, how far a network is from dense says more.
     foreign = [text for text in study.profile.eval_texts if text != study.profile.calibration_text]
     others = [perplexity.size_prose(perplexity.perplexity_table(study))]
     others += _size_gap(study) + [_levels(study, text) for text in foreign]
     others += ablation_findings(study)
-    claims, more = ("\n".join(f"- {line}" for line in part) for part in (lines, others))
-    return f"{style.say('findings')}\n\n{claims}\n\n{style.say('findings_more')}\n\n{more}"
+    return "\n".join(f"- {line}" for line in others)
 
 
 def _finding(outcome: dict) -> str:

@@ -1,5 +1,6 @@
 """How tables, figures and sentences look, and where they are written; nothing is measured here."""
 
+import re
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -113,9 +114,15 @@ def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
     if table.empty:
         return Markdown(otherwise) if otherwise else None
     text = with_intervals(table, digits)
-    first, more = (part.to_html(index=False, border=0) for part in (text[:ROWS], text[ROWS:]))
+    first, more = (_as_html(part) for part in (text[:ROWS], text[ROWS:]))
     folded = f"<details><summary>{len(text) - ROWS} more rows</summary>{more}</details>"
     return HTML(first + folded * (len(text) > ROWS))
+
+
+def _as_html(table: pd.DataFrame) -> str:
+    """A table of text whose numbers stay on one line with their intervals."""
+    html = table.to_html(index=False, border=0)
+    return re.sub(r"<td>(?=[-+.\d]+ \[)", '<td style="white-space: nowrap">', html)
 
 
 def with_intervals(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
