@@ -10,6 +10,7 @@ from dynslice.experiment.study import Study
 from dynslice.report import statistics, style
 
 FEWEST_LAYERS = 8  # below that a rank correlation says nothing, and resamples of it are undefined
+OUTLIERS = 4  # by 1 - LR and by loss, that a figure numbers
 LOSS = statistics.PERPLEXITY
 
 
@@ -59,20 +60,24 @@ def prose(losses: pd.DataFrame, study: Study) -> str:
         "mildest": losses[LOSS].idxmin(),
     }.items():
         found[name] = losses.loc[layer]
-    p = study.profile
+    parts = np.array_split(losses[LOSS].to_numpy(), 3)
+    thirds = ", ".join(f"{np.median(part):+.1f}" for part in parts)
+    p, found = study.profile, {**found, "thirds": thirds}
     return style.say("single_layer", p=p, share=percent(p.single_layer_slice), **found)
 
 
 def figure(losses: pd.DataFrame) -> plt.Figure | None:
-    """Left the loss against 1 - LR, a numbered point per layer; right the loss by layer."""
+    """Left the loss against 1 - LR, outliers with the layer's number; right the loss by layer."""
     if losses.empty:
         return None
     fig, (left, right) = style.panels(1, 2, sharey=True)
     change = 1 - losses["LR"]
     for axis, x in ((left, change), (right, losses["layer"])):
         style.points_with_intervals(axis, x, losses, LOSS, "o", "C0", "")
-    for x, y, layer in zip(change, losses[LOSS], losses["layer"], strict=True):
-        left.annotate(layer, (x, y), fontsize=5, xytext=(2, 2), textcoords="offset points")
+    outliers = {*change.nlargest(OUTLIERS).index, *losses[LOSS].nlargest(OUTLIERS).index}
+    for i in outliers:
+        where = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7}
+        left.annotate(losses["layer"][i], (change[i], losses[LOSS][i]), **where)
     left.set(xlabel="1 - layer redundancy", ylabel="perplexity, layer cut alone (%)")
     left.set_xscale("log")
     if (losses["low"] > 0).all():
