@@ -213,8 +213,8 @@ def test_what_it_costs(study):
     costs = equal_size.cost_table(study).set_index(["SP", "network"])
     assert costs["evidence (s)"].isna().tolist() == [True, True, *[False] * 4] * 2
     assert costs.loc[(0.5, LR), "evidence (s)"] == study.get(study.lr_request()).seconds
-    # Fine-tuning comes on top of slicing; the dense model is the whole.
-    assert costs.loc[(0.5, LORA), "slicing (s)"] > costs.loc[(0.5, BEST_RECIPE), "slicing (s)"]
+    tuned = study.get(study.slice_request(rungs_of(study)[LORA]))
+    assert costs.loc[(0.5, LORA), "slicing (s)"] == tuned.seconds
     share = costs.loc[(0.5, SLICEGPT), "parameters (M)"] / (study.size(DENSE) / 1e6)
     assert costs.loc[(0.5, SLICEGPT), "of dense (%)"] == pytest.approx(100 * share)
 

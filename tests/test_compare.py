@@ -185,7 +185,10 @@ def test_verdicts_are_those_of_the_chosen_network(invented, shift, noise, verdic
     word, said = verdict.capitalize(), claims.findings(invented).splitlines()
     assert any(f"**{word}**: perplexity lower" in line and "wikipedia" in line for line in said)
     assert claims.view(invented)["verdict"].tolist() == [*table["verdict on this model"]]
-    assert claims.not_tested(invented) == ["meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"]
+    assert [name.split("/")[0] for name in claims.not_tested(invented)] == [
+        "meta-llama",
+        "mistralai",
+    ]
 
 
 def test_points_and_ratio_are_both_said_where_they_disagree(invented):

@@ -122,7 +122,7 @@ def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
 def _as_html(table: pd.DataFrame) -> str:
     """A table of text whose numbers stay on one line with their intervals."""
     html = table.to_html(index=False, border=0)
-    return re.sub(r"<td>(?=[-+.\d]+ \[)", '<td style="white-space: nowrap">', html)
+    return re.sub(r"<td>(?=[-+.\d]+( %)? \[[^]]*]</td>)", '<td style="white-space: nowrap">', html)
 
 
 def with_intervals(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
