@@ -15,7 +15,7 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Point
 from dynslice.experiment.study import Study
 from dynslice.report import across as models
-from dynslice.report import claims, equal_size, short, statistics, style
+from dynslice.report import alternatives, claims, equal_size, short, statistics, style
 from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
@@ -102,9 +102,8 @@ def _accuracy(study: Study, point: Point) -> str:
 
 def _sentences(across: Across) -> str:
     """One sentence each: what slicing costs, the paper's claims, the levers, and what LR does."""
-    cost, levers, rule = (
-        _for_each(across, told) for told in (_cost_clause, _lever_clause, _first_layer_clause)
-    )
+    asked = (_cost_clause, _lever_clause, _first_layer_clause, instead_clause)
+    cost, levers, rule, instead = (_for_each(across, told) for told in asked)
     share = percent(headline(across.studies[0]))
     told = [
         style.say("answer_cost", share=share, clauses=cost),
@@ -112,6 +111,7 @@ def _sentences(across: Across) -> str:
         style.say("answer_levers", clauses=levers),
     ]
     told += [style.say("answer_first", clauses=rule)] if rule else []
+    told += [style.say("answer_instead", clauses=instead)] if instead else []
     absent = ", ".join(f"`{profile}`" for profile in across.absent)
     told += [style.say("across_absent", profiles=absent)] if absent else []
     return "\n".join(f"- {sentence}" for sentence in told)
@@ -172,6 +172,20 @@ def _first_layer_clause(study: Study) -> str:
     rule, by_lr = tried["first widths, shared bases"], equal_size.rung(rungs, SHARED)
     change = statistics.selection_change(study, rule, by_lr)
     return f"{change.format('%')} on {models.name(study)} ({change.direction})"
+
+
+def instead_clause(study: Study) -> str:
+    """What else keeps one size, and the dense model at fewer bits; empty where none was asked."""
+    if not study.instead.sizes:
+        return ""
+    sp, text = study.instead.sizes[-1], study.profile.calibration_text
+    finalists = study.instead.finalists(sp)
+    said = [f"{point.name} {study.perplexity(point, text):.1f}" for point in finalists]
+    clause = f"{', '.join(said)} (size of SP {percent(sp)})"
+    for point in (p for p in study.instead.rounded() if "uniform" in p.network["bits"]):
+        share = alternatives.stored_bytes(study, point) / alternatives.stored_bytes(study, DENSE)
+        clause += f", {point.name} {study.perplexity(point, text):.1f} ({share:.0%} of the bytes)"
+    return f"on {models.name(study)} {clause}"
 
 
 def _source(across: Across) -> str:
