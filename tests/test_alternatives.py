@@ -231,6 +231,23 @@ def test_each_weight_is_the_nearest_of_its_values(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_weights_of_low_precision_are_rounded_once(name):
+    """A quotient in bfloat16 would be rounded before it is rounded to a whole number."""
+    model = TINY[name]().to(torch.bfloat16)
+    packed = bits.quantize(model, [8, 8, 8])
+    assert packed.model.dtype == torch.bfloat16
+    rounded, maps = packed.unpacked(model), 0
+    for key, module in packed.model.named_modules():
+        if hasattr(module, "weight_scale"):
+            assert module.weight_scale.dtype == torch.bfloat16
+            before, scale = model.get_submodule(key).weight.float(), module.weight_scale.float()
+            nearest = (before / scale).round().clamp(-128, 127)
+            assert torch.equal(rounded.get_submodule(key).weight, (nearest * scale).bfloat16())
+            maps += 1
+    assert maps >= 18
+
+
 @pytest.mark.parametrize("each", [[8, 8], [4, 4], [4, 8]])
 def test_bytes_that_are_counted_lie_on_disk(each, tmp_path):
     """And transformers loads the directory to the same logits, without code of ours."""

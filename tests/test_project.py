@@ -69,12 +69,12 @@ def test_notebook_sources_are_clean_and_take_parameters(path):
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_record_is_complete_and_of_one_clean_commit(name):
+def test_a_record_is_complete_and_of_clean_commits(name):
     study = Study.open(name, from_record=True)
     results = [study.store.get(request) for request in study.requests()]
     assert None not in results
     assert {result.provenance["dirty"] for result in results} == {False}
-    assert len({result.provenance["commit"] for result in results}) == 1
+    assert None not in {result.provenance["commit"] for result in results}
 
 
 @pytest.mark.parametrize("name", RECORDED)

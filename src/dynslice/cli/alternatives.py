@@ -23,6 +23,10 @@ def drop_layers_command(options) -> tuple[dict, list[str]]:
     """Drop the layers of highest layer redundancy; an ordinary checkpoint is left."""
     if (options.layers is None) == (options.size is None):
         raise RequestError("give either --layers, how many go, or --size, what is left at most")
+    if options.layers is not None:  # before anything is loaded
+        from dynslice.extensions.layers import highest
+
+        highest([0.0] * common.config_of(options).num_hidden_layers, options.layers)
 
     def make(model, windows, dtype):
         from dynslice.extensions import layers
@@ -68,12 +72,15 @@ def quantize_command(options) -> tuple[dict, list[str]]:
     """Round the maps of a dense or sliced model to fewer bits, packed by compressed-tensors."""
     if (options.bits is None) == (options.by is None):
         raise RequestError("give either --bits, for all layers, or --by, for which get 4 and 8")
-    if options.bits and options.calibration:
-        raise RequestError(f"--calibration {options.calibration} is read by --by; leave it out")
+    for name in ("calibration", "share"):
+        value = getattr(options, name)
+        if options.bits and value is not None:
+            raise RequestError(f"--{name} {value} is read by --by; leave it out")
     if options.by and not options.calibration:
         raise RequestError(f"--by {options.by} is measured on a text; give --calibration")
-    if not 0 <= options.share <= 1:
-        raise RequestError(f"--share {options.share} is outside 0 to 1; give one such as 0.5")
+    share = 0.5 if options.share is None else options.share
+    if not 0 <= share <= 1:
+        raise RequestError(f"--share {share} is outside 0 to 1; give one such as 0.5")
 
     def make(model, windows, dtype):
         from dynslice.extensions import bits
@@ -83,18 +90,17 @@ def quantize_command(options) -> tuple[dict, list[str]]:
         if options.by:
             scores = {"lr": lambda: layer_redundancy(model, windows).lr}
             scores |= {"overlap": lambda: bits.token_overlap(model, windows)}
-            chosen = bits.bits_by_score(scores[options.by](), options.share)
+            chosen = bits.bits_by_score(scores[options.by](), share)
         packed = bits.quantize(model.to(dtype), chosen)
-        return model, packed.save, {"bits": chosen, "weight_bytes": packed.bytes}
+        return model, packed.save, {"bits": chosen}
 
     def words(result: dict) -> str:
         counts = {bits: result["bits"].count(bits) for bits in sorted({*result["bits"]})}
         told = ", ".join(f"{count} layers at {bits} bits" for bits, count in counts.items())
-        size = result["weight_bytes"] / 1e6
-        return f"{told}: {size:,.1f} MB, where what is not rounded takes 16 bits"
+        return f"{told}: {result['weight_bytes'] / 1e6:,.1f} MB of weights"
 
-    needs_dense = "layer redundancy" if options.by == "lr" else None
-    return _saved(options, make, words, "quantized", dense_for=needs_dense)
+    measured = {"lr": "layer redundancy", "overlap": "token overlap"}
+    return _saved(options, make, words, "quantized", dense_for=measured.get(options.by))
 
 
 def _saved(
@@ -134,13 +140,15 @@ def _saved(
             "windows": 0 if windows is None else len(windows),
             "window": options.window,
             "dtype": str(dtype).removeprefix("torch."),
+            "weight_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(model.device),
         }
         recipe = common.recipe_of(options, result) | {"made_from_sha256": common.hashes(options)}
         common.write_json(folder / "made.json", recipe)
         has_code = any(folder.glob("*.py"))
-        how = f"{words(result).capitalize()}. {_MADE_BY}"
+        told = words(result)
+        how = f"{told[0].upper()}{told[1:]}. {_MADE_BY}"
         page = card(done, how, {}, recipe, options.model, options.revision, has_code)
         (folder / "README.md").write_text(page, encoding="utf-8")
     line = (

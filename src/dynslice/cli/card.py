@@ -51,6 +51,8 @@ def model_card(recipe: dict, base: str, revision: str | None) -> str:
         "compensation": "yes" if recipe["compensation"] else "no",
         "fine-tuning": f"{recipe['recovery']['steps']} steps" if recipe["recovery"] else "none",
     }
+    if recipe.get("mlp_neurons"):
+        shown["neurons of each MLP dropped first"] = f"{recipe['mlp_neurons']:g} of them"
     has_code = not recipe["layout"]["plain"]
     return card("sliced", how, shown, recipe, base, revision, has_code)
 
@@ -88,10 +90,10 @@ def card(
     rows = {
         "base model": f"{name} (revision {recipe['revision'] or 'none'})",
         "licence": f"that of the base model: {licence or 'not stated there'}",
-        "stored parameters": f"{recipe['parameters']:,} (dense {recipe['parameters_dense']:,})",
+        "stored parameters": f"{recipe['parameters']:,} (before: {recipe['parameters_dense']:,})",
         **shown,
         "calibration": f"{recipe['calibration']}, {read}" if recipe["calibration"] else "none",
-        "saved in": recipe["dtype"],
+        "dtype": recipe["dtype"],
         "perplexity": "not measured yet; `dynslice ppl --model DIR --text TEXT` does that",
     }
     return _PAGE.format(

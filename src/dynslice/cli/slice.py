@@ -5,8 +5,19 @@ from typing import Any
 
 from dynslice.cli import common
 from dynslice.cli.alternatives import drop_neurons
-from dynslice.cli.plans import AMOUNTS, apply_recipe, is_given, measures_lr, plan_of, refuse_next_to
+from dynslice.cli.plans import (
+    AMOUNTS,
+    FILES,
+    apply_recipe,
+    is_given,
+    measures_lr,
+    plan_of,
+    refuse_next_to,
+)
 from dynslice.core.errors import RequestError
+
+# What is about slicing alone, besides the options that make a plan.
+OF_SLICING = ("compensate", "ridge", "recovery_steps", "host_memory", "device_memory")
 
 
 def slice_command(options) -> tuple[dict, list[str]]:
@@ -17,8 +28,10 @@ def slice_command(options) -> tuple[dict, list[str]]:
     from dynslice.inputs.checkpoints import saving, write
 
     if options.mlp_neurons is not None:
-        refuse_next_to(options, "--mlp-neurons", "plan", "stream", said="changes the model first")
-        if not any(is_given(options, name) for name in (*AMOUNTS, "compensate", "recovery_steps")):
+        others = ("plan", "stream", *FILES)
+        refuse_next_to(options, "--mlp-neurons", *others, said="changes the model first")
+        asked = any(is_given(options, name) for name in (*AMOUNTS, *OF_SLICING))
+        if not asked and options.recipe == "published":
             return drop_neurons(options)
     apply_recipe(options)
     start, recovery = _compensation(options), _recovery(options)

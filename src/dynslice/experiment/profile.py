@@ -140,12 +140,12 @@ class Profile(BaseModel):
     sound_tokens: int = Field(default=0, ge=0)  # that networks write after a beginning; 0: none
     sound_prompt: _Tokens = 32  # tokens of the beginning
 
-    # Notebook 09: what else stores as little as constant slicing at these.
+    # Notebook 09: what else stores as little as constant slicing at these; [] asks for none of it.
     instead_slice_percentages: list[_Share] = []
     instead_layers: list[_Dropped] = [*get_args(_Dropped)]  # how layers are dropped
     instead_neurons: list[_Share] = []  # shares of the neurons that go before the recipe
     instead_bits: bool = False  # the dense model at 8 and 4 bits
-    instead_int8_slice_percentages: list[_Share] = []  # sizes of the recipe at 8 bits
+    instead_int8_slice_percentages: list[_Share] = []  # sizes of the recipe, where instead_bits
     # At the last of the sizes:
     instead_tasks: bool = True
     instead_learning_rates: list[_Positive] = []  # of LoRA, where recovery_steps asks for it

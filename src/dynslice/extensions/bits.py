@@ -1,7 +1,7 @@
 """Weights of fewer bits, by compressed-tensors: what most people do instead of slicing.
 
 Each map of a layer is rounded to the nearest of 2^bits values, symmetric about zero. Embedding,
-head, norms and shortcuts keep their dtype, as is usual. transformers and vLLM load the result.
+head, norms and shortcuts keep their dtype, as is usual. transformers loads the result.
 """
 
 import copy
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import batches, evaluating
-from dynslice.method.architectures import family_of
+from dynslice.method.architectures import family_of, require_dense
 
 WHOLE = 16  # bits of a weight that is not rounded
 BITS = (4, 8, WHOLE)
@@ -90,12 +90,16 @@ def quantize(model: PreTrainedModel, bits: Sequence[int]) -> Packed:
     config = QuantizationConfig(
         config_groups=schemes, format="pack-quantized", quantization_status="initialized"
     )
+    maps = {name: scheme for scheme, names in groups.values() for name in names}
+    for name in maps:  # in a lower precision the library would round twice
+        packed.get_submodule(name).float()
     apply_quantization_config(packed, config, show_progress=False)
-    for scheme, names in groups.values():
-        for name in names:
-            _set_scales(packed.get_submodule(name), scheme)
+    for name, scheme in maps.items():
+        _set_scales(packed.get_submodule(name), scheme, model.dtype)
     compressor = ModelCompressor.from_pretrained_model(packed)
     compressor.compress_model(packed)
+    for name in maps:
+        packed.get_submodule(name).to(model.dtype)
     return Packed(packed, compressor)
 
 
@@ -106,11 +110,11 @@ def _arguments(bits: int, inputs: int) -> QuantizationArgs:
 
 
 @torch.no_grad()
-def _set_scales(module: nn.Linear, scheme: QuantizationArgs) -> None:
-    """The scales that reach the extremes of each group of weights."""
+def _set_scales(module: nn.Linear, scheme: QuantizationArgs, dtype: torch.dtype) -> None:
+    """The scales that reach the extremes of each group of weights, as they are stored."""
     weight = module.weight.unflatten(1, (-1, scheme.group_size or module.in_features))
     scale, _ = calculate_qparams(weight.amin(-1), weight.amax(-1), scheme)
-    module.weight_scale.copy_(scale)
+    module.weight_scale.copy_(scale.to(dtype))
     module.quantization_status = QuantizationStatus.FROZEN
 
 
@@ -127,8 +131,10 @@ def token_overlap(
     """How far the tokens that a layer's input and output say agree, by layer, from 0 to 1.
 
     Mean over tokens of windows [n, T] of the Jaccard index of the `count` tokens of highest logit,
-    of the head after the final norm. High means redundant (LSAQ, arXiv 2412.18135).
+    of the head after the final norm. High means redundant (LSAQ, arXiv 2412.18135). Raises
+    RequestError for a sliced model.
     """
+    require_dense(model.config, "token overlap")
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)
     norm, head = model.get_submodule(family.final_norm), model.get_submodule(family.head)

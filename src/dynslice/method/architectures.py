@@ -30,7 +30,8 @@ def is_packed(config) -> bool:
     """Whether a config belongs to weights that compressed-tensors packed, which can be run."""
     quantised = getattr(config, "quantization_config", None) or {}
     given = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    return given.get("quant_method") == "compressed-tensors"
+    kind = given.get("quant_method"), given.get("format")
+    return kind == ("compressed-tensors", "pack-quantized")
 
 
 def check_family(config) -> None:

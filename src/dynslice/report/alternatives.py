@@ -53,16 +53,23 @@ def _best(study: Study, points: list[Point]) -> Point:
 def alternatives_table(study: Study) -> pd.DataFrame:
     """A row for each network: bytes, perplexity by text, accuracy, and the seconds of making it.
 
-    The changes of perplexity are from SliceGPT of the same size, paired by window.
+    The changes of perplexity are from SliceGPT of the same size, fine-tuned where the network is,
+    paired by window.
     """
     if not study.instead.sizes:
         return pd.DataFrame()
     study.ensure(study.instead.requests())
     rows = []
     for size, points in compared(study):
-        reference = None if size == OWN else points[0]
-        rows += [_row(study, size, point, reference) for point in points]
+        for point in points:
+            reference = None if size == OWN else next(p for p in points if _alike(p, point))
+            rows.append(_row(study, size, point, reference))
     return pd.DataFrame(rows)
+
+
+def _alike(a: Point, b: Point) -> bool:
+    """Whether both are fine-tuned, or neither."""
+    return ("recovery" in a.network) == ("recovery" in b.network)
 
 
 def _row(study: Study, size: str, point: Point, reference: Point | None) -> dict:

@@ -3,6 +3,8 @@
 All at the last of the sizes, by validation windows only.
 """
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -85,7 +87,7 @@ def widths_figure(study: Study) -> plt.Figure | None:
     tried = [p for p in study.beyond.variants(sp) if p.network["plan"]["schedule"] in candidates]
     tried = [p for p in tried if p.network["calibration"] == calibration]
     figure, axis = style.panels(height=2.4)
-    looks = zip(["-", "--", ":", "-."] * 3, [f"C{i}" for i in range(10)], strict=False)
+    looks = zip(cycle(["-", "--", ":", "-."]), cycle([f"C{i}" for i in range(10)]), strict=False)
     for point in [*rungs, *tried]:
         if {"compensation", "recovery"} & set(point.network):
             continue  # they leave the widths alone
