@@ -190,7 +190,7 @@ BAD_REQUESTS = {
     f"{SLICE} --out new --mlp-neurons 0.2 --plan plan.json": "leave --plan out",
     f"{SLICE} --out new --mlp-neurons 0.2 --stream": "leave --stream out",
     f"{SLICE} --out new --mlp-neurons 0.2 --lr lr.json": "leave --lr out",
-    f"{SLICE} --out new --mlp-neurons 0.2 --recipe best": "give --slice-percentage",
+    f"{SLICE} --out new --mlp-neurons 0.2 --recipe best": "--slice-percentage is missing",
     f"{QUANTIZE} --bits 8 --share 0.3": "--share 0.3 is read by --by; leave it out",
     QUANTIZE: "give either --bits, for all layers, or --by",
     f"{QUANTIZE} --bits 8 --by lr": "give either --bits, for all layers, or --by",

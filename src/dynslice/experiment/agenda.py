@@ -134,7 +134,9 @@ def network_words(request: Request) -> str:
     words = [plan.describe() if plan else "dense"]
     if method := {**network.get("method", {})}:
         words = [f"fewer {method.pop('method')}", *method, "in the size of", *words]
-    words += [f"with {name}" for name in ("compensation", "recovery", "bits") if name in network]
+    words += [f"{plan.neurons:.0%} fewer neurons"] if plan and plan.neurons else []
+    words += [f"with {name}" for name in ("compensation", "recovery") if name in network]
+    words += [f"bits {key} {value}" for key, value in network.get("bits", {}).items()]
     words += [f"seed {read['seed']}" for read in [network.get("calibration")] if read]
     return " ".join(words)
 
