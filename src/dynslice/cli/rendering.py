@@ -73,7 +73,10 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
 
 
 def tidied(notebook: dict) -> dict:
-    """An executed notebook without paths and clock times of this machine, and empty sections."""
+    """An executed notebook without what is of one run or machine, and without empty sections."""
+    for cell in notebook["cells"]:
+        if "injected-parameters" in cell["metadata"].get("tags", []):
+            cell["id"] = "injected-parameters"  # papermill draws one
     for part in (notebook, *notebook["cells"]):
         part["metadata"].pop("papermill", None)
         part["metadata"].pop("execution", None)
