@@ -58,7 +58,8 @@ def model_table(across: Across) -> pd.DataFrame:
             table.insert(0, "SP", sp)
             table.insert(0, "model", name(study))
             tables.append(table.assign(**{CHANCE: table["measured"].map(guessing)}))
-    return pd.concat(tables, ignore_index=True)
+    found = pd.concat(tables, ignore_index=True)
+    return found[[*found.columns.drop(CHANCE), CHANCE]]
 
 
 def _measures(study: Study, point: Point) -> dict[str, float | None]:

@@ -114,7 +114,7 @@ def costs(study: Study) -> str:
     lines = [style.say("short_sizes", low=low, high=high)]
     speeds = efficiency.speed_table(study)
     for step, rows in speeds.groupby("step") if len(speeds) else ():
-        of = {"step": step, "gain": rows["gain (x)"].describe()}
+        of = {"step": step.capitalize(), "gain": rows["gain (x)"].describe()}
         of["counted"] = rows["gain / counted"].describe()
         lines.append(style.say("short_speed", **of))
     return _said(lines)
