@@ -115,13 +115,20 @@ def shown(table: pd.DataFrame, digits: int = 2, otherwise: str = "") -> Any:
         return Markdown(otherwise) if otherwise else None
     text = with_intervals(table, digits)
     first, more = (_as_html(part) for part in (text[:ROWS], text[ROWS:]))
-    folded = f"<details><summary>{len(text) - ROWS} more rows</summary>{more}</details>"
-    return HTML(first + folded * (len(text) > ROWS))
+    count = len(text) - ROWS
+    summary = f"{count} more row{'s' * (count > 1)}"
+    folded = f"<details><summary>{summary}</summary>{more}</details>"
+    return HTML(first + folded * (count > 0))
 
 
 def _as_html(table: pd.DataFrame) -> str:
-    """A table of text whose numbers stay on one line with their intervals."""
+    """A table of text; its numbers stay on one line with their intervals where a page has room."""
     html = table.to_html(index=False, border=0)
+    with_bounds = table.astype(str).apply(
+        lambda column: column.str.contains(" [", regex=False).any()
+    )
+    if with_bounds.sum() > 3:
+        return html
     return re.sub(r"<td>(?=[-+.\d]+( %)? \[[^]]*]</td>)", '<td style="white-space: nowrap">', html)
 
 
