@@ -9,7 +9,7 @@ WORKDIR /dynslice
 COPY . .
 ENV VIRTUAL_ENV=/venv PATH=/venv/bin:$PATH DYNSLICE_OUTPUT=/out
 RUN python -m venv /venv \
-    && pip install --no-cache-dir --require-hashes \
+    && pip install --no-cache-dir --no-deps --require-hashes \
         --extra-index-url https://download.pytorch.org/whl/cpu -r requirements-cpu.lock \
     && pip install --no-cache-dir --no-deps --no-build-isolation -e .
 # Fetches model, texts and benchmarks, and measures nothing.

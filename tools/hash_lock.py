@@ -25,7 +25,7 @@ LOCK = PINS.with_name("requirements-cpu.lock")
 HEADER = """\
 # The pins of requirements.lock with hashes, for Python 3.11 on Linux (x86-64), torch as a CPU
 # build; made by tools/hash_lock.py:
-#   pip install --require-hashes --extra-index-url https://download.pytorch.org/whl/cpu \\
+#   pip install --no-deps --require-hashes --extra-index-url https://download.pytorch.org/whl/cpu \\
 #       -r requirements-cpu.lock && pip install --no-deps -e .
 """
 INDEX = "https://pypi.org/simple"
