@@ -144,7 +144,8 @@ def _verdicts(across: Across) -> str:
             if outcome["at"] == EQUAL_SIZE and outcome["measured on"] in read:
                 verdict = outcome["verdict on this model"].partition(" (")[0]
                 of_claim = found.setdefault(claims.claimed(outcome), {})
-                of_claim.setdefault(verdict, []).append(models.name(study))
+                on = f"{models.name(study)} ({outcome['measured']}, {outcome['network']})"
+                of_claim.setdefault(verdict, []).append(on)
     return "; ".join(
         f"{claim}: "
         + ", ".join(f"**{said}** on {' and '.join(on)}" for said, on in verdicts.items())
