@@ -22,7 +22,15 @@ from dynslice.experiment.estimate import Machine
 from dynslice.experiment.profile import load, percent
 from dynslice.experiment.study import Study
 from dynslice.inputs import models
-from dynslice.report import answer, claims, layer_redundancy, perplexity, statistics, style
+from dynslice.report import (
+    alternatives,
+    answer,
+    claims,
+    layer_redundancy,
+    perplexity,
+    statistics,
+    style,
+)
 
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 SMOKE = load("smoke")
@@ -341,6 +349,12 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
         figure = layer_redundancy.redundancy_figure(layer_redundancy.redundancy_table(study), study)
         said = answer.instead_clause(study)
         named = {p.name: study.perplexity(p, "mmlu") for p in study.instead.rounded()[:2]}
+        seen = {
+            p.name: study.get(study.selection_request(p)).value["perplexity"]
+            for p in study.instead.at_size(0.375)
+        }
+        prose = alternatives.prose(study, alternatives.alternatives_table(study))
+    assert f"SP 37.5%**, validation windows choose **{min(seen, key=seen.get)}**: " in prose
     assert all(f"{name} {value:.1f} (" in said for name, value in named.items())
     assert "best recipe" in said and "(size of SP 37.5%)" in said
     assert {"slice base, 18.75%", "mean, 37.5%"} <= legends(figure)

@@ -32,15 +32,11 @@ def drop_layers_command(options) -> tuple[dict, list[str]]:
         from dynslice.extensions import layers
         from dynslice.extensions.compensation import Compensation
         from dynslice.inputs.checkpoints import write
-        from dynslice.method.redundancy import layer_redundancy
 
         count = options.layers
         if options.size:
             count = layers.within(model, int(asked_parameters(options, common.dims(options))))
-        if options.one_by_one:
-            dropped = layers.one_by_one(model, windows, count)
-        else:
-            dropped = layers.highest(layer_redundancy(model, windows).lr, count)
+        dropped = layers.chosen(model, windows, count, options.one_by_one)
         compensation = Compensation() if options.map else None
         made = layers.drop_layers(model, dropped, windows, compensation).to(dtype)
         return made, partial(write, made), {"dropped_layers": dropped}

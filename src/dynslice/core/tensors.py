@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError
 
@@ -119,6 +119,17 @@ def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
             setattr(module, name, empty)
     model.tie_weights()  # taken apart by that
     return model
+
+
+def of_config(
+    model: PreTrainedModel, config: PretrainedConfig, weights: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A model of the same class and another config, of these weights, which it does not copy."""
+    made = without_storage(lambda: type(model)(config))
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made.to(model.device).eval()
 
 
 def with_own_weights(model: PreTrainedModel) -> PreTrainedModel:

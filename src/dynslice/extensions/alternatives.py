@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from dynslice.core.errors import RequestError
 from dynslice.extensions import layers, neurons
 from dynslice.extensions.compensation import Compensation
-from dynslice.method.redundancy import layer_redundancy
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,7 @@ def fewer_layers(
     one_by_one: LR is measured anew after each. mapped: what writes the stream before a dropped span
     is refitted towards the stream behind it.
     """
-    count = layers.within(model, budget)
-    if one_by_one:
-        dropped = layers.one_by_one(model, windows, count)
-    else:
-        dropped = layers.highest(layer_redundancy(model, windows).lr, count)
+    dropped = layers.chosen(model, windows, layers.within(model, budget), one_by_one)
     compensation = Compensation() if mapped else None
     return Smaller(layers.drop_layers(model, dropped, windows, compensation), tuple(dropped))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import evaluating, with_own_weights, without_storage
+from dynslice.core.tensors import evaluating, of_config, with_own_weights
 from dynslice.extensions.compensation import Compensation, corrected
 from dynslice.method.activations import (
     Activations,
@@ -43,6 +43,13 @@ def one_by_one(model: PreTrainedModel, windows: Tensor, count: int) -> list[int]
         lr = layer_redundancy(of_layers(model, kept), windows).lr
         kept.pop(lr.index(max(lr)))
     return sorted({*range(model.config.num_hidden_layers)} - {*kept})
+
+
+def chosen(model: PreTrainedModel, windows: Tensor, count: int, again: bool = False) -> list[int]:
+    """The layers that go, in order; again: with LR measured anew after each."""
+    if again:
+        return one_by_one(model, windows, count)
+    return highest(layer_redundancy(model, windows).lr, count)
 
 
 def within(model: PreTrainedModel, budget: int) -> int:
@@ -99,11 +106,7 @@ def of_layers(
         for old, new in places.items():
             if name.startswith(old):
                 renamed[new + name.removeprefix(old)] = weight
-    fewer = without_storage(lambda: type(model)(config))
-    fewer.load_state_dict(renamed, assign=True)
-    fewer.tie_weights()
-    fewer.generation_config = model.generation_config
-    return fewer.to(model.device).eval()
+    return of_config(model, config, renamed)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import check_finite, evaluating, with_own_weights, without_storage
+from dynslice.core.tensors import check_finite, evaluating, of_config, with_own_weights
 from dynslice.extensions.compensation import inputs_of
 from dynslice.method.activations import Activations, BlockInPlace, centring, residual_stream
 from dynslice.method.architectures import family_of, require_dense
@@ -64,11 +64,7 @@ def drop_neurons(
                 prefix = f"{family.layers}.{i}."
                 weights |= {f"{prefix}{name}": weight for name, weight in fewer.items()}
     config = narrower(model.config, share)
-    made = without_storage(lambda: type(model)(config))
-    made.load_state_dict(weights, assign=True)
-    made.tie_weights()
-    made.generation_config = model.generation_config
-    return with_own_weights(made.to(model.device).eval())
+    return with_own_weights(of_config(model, config, weights))
 
 
 def _narrower_mlp(

@@ -192,7 +192,7 @@ def claims_table(across: Across) -> pd.DataFrame:
 
 
 def claims_prose(across: Across) -> str:
-    """On how many of the models each claim is supported, by basis (Markdown)."""
+    """On which of the models each claim is supported, by basis (Markdown)."""
     found = pd.concat(
         [pd.DataFrame(claims.outcomes(study)).assign(model=name(study)) for study in across.studies]
     )
@@ -200,10 +200,11 @@ def claims_prose(across: Across) -> str:
     lines = []
     for (claim, basis, on), rows in found.groupby(["claim", "at", "measured on"], sort=False):
         verdicts = rows["verdict on this model"].str.partition(" (")[0]
-        counts = verdicts.value_counts()
-        said = ", ".join(f"{verdict} on {count}" for verdict, count in counts.items())
-        of = {"claim": claim, "at": basis, "on": on, "said": said, "models": len(rows)}
-        lines.append(style.say("claim_across", **of))
+        said = "; ".join(
+            f"{verdict} on {' and '.join(models)}"
+            for verdict, models in rows["model"].groupby(verdicts, sort=False)
+        )
+        lines.append(style.say("claim_across", claim=claim, at=basis, on=on, said=said))
     return "\n".join(f"- {line}" for line in lines) or style.NONE
 
 

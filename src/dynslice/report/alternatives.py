@@ -169,7 +169,19 @@ def _at_size(study: Study, table: pd.DataFrame, sp: float) -> str:
         texts=" and ".join(study.profile.eval_texts),
         better=_listed(better),
         others=_listed(others),
+        chosen=_choice(study, sp),
     )
+
+
+def _choice(study: Study, sp: float) -> str:
+    """What validation windows choose at one size, before fine-tuning, and what the test says."""
+    if study.profile.selection_windows is None:
+        return ""
+    points, texts = study.instead.at_size(sp), study.profile.eval_texts
+    chosen, levels = _best(study, points), {}
+    for key, point in {"levels": chosen, "slicegpt": points[0]}.items():
+        levels[key] = " and ".join(f"{study.perplexity(point, text):.1f}" for text in texts)
+    return style.say("instead_choice", chosen=chosen.name, texts=" and ".join(texts), **levels)
 
 
 def _change(row: dict, text: str) -> statistics.Estimate:
