@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TIED, TINY, decoder, write_of_the_last_block
@@ -20,6 +21,7 @@ from dynslice.inputs.windows import token_windows
 from dynslice.method.plan import final_slices
 from dynslice.method.redundancy import layer_redundancy
 from dynslice.method.scores import normalise
+from dynslice.report import alternatives
 
 
 def logits(model, tokens):
@@ -415,3 +417,23 @@ def test_a_slice_at_eight_bits_is_loaded(made, ask, tmp_path):
     tokens = torch.arange(12)[None]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "both", trust_remote_code=True)
     assert logits(loaded, tokens).isfinite().all()
+
+
+def test_a_slice_that_something_smaller_equals_is_not_on_the_front():
+    table = pd.DataFrame(
+        [
+            ("its own", "dense", 100, 10.0, 10.0),
+            ("SP 20%", "SliceGPT", 90, 20.0, 30.0),
+            ("SP 20%", "best recipe", 90, 12.0, 15.0),
+            ("SP 20%", "fewer neurons", 80, 14.0, 15.0),
+            ("SP 20%", "best recipe, LoRA at 0.001", 70, 11.0, 11.0),
+        ],
+        columns=["size of", "network", alternatives.STORED, "perplexity, a", "perplexity, b"],
+    )
+    neurons, recipe = "fewer neurons (SP 20%)", "best recipe (SP 20%)"
+    fronts = alternatives.fronts_of(table, ["a", "b"])
+    assert fronts == {"a": [neurons, recipe], "b": [neurons]}
+    assert alternatives.slices_of(fronts) == [recipe]
+    rounded = pd.DataFrame([("its own", "int8", 60, 10.1, 10.1)], columns=table.columns)
+    fronts = alternatives.fronts_of(pd.concat([table, rounded]), ["a", "b"])
+    assert fronts == {"a": ["int8"], "b": ["int8"]} and alternatives.slices_of(fronts) == []

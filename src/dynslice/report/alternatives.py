@@ -16,6 +16,7 @@ from dynslice.report.statistics import PERPLEXITY, columns, of_row
 
 STORED = "stored (MB)"  # weights that are not rounded count 16 bits each
 OWN = "its own"  # the size of what has no other network to be equal to
+BITS = ("int", "half", f"{RECIPE}, int8")  # of the forms below, those of fewer bits
 FORMS = {  # of the figure: what a name starts with, its mark, and how it is called there
     SLICEGPT: ("o", "SliceGPT"),
     f"{RECIPE}, int8": ("h", "best recipe, int8"),
@@ -112,7 +113,7 @@ def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
     for axis, of in zip(axes[0], measured, strict=True):
         style.pareto_front(axis, table[STORED], table[of])
         for look, (start, (mark, label)) in enumerate(FORMS.items()):
-            rows = table[[_form(network) == start for network in table["network"]]]
+            rows = table[[form(network) == start for network in table["network"]]]
             for tuned, here in rows.groupby(rows["network"].str.contains("LoRA")):
                 face = f"C{look}" if tuned else "w"
                 is_first = label not in axis.get_legend_handles_labels()[1] and not tuned
@@ -134,7 +135,8 @@ def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
     return figure
 
 
-def _form(network: str) -> str | None:
+def form(network: str) -> str | None:
+    """The form of the figure that a network has."""
     return next((start for start in FORMS if network.startswith(start)), None)
 
 
@@ -145,7 +147,7 @@ def prose(study: Study, table: pd.DataFrame) -> str:
     """When slicing is the right choice, in sentences made from the table (Markdown)."""
     if table.empty:
         return style.NONE
-    lines = [_at_size(study, table, sp) for sp in study.instead.sizes]
+    lines = [_front(study, table), *(_at_size(study, table, sp) for sp in study.instead.sizes)]
     if tuned := _tuned(study, table):
         lines.append(tuned)
     if study.instead.rounded():
@@ -153,21 +155,50 @@ def prose(study: Study, table: pd.DataFrame) -> str:
     return "\n".join(f"- {line}" for line in filter(None, lines))
 
 
+def _front(study: Study, table: pd.DataFrame) -> str:
+    """What no other network equals or beats in no more bytes, with and without rounding."""
+    texts, has_bits = study.profile.eval_texts, table["network"].map(form).isin(BITS)
+    told, sliced = [], []
+    for rows in (table, table[~has_bits]):
+        fronts = fronts_of(rows, texts)
+        told.append(" ".join(f"On {text}: {_listed(names)}." for text, names in fronts.items()))
+        sliced.append(_listed(slices_of(fronts)))
+    if not has_bits.any():
+        return style.say("instead_front", told=told[0], sliced=sliced[0])
+    return style.say("instead_fronts", told=told, sliced=sliced)
+
+
+def fronts_of(table: pd.DataFrame, texts: list[str]) -> dict[str, list[str]]:
+    """By text the networks of the Pareto front, by bytes, dense and fine-tuned ones left out."""
+    rows, found = table[~table["network"].str.contains("LoRA")], {}
+    rows = rows[rows["network"] != DENSE.schedule]
+    for text in texts:
+        front = style.on_front(rows[STORED], rows[f"perplexity, {text}"]).index
+        named = rows.loc[front, ["network", "size of"]].itertuples(index=False)
+        found[text] = [name if size == OWN else f"{name} ({size})" for name, size in named]
+    return found
+
+
+def slices_of(fronts: dict[str, list[str]]) -> list[str]:
+    """Those of the networks that are slices."""
+    names = dict.fromkeys(name for names in fronts.values() for name in names)
+    return [name for name in names if name.startswith((SLICEGPT, RECIPE))]
+
+
 def _at_size(study: Study, table: pd.DataFrame, sp: float) -> str:
     """What beats SliceGPT at one size on every text, and what does not, before fine-tuning."""
     rows = table[(table["size of"] == f"SP {percent(sp)}") & (table["network"] != SLICEGPT)]
     rows = rows[~rows["network"].str.contains("LoRA")]
-    better, others = [], []
+    others = []
     for row in rows.to_dict("records"):
         of_texts = [_change(row, text) for text in study.profile.eval_texts]
-        is_better = all(change.direction == "lower" for change in of_texts)
-        told = ", ".join(f"{change.estimate:+.1f} %" for change in of_texts)
-        (better if is_better else others).append(f"{row['network']} ({told})")
+        if any(change.direction != "lower" for change in of_texts):
+            others.append(row["network"])
     return style.say(
         "instead_size",
         share=percent(sp),
-        texts=" and ".join(study.profile.eval_texts),
-        better=_listed(better),
+        better=len(rows) - len(others),
+        count=len(rows),
         others=_listed(others),
         chosen=_choice(study, sp),
     )
@@ -213,26 +244,26 @@ def _bits(study: Study) -> str:
 
 
 def _slice_and_bits(study: Study) -> str:
-    """The largest slice at 8 bits that stores no more than the dense model at 4."""
-    _int8, int4, *_ = study.instead.rounded()
-    most, text = stored_bytes(study, int4), study.profile.eval_texts[0]
-    sizes = {stored_bytes(study, p): p for p in study.instead.sliced_and_rounded()}
-    fitting = [size for size in sizes if size <= most]
-    if not fitting:
-        return ""
-    both = sizes[max(fitting)]
-    change = statistics.perplexity_change(study, both, int4, text)
-    return style.say(
-        "instead_both",
-        share=percent(both.slice_percentage),
-        text=text,
-        both=study.perplexity(both, text),
-        int4=study.perplexity(int4, text),
-        MB=max(fitting) / 1e6,
-        MB4=most / 1e6,
-        change=change.format("%"),
-        says=change.direction,
-    )
+    """Each slice at 8 bits, against the dense model rounded to the most bytes that are no more."""
+    text, told = study.profile.eval_texts[0], []
+    for both in study.instead.sliced_and_rounded():
+        sizes = [(stored_bytes(study, p), p) for p in study.instead.rounded()]
+        most = max((size for size, _ in sizes if size <= stored_bytes(study, both)), default=None)
+        if most is None:
+            continue
+        alone = _best(study, [p for size, p in sizes if size == most])
+        change = statistics.perplexity_change(study, both, alone, text)
+        clause = style.say(
+            "instead_both_clause",
+            share=percent(both.slice_percentage),
+            alone=alone.name,
+            change=change.format("%"),
+            says=change.direction,
+            ppl=[study.perplexity(point, text) for point in (both, alone)],
+            MB=[stored_bytes(study, point) / 1e6 for point in (both, alone)],
+        )
+        told.append(clause)
+    return style.say("instead_both", text=text, told="; ".join(told)) if told else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -179,14 +179,28 @@ def instead_clause(study: Study) -> str:
     """What else keeps one size, and the dense model at fewer bits; empty where none was asked."""
     if not study.instead.sizes:
         return ""
-    sp, text = study.instead.sizes[-1], study.profile.calibration_text
-    finalists = study.instead.finalists(sp)
-    said = [f"{point.name} {study.perplexity(point, text):.1f}" for point in finalists]
+    sp, texts = study.instead.sizes[-1], study.profile.eval_texts
+
+    def levels(point: Point) -> str:
+        return " and ".join(f"{study.perplexity(point, text):.1f}" for text in texts)
+
+    said = [
+        f"{alternatives.FORMS[alternatives.form(point.name)][1]} {levels(point)}"
+        for point in study.instead.finalists(sp)
+    ]
     clause = f"{', '.join(said)} (size of SP {percent(sp)})"
     for point in (p for p in study.instead.rounded() if "uniform" in p.network["bits"]):
         share = alternatives.stored_bytes(study, point) / alternatives.stored_bytes(study, DENSE)
-        clause += f", {point.name} {study.perplexity(point, text):.1f} ({share:.0%} of the bytes)"
-    return f"on {models.name(study)} {clause}"
+        clause += f", {point.name} {levels(point)} ({share:.0%} of the bytes)"
+    fronts = alternatives.fronts_of(alternatives.alternatives_table(study), texts)
+    slices = ", ".join(alternatives.slices_of(fronts)) or "none"
+    return style.say(
+        "answer_instead_clause",
+        model=models.name(study),
+        texts=" and ".join(texts),
+        levels=clause,
+        slices=slices,
+    )
 
 
 def _source(across: Across) -> str:

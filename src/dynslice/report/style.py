@@ -181,11 +181,16 @@ def points_with_intervals(
         bar.set_alpha(0.5)
 
 
-def pareto_front(axis: plt.Axes, sizes: pd.Series, losses: pd.Series) -> None:
-    """Steps through the networks that none of at most their size equals or beats."""
+def on_front(sizes: pd.Series, losses: pd.Series) -> pd.DataFrame:
+    """`size` and `loss` of the networks that none of at most their size equals or beats."""
     rows = pd.DataFrame({"size": sizes, "loss": losses}).dropna().astype(float)
     rows = rows.sort_values(["size", "loss"])
-    best = rows[rows["loss"] < rows["loss"].cummin().shift(fill_value=np.inf)]
+    return rows[rows["loss"] < rows["loss"].cummin().shift(fill_value=np.inf)]
+
+
+def pareto_front(axis: plt.Axes, sizes: pd.Series, losses: pd.Series) -> None:
+    """Steps through the networks on the front."""
+    best = on_front(sizes, losses)
     look = {"color": "0.7", "linewidth": 2, "zorder": 1, "label": "Pareto front"}
     axis.step(best["size"], best["loss"], "-", where="post", **look)
 
@@ -227,7 +232,7 @@ def device_line(study: Study) -> str:
     provenances = [result.provenance for result in results]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
     commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
-    line = f"Measured on {'; '.join(devices)}, code at commit {', '.join(commits)}."
+    line = f"Measured on {'; '.join(devices)}, code at commit {' and '.join(commits)}."
     configs = [request.config for request in study.requests()]
     configs += [(config.get("slice") or {}).get("calibration", {}) for config in configs]
     used = {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
