@@ -1,6 +1,7 @@
 """Notebook 09: slicing and what a user would pick instead, by perplexity and stored bytes."""
 
 from collections.abc import Iterable
+from statistics import median
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -91,13 +92,18 @@ def _row(study: Study, size: str, point: Point, reference: Point | None) -> dict
 
 
 def speed_table(study: Study) -> pd.DataFrame:
-    """How many times as fast as the dense model the finalists are, measured and counted."""
+    """Tokens per second of the finalists, and how many times those of the dense model they are.
+
+    Measured in turn with the dense model, and counted.
+    """
     rows = []
     for point in (p for sp in study.instead.sizes for p in study.instead.finalists(sp)):
         for request in study.beyond.speed_requests(point):  # one, or none
             value, row = study.get(request).value, {"network": point.name}
             for step in efficiency.STEPS:
                 measured, counted = efficiency.gains(value, step)
+                seconds = median(value[f"{step}_seconds"]["sliced"])
+                row[f"{step} (tokens/s)"] = value[f"{step}_tokens"] / seconds
                 row |= {f"{step} (x)": measured, f"{step}, counted (x)": counted}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -147,7 +153,7 @@ def prose(study: Study, table: pd.DataFrame) -> str:
     """When slicing is the right choice, in sentences made from the table (Markdown)."""
     if table.empty:
         return style.NONE
-    lines = [_front(study, table), *(_at_size(study, table, sp) for sp in study.instead.sizes)]
+    lines = [*_fronts(study, table), *(_at_size(study, table, sp) for sp in study.instead.sizes)]
     if tuned := _tuned(study, table):
         lines.append(tuned)
     if study.instead.rounded():
@@ -155,17 +161,21 @@ def prose(study: Study, table: pd.DataFrame) -> str:
     return "\n".join(f"- {line}" for line in filter(None, lines))
 
 
-def _front(study: Study, table: pd.DataFrame) -> str:
-    """What no other network equals or beats in no more bytes, with and without rounding."""
+def _fronts(study: Study, table: pd.DataFrame) -> list[str]:
+    """What no other network equals or beats in no more bytes, and slices where none is rounded."""
     texts, has_bits = study.profile.eval_texts, table["network"].map(form).isin(BITS)
-    told, sliced = [], []
-    for rows in (table, table[~has_bits]):
-        fronts = fronts_of(rows, texts)
-        told.append(" ".join(f"On {text}: {_listed(names)}." for text, names in fronts.items()))
-        sliced.append(_listed(slices_of(fronts)))
-    if not has_bits.any():
-        return style.say("instead_front", told=told[0], sliced=sliced[0])
-    return style.say("instead_fronts", told=told, sliced=sliced)
+    fronts = fronts_of(table, texts)
+    sliced = _listed(slices_of(fronts))
+    lines = [style.say("instead_front", told=_by_text(fronts), sliced=sliced)]
+    if has_bits.any():
+        of_parts = fronts_of(table[~has_bits], texts)
+        slices = {text: slices_of({text: names}) for text, names in of_parts.items()}
+        lines.append(style.say("instead_front_of_parts", told=_by_text(slices)))
+    return lines
+
+
+def _by_text(networks: dict[str, list[str]]) -> str:
+    return " ".join(f"On {text}: {_listed(names)}." for text, names in networks.items())
 
 
 def fronts_of(table: pd.DataFrame, texts: list[str]) -> dict[str, list[str]]:
@@ -223,7 +233,10 @@ def _tuned(study: Study, table: pd.DataFrame) -> str:
     rows, text = table[table["network"].str.contains("LoRA")], study.profile.eval_texts[0]
     if rows.empty:
         return ""
-    told = [f"{row['network']} {row[f'perplexity, {text}']:.1f}" for row in rows.to_dict("records")]
+    told = []
+    for network, level in zip(rows["network"], rows[f"perplexity, {text}"], strict=True):
+        name, _, rate = network.partition(", LoRA at ")
+        told.append(f"{name} {level:.1f} (at {rate})")
     p = study.profile
     tokens = p.recovery_steps * p.recovery_window
     return style.say("instead_tuned", text=text, tokens=tokens, levels=_listed(told))
