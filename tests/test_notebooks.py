@@ -353,7 +353,7 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
             p.name: study.get(study.selection_request(p)).value["perplexity"]
             for p in study.instead.at_size(0.375)
         }
-        prose = alternatives.prose(study, alternatives.alternatives_table(study))
+        prose = alternatives.details(study, alternatives.alternatives_table(study))
     assert f"SP 37.5%**, validation windows choose **{min(seen, key=seen.get)}**: " in prose
     assert all(f"{name} {value:.1f} (" in said for name, value in named.items())
     assert "best recipe" in said and "(size of SP 37.5%)" in said

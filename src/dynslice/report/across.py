@@ -198,13 +198,14 @@ def claims_prose(across: Across) -> str:
     )
     found = found[found["change"].notna()]
     lines = []
-    for (claim, basis, on), rows in found.groupby(["claim", "at", "measured on"], sort=False):
-        verdicts = rows["verdict on this model"].str.partition(" (")[0]
-        said = "; ".join(
-            f"{verdict} on {' and '.join(models)}"
-            for verdict, models in rows["model"].groupby(verdicts, sort=False)
-        )
-        lines.append(style.say("claim_across", claim=claim, at=basis, on=on, said=said))
+    for (claim, basis), of_claim in found.groupby(["claim", "at"], sort=False):
+        told = []
+        for on, rows in of_claim.groupby("measured on", sort=False):
+            verdicts = rows["verdict on this model"].str.partition(" (")[0]
+            models = rows["model"].groupby(verdicts, sort=False)
+            said = ", ".join(f"{verdict} on {' and '.join(names)}" for verdict, names in models)
+            told.append(f"by {on} {said}")
+        lines.append(style.say("claim_across", claim=claim, at=basis, said="; ".join(told)))
     return "\n".join(f"- {line}" for line in lines) or style.NONE
 
 

@@ -153,11 +153,20 @@ def prose(study: Study, table: pd.DataFrame) -> str:
     """When slicing is the right choice, in sentences made from the table (Markdown)."""
     if table.empty:
         return style.NONE
-    lines = [*_fronts(study, table), *(_at_size(study, table, sp) for sp in study.instead.sizes)]
-    if tuned := _tuned(study, table):
-        lines.append(tuned)
-    if study.instead.rounded():
-        lines += [_bits(study), _slice_and_bits(study)]
+    both = _slice_and_bits(study) if study.instead.rounded() else ""
+    return _bullets([*_fronts(study, table), both])
+
+
+def details(study: Study, table: pd.DataFrame) -> str:
+    """What is best at each size, after LoRA, and at fewer bits (Markdown)."""
+    if table.empty:
+        return style.NONE
+    lines = [_at_size(study, table, sp) for sp in study.instead.sizes]
+    bits = _bits(study) if study.instead.rounded() else ""
+    return _bullets([*lines, _tuned(study, table), bits])
+
+
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in filter(None, lines))
 
 
