@@ -377,8 +377,9 @@ def test_shuffles_are_compared_with_the_order_by_lr(invented, shift, says):
             alter(invented, invented.perplexity_request(ablation.point, "sotu"), shift_nll(shift))
     table = ablations.shuffle_table(invented)
     assert table["against LR order (%)"].iloc[1:3].mean() == pytest.approx(100 * np.expm1(shift))
-    assert says in ablations.shuffle_prose(table)
-    assert "One width for all layers, with the embedding whole" in ablations.shuffle_prose(table)
+    told = ablations.shuffle_prose(table, invented)
+    assert says in told
+    assert "One width for all layers, with the embedding whole" in told
 
 
 def test_a_size_outside_the_curve_is_compared_with_the_nearest_constant(invented):

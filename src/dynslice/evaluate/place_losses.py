@@ -50,41 +50,31 @@ def place_losses(
         if not 0 < share < 1:
             raise RequestError(f"share {share} is outside 0 to 1; give one such as 0.3")
     with evaluating(model):
-        return _place_losses(model, calibration, windows, plan, shares)
+        x, h = Activations(model.device), Activations(model.device)
+        fitting, steps = _blocks(model, calibration, x), _blocks(model, windows, h)
+        mean_free = subtracts_mean(model.get_submodule(family_of(model.config).final_norm))
+        bases, planned = [], h.copied()
+        both = zip(fitting, steps, plan.place_widths, strict=False)
+        for fit, step, width in tqdm(both, total=len(steps), desc="bases", leave=False):
+            bases.append(principal_basis(covariance(x), centred=mean_free).float())
+            run_block(x, bases[-1][:, width:], fit)
+            run_block(planned, bases[-1][:, width:], step)
 
-
-def _place_losses(
-    model: PreTrainedModel,
-    calibration: Tensor,
-    windows: Tensor,
-    plan: SlicePlan,
-    shares: list[float],
-) -> dict:
-    x, h = Activations(model.device), Activations(model.device)
-    fitting, steps = _blocks(model, calibration, x), _blocks(model, windows, h)
-    mean_free = subtracts_mean(model.get_submodule(family_of(model.config).final_norm))
-    bases, planned = [], h.copied()
-    both = zip(fitting, steps, plan.place_widths, strict=False)
-    for fit, step, width in tqdm(both, total=len(steps), desc="bases", leave=False):
-        bases.append(principal_basis(covariance(x), centred=mean_free).float())
-        run_block(x, bases[-1][:, width:], fit)
-        run_block(planned, bases[-1][:, width:], step)
-
-    places, d, blocks = [], model.config.hidden_size, len(plan.shape.reads)
-    for place, step in enumerate(tqdm(steps, desc="place losses", unit="place", leave=False)):
-        rows = []
-        for share in shares:
-            widths = [round(d * (1 - share)), *plan.place_widths[place + 1 : -1]]
-            stream = h.copied()
-            for basis, width, later in zip(bases[place:], widths, steps[place:], strict=True):
-                run_block(stream, basis[:, width:], later)
-            rows.append(_losses(model, stream, windows))
-            stream.clear()
-        width = plan.place_widths[place]
-        run_block(h, bases[place][:, width:], step)
-        where = {"layer": place // blocks, "block": step.block.name, "share": 1 - width / d}
-        places.append({**where, "losses": rows})
-    return {"plan": _losses(model, planned, windows), "shares": list(shares), "places": places}
+        places, d, blocks = [], model.config.hidden_size, len(plan.shape.reads)
+        for place, step in enumerate(tqdm(steps, desc="place losses", unit="place", leave=False)):
+            rows = []
+            for share in shares:
+                widths = [round(d * (1 - share)), *plan.place_widths[place + 1 : -1]]
+                stream = h.copied()
+                for basis, width, later in zip(bases[place:], widths, steps[place:], strict=True):
+                    run_block(stream, basis[:, width:], later)
+                rows.append(_losses(model, stream, windows))
+                stream.clear()
+            width = plan.place_widths[place]
+            run_block(h, bases[place][:, width:], step)
+            where = {"layer": place // blocks, "block": step.block.name, "share": 1 - width / d}
+            places.append({**where, "losses": rows})
+        return {"plan": _losses(model, planned, windows), "shares": list(shares), "places": places}
 
 
 def _blocks(model: PreTrainedModel, windows: Tensor, x: Activations) -> list[BlockInPlace]:

@@ -67,8 +67,9 @@ class Alternatives:
         if not self.profile.instead_bits:
             return []
         return [
-            self._named(self.beyond.recipe(sp), f"{RECIPE}, int8", {"bits": {"uniform": 8}})
+            self._named(self.beyond.recipe(sp), said, {"bits": {"uniform": 8}})
             for sp in self.profile.instead_int8_slice_percentages
+            for said in [f"{RECIPE}, int8, SP {percent(sp)}"]
         ]
 
     def finalists(self, slice_percentage: float) -> list[Point]:

@@ -234,7 +234,12 @@ def shuffle_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shuffle_prose(table: pd.DataFrame) -> str:
+def first_moves(study: Study) -> str:
+    """Where random orders that leave the first layer in place are, if the study has some."""
+    return style.say("shuffled_first") if study.profile.beyond_shuffles else ""
+
+
+def shuffle_prose(table: pd.DataFrame, study: Study) -> str:
     """Whether the order that LR gives is better than random orders (Markdown)."""
     if table.empty:
         return style.NONE
@@ -252,6 +257,7 @@ def shuffle_prose(table: pd.DataFrame) -> str:
         kept=" to ".join(str(count) for count in sorted({min(kept), max(kept)})),
         layers=layers,
         verdict=verdict,
+        first=first_moves(study),
     )
     for row in table[table["order of the widths"].str.contains("embedding")].to_dict("records"):
         change = statistics.of_row(row, BY_LR, "{}, LR")

@@ -199,13 +199,9 @@ def claims_prose(across: Across) -> str:
     found = found[found["change"].notna()]
     lines = []
     for (claim, basis), of_claim in found.groupby(["claim", "at"], sort=False):
-        told = []
-        for on, rows in of_claim.groupby("measured on", sort=False):
-            verdicts = rows["verdict on this model"].str.partition(" (")[0]
-            models = rows["model"].groupby(verdicts, sort=False)
-            said = ", ".join(f"{verdict} on {' and '.join(names)}" for verdict, names in models)
-            told.append(f"by {on} {said}")
-        lines.append(style.say("claim_across", claim=claim, at=basis, said="; ".join(told)))
+        rows = of_claim[["measured on", "verdict on this model", "model"]]
+        said = claims.by_verdict(rows.itertuples(index=False))
+        lines.append(style.say("claim_across", claim=claim, at=basis, said=said))
     return "\n".join(f"- {line}" for line in lines) or style.NONE
 
 
@@ -219,5 +215,7 @@ def absent_prose(across: Across) -> str:
     """Which models are compared, and which profiles have no record yet (Markdown)."""
     models = ", ".join(f"`{study.profile.model}` ({study.name})" for study in across.studies)
     found = style.say("across", models=models)
+    if len(across.studies) == 1 and not across.absent:
+        found += f" {style.say('across_one')}"
     missing = ", ".join(f"`{profile}`" for profile in across.absent)
     return f"{found} {style.say('across_absent', profiles=missing)}" if missing else found

@@ -101,10 +101,9 @@ def speed_table(study: Study) -> pd.DataFrame:
         for request in study.beyond.speed_requests(point):  # one, or none
             value, row = study.get(request).value, {"network": point.name}
             for step in efficiency.STEPS:
-                measured, counted = efficiency.gains(value, step)
                 seconds = median(value[f"{step}_seconds"]["sliced"])
                 row[f"{step} (tokens/s)"] = value[f"{step}_tokens"] / seconds
-                row |= {f"{step} (x)": measured, f"{step}, counted (x)": counted}
+                row |= efficiency.gain_columns(value, step)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -120,7 +119,7 @@ def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
         style.pareto_front(axis, table[STORED], table[of])
         for look, (start, (mark, label)) in enumerate(FORMS.items()):
             rows = table[[form(network) == start for network in table["network"]]]
-            for tuned, here in rows.groupby(rows["network"].str.contains("LoRA")):
+            for tuned, here in rows.groupby(_is_tuned(rows)):
                 face = f"C{look}" if tuned else "w"
                 is_first = label not in axis.get_legend_handles_labels()[1] and not tuned
                 axis.plot(
@@ -136,9 +135,16 @@ def alternatives_figure(table: pd.DataFrame) -> plt.Figure | None:
         axis.plot(dense[STORED], dense[of], "k*", markersize=9, label="dense")
         axis.set(yscale="log", xlabel=STORED, ylabel=of)
         style.log_ticks(axis.yaxis, 1, 2, 3, 5, 7)
+    if _is_tuned(table).any():
+        axes[0, 0].plot([], [], "ko", markersize=5, label="filled: after LoRA")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4)
     return figure
+
+
+def _is_tuned(table: pd.DataFrame) -> pd.Series:
+    """Which rows are of networks after LoRA."""
+    return table["network"].str.contains("LoRA")
 
 
 def form(network: str) -> str | None:
@@ -189,7 +195,7 @@ def _by_text(networks: dict[str, list[str]]) -> str:
 
 def fronts_of(table: pd.DataFrame, texts: list[str]) -> dict[str, list[str]]:
     """By text the networks of the Pareto front, by bytes, dense and fine-tuned ones left out."""
-    rows, found = table[~table["network"].str.contains("LoRA")], {}
+    rows, found = table[~_is_tuned(table)], {}
     rows = rows[rows["network"] != DENSE.schedule]
     for text in texts:
         front = style.on_front(rows[STORED], rows[f"perplexity, {text}"]).index
@@ -207,31 +213,32 @@ def slices_of(fronts: dict[str, list[str]]) -> list[str]:
 def _at_size(study: Study, table: pd.DataFrame, sp: float) -> str:
     """What beats SliceGPT at one size on every text, and what does not, before fine-tuning."""
     rows = table[(table["size of"] == f"SP {percent(sp)}") & (table["network"] != SLICEGPT)]
-    rows = rows[~rows["network"].str.contains("LoRA")]
+    rows = rows[~_is_tuned(rows)]
     others = []
     for row in rows.to_dict("records"):
         of_texts = [_change(row, text) for text in study.profile.eval_texts]
         if any(change.direction != "lower" for change in of_texts):
             others.append(row["network"])
-    return style.say(
-        "instead_size",
-        share=percent(sp),
-        better=len(rows) - len(others),
-        count=len(rows),
-        others=_listed(others),
-        chosen=_choice(study, sp),
-    )
+    better = f"{len(rows) - len(others)} of" if others else "all"
+    but = f", not with {_listed(others)}" if others else ""
+    of = {"better": better, "count": len(rows), "but": but, "chosen": _choice(study, sp)}
+    return style.say("instead_size", share=percent(sp), **of)
 
 
 def _choice(study: Study, sp: float) -> str:
     """What validation windows choose at one size, before fine-tuning, and what the test says."""
     if study.profile.selection_windows is None:
         return ""
-    points, texts = study.instead.at_size(sp), study.profile.eval_texts
-    chosen, levels = _best(study, points), {}
-    for key, point in {"levels": chosen, "slicegpt": points[0]}.items():
-        levels[key] = " and ".join(f"{study.perplexity(point, text):.1f}" for text in texts)
-    return style.say("instead_choice", chosen=chosen.name, texts=" and ".join(texts), **levels)
+    points = study.instead.at_size(sp)
+    chosen = _best(study, points)
+    of = {"chosen": levels(study, chosen), "slicegpt": levels(study, points[0])}
+    texts = " and ".join(study.profile.eval_texts)
+    return style.say("instead_choice", network=chosen.name, texts=texts, **of)
+
+
+def levels(study: Study, point: Point) -> str:
+    """The perplexity of a network on every text."""
+    return " and ".join(f"{study.perplexity(point, text):.1f}" for text in study.profile.eval_texts)
 
 
 def _change(row: dict, text: str) -> statistics.Estimate:
@@ -239,7 +246,7 @@ def _change(row: dict, text: str) -> statistics.Estimate:
 
 
 def _tuned(study: Study, table: pd.DataFrame) -> str:
-    rows, text = table[table["network"].str.contains("LoRA")], study.profile.eval_texts[0]
+    rows, text = table[_is_tuned(table)], study.profile.eval_texts[0]
     if rows.empty:
         return ""
     told = []
@@ -268,8 +275,8 @@ def _bits(study: Study) -> str:
 def _slice_and_bits(study: Study) -> str:
     """Each slice at 8 bits, against the dense model rounded to the most bytes that are no more."""
     text, told = study.profile.eval_texts[0], []
+    sizes = [(stored_bytes(study, p), p) for p in study.instead.rounded()]
     for both in study.instead.sliced_and_rounded():
-        sizes = [(stored_bytes(study, p), p) for p in study.instead.rounded()]
         most = max((size for size, _ in sizes if size <= stored_bytes(study, both)), default=None)
         if most is None:
             continue

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -108,7 +107,7 @@ def _sentences(across: Across) -> str:
     told = [
         style.say("answer_cost", share=share, clauses=cost),
         style.say("answer_claims", claims=_verdicts(across)),
-        style.say("answer_levers", clauses=levers),
+        style.say("answer_levers", share=share, clauses=levers),
     ]
     told += [style.say("answer_first", clauses=rule)] if rule else []
     told += [style.say("answer_instead", clauses=instead)] if instead else []
@@ -129,7 +128,7 @@ def _cost_clause(study: Study) -> str:
     return style.say(
         "answer_cost_clause",
         model=models.name(study),
-        stored=study.size(here[models.RECIPE]) / 1e6,
+        stored=study.size(here[SLICEGPT]) / 1e6,
         whole=study.size(DENSE) / 1e6,
         **{key: levels[name] for key, name in named.items()},
     )
@@ -137,30 +136,19 @@ def _cost_clause(study: Study) -> str:
 
 def _verdicts(across: Across) -> str:
     """By claim: on which models it holds, graded on the text of the calibration at equal size."""
-    found: dict[str, dict[str, list[str]]] = {}
+    found = []
     for study in across.studies:
-        for outcome in claims.outcomes(study):
-            read = (study.profile.calibration_text, claims.TASKS_ON_AVERAGE)
-            if outcome["at"] == EQUAL_SIZE and outcome["measured on"] in read:
-                verdict = outcome["verdict on this model"].partition(" (")[0]
-                of_claim = found.setdefault(claims.claimed(outcome), {})
-                on = f"{models.name(study)} ({outcome['measured']}, {outcome['network']})"
-                of_claim.setdefault(verdict, []).append(on)
-    return "; ".join(
-        f"{claim}: "
-        + ", ".join(f"**{said}** on {' and '.join(on)}" for said, on in verdicts.items())
-        for claim, verdicts in found.items()
-    )
+        read = (study.profile.calibration_text, claims.TASKS_ON_AVERAGE)
+        for o in claims.outcomes(study):
+            if o["at"] == EQUAL_SIZE and o["measured on"] in read:
+                on = f"{models.name(study)} ({o['measured']}, {o['network']})"
+                found.append((claims.claimed(o), o["verdict on this model"], on))
+    return claims.by_verdict(found)
 
 
 def _lever_clause(study: Study) -> str:
     """The steps of the ladder from SliceGPT to the recipe, each against the one before."""
-    _untied, *rungs = study.beyond.contest(headline(study))
-    steps, text = [], study.profile.calibration_text
-    for before, point in pairwise(rung for rung in rungs if "recovery" not in rung.network):
-        change = statistics.perplexity_change(study, point, before, text)
-        steps.append(f"{point.name} {change.estimate:+.1f} %")
-    return f"{models.name(study)}: {', '.join(steps)}"
+    return f"{models.name(study)}: {equal_size.steps(study, headline(study))}"
 
 
 def _first_layer_clause(study: Study) -> str:
@@ -170,9 +158,13 @@ def _first_layer_clause(study: Study) -> str:
     sp = study.profile.beyond_slice_percentages[-1]
     rungs = study.beyond.contest(sp)
     tried = {point.name: point for point in study.beyond.variants(sp)}
-    rule, by_lr = tried["first widths, shared bases"], equal_size.rung(rungs, SHARED)
-    change = statistics.selection_change(study, rule, by_lr)
-    return f"{change.format('%')} on {models.name(study)} ({change.direction})"
+    pairs = {"shared bases": SHARED, "compensation": equal_size.BEST_RECIPE}
+    told = []
+    for lever, by_lr in pairs.items():
+        rule = tried[f"first widths, {lever}"]
+        change = statistics.selection_change(study, rule, equal_size.rung(rungs, by_lr))
+        told.append(f"with {lever} {change.format('%')} ({change.direction})")
+    return f"on {models.name(study)} at the size of SP {percent(sp)} {', '.join(told)}"
 
 
 def instead_clause(study: Study) -> str:
@@ -180,18 +172,14 @@ def instead_clause(study: Study) -> str:
     if not study.instead.sizes:
         return ""
     sp, texts = study.instead.sizes[-1], study.profile.eval_texts
-
-    def levels(point: Point) -> str:
-        return " and ".join(f"{study.perplexity(point, text):.1f}" for text in texts)
-
-    said = [
-        f"{alternatives.FORMS[alternatives.form(point.name)][1]} {levels(point)}"
-        for point in study.instead.finalists(sp)
-    ]
+    said = []
+    for point in study.instead.finalists(sp):
+        _mark, called = alternatives.FORMS[alternatives.form(point.name)]
+        said.append(f"{called} {alternatives.levels(study, point)}")
     clause = f"{', '.join(said)} (size of SP {percent(sp)})"
     for point in (p for p in study.instead.rounded() if "uniform" in p.network["bits"]):
         share = alternatives.stored_bytes(study, point) / alternatives.stored_bytes(study, DENSE)
-        clause += f", {point.name} {levels(point)} ({share:.0%} of the bytes)"
+        clause += f", {point.name} {alternatives.levels(study, point)} ({share:.0%} of the bytes)"
     fronts = alternatives.fronts_of(alternatives.alternatives_table(study), texts)
     slices = ", ".join(alternatives.slices_of(fronts)) or "none"
     return style.say(

@@ -1,5 +1,6 @@
 """Notebook 06: verdicts on the paper's claims by rule, and what a record says of its idea."""
 
+from collections.abc import Iterable
 from itertools import product
 
 import pandas as pd
@@ -179,9 +180,20 @@ def _finding(outcome: dict) -> str:
 
 
 def claimed(outcome: dict) -> str:
-    """What a claim says in a few words: `perplexity lower by 7 %`."""
+    """What a claim says in a few words: `perplexity lower by up to 7 %`."""
     way = "lower" if outcome["value"] < 0 else "higher"
-    return f"{outcome['metric']} {way} by {abs(outcome['value']):.0f} %"
+    return f"{outcome['metric']} {way} by up to {abs(outcome['value']):.0f} %"
+
+
+def by_verdict(found: Iterable[tuple[str, str, str]]) -> str:
+    """Triples of what is judged, its verdict, and on what that is, as one list."""
+    told: dict[str, dict[str, list[str]]] = {}
+    for what, said, on in found:
+        told.setdefault(what, {}).setdefault(said, []).append(on)
+    return "; ".join(
+        f"{what}: " + ", ".join(f"**{said}** on {' and '.join(on)}" for said, on in of.items())
+        for what, of in told.items()
+    )
 
 
 def _size_gap(study: Study) -> list[str]:
@@ -211,7 +223,7 @@ def ablation_findings(study: Study) -> list[str]:
     network = f"{study.ablation.ablated()[1].label}, {study.profile.eval_texts[0]}"
     found = {
         "predicts": single_layer.prose(single_layer.table(study), study),
-        "shuffles": ablations.shuffle_prose(ablations.shuffle_table(study)),
+        "shuffles": ablations.shuffle_prose(ablations.shuffle_table(study), study),
         "calibrations": ablations.seed_prose(ablations.seed_table(study)),
     }
     return [

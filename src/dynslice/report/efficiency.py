@@ -30,6 +30,7 @@ BENCHES = {
 def size_table(study: Study) -> pd.DataFrame:
     """One row per network: what it stores, and how long slicing took."""
     study.ensure(study.design.efficiency_requests())
+    dtype = study.profile.dtype
     points = [*study.points(), *study.design.speed_points()]
     results = {point.label: (point, study.get(study.slice_request(point))) for point in points}
     return pd.DataFrame(
@@ -38,7 +39,7 @@ def size_table(study: Study) -> pd.DataFrame:
             "SP": point.slice_percentage,
             "SB": point.slice_base,
             **statistics.sizes(study, point),
-            "stored (MB)": study.size(point) * _BYTES[study.profile.dtype] / 1e6,
+            f"stored (MB, {dtype})": study.size(point) * _BYTES[dtype] / 1e6,
             "against dense (%)": 100 * (study.size(point) / sliced.value["parameters_dense"] - 1),
             "slicing (s)": None if point.network is None else sliced.seconds,
         }
@@ -70,8 +71,9 @@ def speed_table(study: Study) -> pd.DataFrame:
 
 
 def _speed_row(point: Point, value: dict, step: str) -> dict:
-    dense, sliced = (np.array(value[f"{step}_seconds"][name]) for name in ("dense", "sliced"))
+    dense, sliced = (value[f"{step}_seconds"][name] for name in ("dense", "sliced"))
     (gain, counted), tokens = gains(value, step), value[f"{step}_tokens"]
+    least, most = _reach(value, step)
     prefill = step == "prefill"
     return {
         "network": point.label,
@@ -81,8 +83,8 @@ def _speed_row(point: Point, value: dict, step: str) -> dict:
         "dense (ms/token)": 1e3 * median(dense) / tokens,
         "sliced (ms/token)": 1e3 * median(sliced) / tokens,
         "gain (x)": gain,
-        "least (x)": min(dense / sliced),
-        "most (x)": max(dense / sliced),
+        "least (x)": least,
+        "most (x)": most,
         "counted (x)": counted,
         "gain / counted": gain / counted,
         "peak memory (MB)": _peak(value, "sliced") if prefill else None,
@@ -94,6 +96,20 @@ def gains(value: dict, step: str) -> tuple[float, float]:
     seconds, count = value[f"{step}_seconds"], value[STEPS[step]]
     measured = median(seconds["dense"]) / median(seconds["sliced"])
     return measured, count["dense"] / count["sliced"]
+
+
+def _reach(value: dict, step: str) -> tuple[float, float]:
+    """The least and the most of the gain over the repeats."""
+    seconds = value[f"{step}_seconds"]
+    of_repeats = np.divide(seconds["dense"], seconds["sliced"])
+    return of_repeats.min(), of_repeats.max()
+
+
+def gain_columns(value: dict, step: str) -> dict[str, float]:
+    """The gain at a step with its least and its most over the repeats, and the counted one."""
+    (measured, counted), (least, most) = gains(value, step), _reach(value, step)
+    found = {f"{step} (x)": measured, f"{step}, least (x)": least, f"{step}, most (x)": most}
+    return {**found, f"{step}, counted (x)": counted}
 
 
 def _flops(value: dict, network: str) -> str:

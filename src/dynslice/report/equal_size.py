@@ -109,7 +109,7 @@ def cost_table(study: Study) -> pd.DataFrame:
 def speed_table(study: Study) -> pd.DataFrame:
     """How many times as fast as the dense model each rung is, measured and counted.
 
-    A rung that changes no shape has the speed of the one before it.
+    A rung of fine-tuning, which changes no shape, has the speed of the one before it.
     """
     rows = []
     for sp, rungs in ladders(study).items():
@@ -118,8 +118,7 @@ def speed_table(study: Study) -> pd.DataFrame:
             for request in study.beyond.speed_requests(point):  # one, or none
                 value = study.get(request).value
                 for step in efficiency.STEPS:
-                    measured, counted = efficiency.gains(value, step)
-                    speed |= {f"{step} (x)": measured, f"{step}, counted (x)": counted}
+                    speed |= efficiency.gain_columns(value, step)
             rows += [{"SP": sp, "network": point.name, **speed}] if speed else []
     return pd.DataFrame(rows)
 
@@ -183,24 +182,33 @@ def ladder_prose(study: Study) -> str:
     return "\n".join(f"- {_size_prose(study, sp)}" for sp in ladders(study))
 
 
+def steps(study: Study, sp: float) -> str:
+    """From SliceGPT to the recipe, each step with its change on the text of the calibration."""
+    text, told = study.profile.calibration_text, []
+    for before, after in pairwise(_to_recipe(study, sp)):
+        change = statistics.perplexity_change(study, after, before, text)
+        unseen = "" if change.direction in ("lower", "higher") else f" ({change.direction})"
+        told.append(f"{after.name} {change.format('%')}{unseen}")
+    return ", ".join(told)
+
+
+def _to_recipe(study: Study, sp: float) -> list[Point]:
+    rungs = ladders(study)[sp]
+    return rungs[rungs.index(rung(rungs, SLICEGPT)) : rungs.index(rung(rungs, BEST_RECIPE)) + 1]
+
+
 def steps_prose(study: Study, sp: float) -> str:
     """From SliceGPT to the recipe on the text of the calibration, step by step (Markdown)."""
-    text = study.profile.eval_texts[0]
-    rungs = ladders(study)[sp]
-    below = rungs[rungs.index(rung(rungs, SLICEGPT)) : rungs.index(rung(rungs, BEST_RECIPE)) + 1]
-    steps = [
-        f"{after.name} {statistics.perplexity_change(study, after, before, text).estimate:+.1f} %"
-        for before, after in pairwise(below)
-    ]
+    text, (slicegpt, *_, recipe) = study.profile.calibration_text, _to_recipe(study, sp)
     return style.say(
         "short_ladder",
         share=percent(sp),
-        stored=study.size(below[-1]) / 1e6,
+        stored=study.size(recipe) / 1e6,
         dense=study.size(DENSE) / 1e6,
         text=text,
-        slicegpt=study.perplexity(below[0], text),
-        recipe=study.perplexity(below[-1], text),
-        steps=", ".join(steps),
+        slicegpt=study.perplexity(slicegpt, text),
+        recipe=study.perplexity(recipe, text),
+        steps=steps(study, sp),
         whole=study.perplexity(DENSE, text),
     )
 
@@ -220,6 +228,7 @@ def _size_prose(study: Study, sp: float) -> str:
         point.name: all(of[point.label][0].direction == "lower" for of in by_text)
         for point in rungs[1:]
     }
+    others = [lever for lever, lower in helps.items() if not lower]
     return style.say(
         "ladder",
         share=percent(sp),
@@ -228,7 +237,7 @@ def _size_prose(study: Study, sp: float) -> str:
         untied=statistics.sizes(study, recipe)[statistics.UNTIED],
         changes=", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found),
         helps=", ".join(lever for lever, lower in helps.items() if lower) or "none",
-        others=", ".join(lever for lever, lower in helps.items() if not lower) or "none",
+        others=f"; the others: {', '.join(others)}" if others else "",
     )
 
 

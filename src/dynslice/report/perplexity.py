@@ -147,4 +147,7 @@ def selection_prose(table: pd.DataFrame, study: Study) -> str:
     if table.empty:
         return style.NONE
     gaps = table[PERPLEXITY] - table["in hindsight (%)"]
-    return style.say("hindsight", gaps=gaps.describe(), differ=int((gaps > 0).sum()))
+    differ = int((gaps > 0).sum())
+    return style.say(
+        "hindsight" if differ else "hindsight_same", gaps=gaps.describe(), differ=differ
+    )

@@ -1,6 +1,5 @@
 """What opens each notebook: its findings in a few generated lines."""
 
-from collections import Counter
 from collections.abc import Iterable
 
 from dynslice.evaluate.task_table import chance
@@ -35,7 +34,7 @@ def redundancy(study: Study) -> str:
     lowest = min(range(len(lr)), key=lr.__getitem__)
     others = [cut for layer, cut in enumerate(plan["final_slice"]) if layer != lowest]
     alike = {
-        "alike": sum(x >= REDUNDANT for x in lr),
+        "alike": sum(round(x, 3) >= REDUNDANT for x in lr),  # as the table shows them
         "layers": len(lr),
         "limit": REDUNDANT,
         "lowest": lowest,
@@ -70,11 +69,14 @@ def tasks(study: Study) -> str:
     if not names:
         return style.NONE
     for basis in BASES:
-        changes = {
-            a.label: statistics.accuracy_change(study, a, b, names)
-            for a, b, _ in statistics.pairs(study.task_points(), basis)
-        }
-        lines += [_changes("accuracy", basis, "on average", changes, "points")] if changes else []
+        pairs = statistics.pairs(study.task_points(), basis)
+        changes, margins = (
+            {a.label: change(study, a, b, names) for a, b, _ in pairs}
+            for change in (statistics.accuracy_change, statistics.margin_change)
+        )
+        if pairs:
+            told = _changes("accuracy", basis, "on average", changes, "points")
+            lines.append(style.say("short_margin", told=told, margins=_listed(margins, "nats", 2)))
     levels = [statistics.accuracy(study, point, names) for point in study.task_points()]
     of = {"dense": levels[0], "chance": chance(names)}
     of |= {"low": min(levels[1:], default=levels[0]), "high": max(levels[1:], default=levels[0])}
@@ -82,15 +84,19 @@ def tasks(study: Study) -> str:
 
 
 def _changes(what: str, basis: str, network: str, changes: dict[str, Estimate], unit: str) -> str:
-    told = ", ".join(f"{on} {x.format(unit)} ({x.direction})" for on, x in changes.items())
+    told = _listed(changes, unit)
     return style.say("short_change", what=what, basis=basis, network=network, changes=told)
+
+
+def _listed(changes: dict[str, Estimate], unit: str, digits: int = 1) -> str:
+    return ", ".join(f"{on} {x.format(unit, digits)} ({x.direction})" for on, x in changes.items())
 
 
 def ablations(study: Study) -> str:
     """Of notebook 04: what the ablations say of the paper's idea."""
     study.ensure(study.ablation.requests())
     if not study.ablation.variants():
-        return style.NONE
+        return style.say("short_no_ablations")
     losses, orders = single_layer.table(study), changed.shuffle_table(study)
     lines = [changed.seed_prose(changed.seed_table(study))]
     if len(losses) - 2 >= single_layer.FEWEST_LAYERS:
@@ -102,6 +108,7 @@ def ablations(study: Study) -> str:
         random = orders[orders["order of the widths"].str.startswith("shuffled")]
         worse = int((random["low, LR"] > 0).sum())
         of = {"orders": len(random), "worse": worse, "changes": random[changed.BY_LR].describe()}
+        of["first"] = changed.first_moves(study)
         lines.append(style.say("short_orders", **of))
     return _said(lines)
 
@@ -117,17 +124,27 @@ def costs(study: Study) -> str:
         of = {"step": step.capitalize(), "gain": rows["gain (x)"].describe()}
         of["counted"] = rows["gain / counted"].describe()
         lines.append(style.say("short_speed", **of))
+    benches = []
+    for name, bench in efficiency.benches().items():
+        table = efficiency.bench_table(bench)
+        limited, missed = (table[table["met"].isin(said)] for said in (("yes", "no"), ("no",)))
+        named = ", ".join(f"{x.step} {x.ratio:.2f} ({x.limit})" for x in missed.itertuples())
+        of = {"met": len(limited) - len(missed), "count": len(limited)}
+        benches.append(style.say("short_bench", name=name, missed=named or "none", **of))
+    lines.append(" ".join(benches))
     return _said(lines)
 
 
 def verdicts(study: Study) -> str:
-    """Of notebook 06: how many of the judged comparisons each verdict has, by basis."""
+    """Of notebook 06: the verdict on each claim, by basis."""
     study.ensure(study.requests())
     lines = []
     for basis in BASES:
-        of_basis = [o for o in claims.outcomes(study) if o["at"] == basis and o["change"]]
-        counts = Counter(o["verdict on this model"].partition(" (")[0] for o in of_basis)
-        said = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items())
+        said = claims.by_verdict(
+            (claims.claimed(o), o["verdict on this model"], o["measured on"])
+            for o in claims.outcomes(study)
+            if o["at"] == basis and o["change"]
+        )
         lines += [style.say("short_verdicts", basis=basis, said=said)] if said else []
     return _said(lines)
 

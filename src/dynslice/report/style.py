@@ -98,6 +98,8 @@ def rounded(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
             return percent(value)
         if column == "mean slice":
             return f"{100 * value:.3g}%"
+        if "(tokens/s)" in column:
+            return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
         tiny = column == "ratio" and 0 < abs(value) < 0.01  # of a check: decimals show nothing
         return f"{value:.1e}" if tiny else f"{value:.{digits}f}"
 
@@ -130,11 +132,15 @@ def _as_html(table: pd.DataFrame) -> str:
 
 
 def with_intervals(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
-    """The text of a table, with `-2.8 [-3.8, -1.9]` in place of an estimate, its low and high."""
+    """The text of a table, with `-2.8 [-3.8, -1.9]` in place of an estimate, its low and high.
+
+    Of repeats, their least and most stand there.
+    """
     table = table if table.index.name is None else table.reset_index()
     text, names = rounded(table, digits), list(map(str, table))
     for estimate, low, high in zip(names, names[1:], names[2:], strict=False):
-        if "low" in low and high == low.replace("low", "high", 1):
+        ends = ("low", "high") if "low" in low else ("least", "most")
+        if ends[0] in low and high == low.replace(*ends, 1):
             is_change = "(%)" in estimate or "(points)" in estimate
             one = "{:+.1f}" if is_change else f"{{:.{digits}f}}"
             cells = zip(table[estimate], table[low], table[high], strict=True)

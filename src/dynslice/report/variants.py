@@ -17,7 +17,7 @@ from dynslice.method.layout import basis_groups
 from dynslice.method.scores import rises
 from dynslice.report import statistics, style
 from dynslice.report.equal_size import WHOLE, ladders, last_ladder, rung
-from dynslice.report.statistics import columns
+from dynslice.report.statistics import columns, of_row
 
 # The columns of a change from what a variant varies, and of its interval.
 VARIED = ("one change (%)", "{}, change")
@@ -66,13 +66,26 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     variants = table[table["varies"] != "-"]
     shuffled = [p.name for p in study.beyond.variants(sp) if p.schedule == "shuffled"]
     orders = variants[variants["network"].isin(shuffled)]
+    rule = _first_layer_rule(variants)
     for said, rows in (("variants", variants), ("orders", orders)):
         if len(rows):
             higher, lower = (rows[VARIED[1].format(end)] for end in ("low", "high"))
             better = ", ".join(rows["network"][lower < 0]) or "none"
             counts = {"count": len(rows), "worse": int((higher > 0).sum()), "better": better}
+            counts["rule"] = rule
             lines.append(style.say(said, **counts, changes=rows[VARIED[0]].describe()))
     return "\n\n".join(lines)
+
+
+def _first_layer_rule(table: pd.DataFrame) -> str:
+    """What the widths of LR gain over those that keep the first layer whole; empty without such."""
+    rows = table.set_index("network").to_dict("index")
+    changes = {
+        key: of_row(rows[name], *VARIED).format("%")
+        for key, lever in (("shared", SHARED), ("whole", BEST_RECIPE))
+        if (name := f"first widths, {lever}") in rows
+    }
+    return style.say("orders_rule", **changes) if changes else ""
 
 
 def widths_figure(study: Study) -> plt.Figure | None:
