@@ -6,6 +6,7 @@ import pytest
 
 from dynslice.core import assets, paths
 from dynslice.experiment.across import Across
+from dynslice.experiment.study import Study
 from dynslice.report import across as report
 from dynslice.report import claims
 from dynslice.report.statistics import Estimate
@@ -73,6 +74,13 @@ def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_mod
     lower = after[after["measured on"] == "wikipedia"]["tiny-llama-3"]
     assert all(said.startswith(claims.SUPPORTED + ":") for said in lower)
     assert report.claims_table(two_models).equals(before)
+
+
+def test_without_validation_windows_the_dynamic_network_is_fixed_beforehand():
+    study = Study.open("quick", from_record=True)
+    assert study.profile.selection_windows is None
+    bases = [report.networks(study, sp)[report.DYNAMIC].slice_base for sp in (0.2, 0.3)]
+    assert bases == [min(study.profile.slice_bases)] * 2
 
 
 def test_recorded_profiles_stand_next_to_it_and_absent_ones_are_named():

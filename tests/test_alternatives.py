@@ -1,6 +1,7 @@
 """What a user would pick instead of slicing: fewer layers, fewer neurons, fewer bits."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -108,6 +109,21 @@ def test_layers_go_one_by_one_by_lr_of_what_is_left(tokens):
     left = [i for i in range(3) if i != first]
     again = layer_redundancy(layers.of_layers(model, left), tokens).lr
     assert {*both} == {first, left[again.index(max(again))]}
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tokens):
+    model = TINY["llama"]()
+    beyond = torch.full_like(tokens, model.config.vocab_size)
+    for measure in (partial(neurons.drop_neurons, share=0.2), bits.token_overlap):
+        with pytest.raises(RequestError, match="the vocabulary of the model has"):
+            measure(model, beyond)
+
+
+def test_the_ridges_are_those_of_the_last_time(tokens):
+    model, compensation = TINY["llama"](), Compensation(ridge=1.0)
+    for _ in range(2):
+        layers.drop_layers(model, [1], tokens, compensation)
+        assert compensation.chosen == [1.0]
 
 
 def test_a_size_says_how_many_layers_go():
@@ -346,7 +362,8 @@ def made(ask, tmp_path):
         checkpoint = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=trust)
         recipe = json.loads((out / ("slice.json" if trust else "made.json")).read_text())
         assert recipe["parameters"] == result["parameters"]
-        assert "huggingface" not in (out / "README.md").read_text()
+        run.card = (out / "README.md").read_text()
+        assert "huggingface" not in run.card
         status, told, said = ask("ppl", "--model", out, "--text", "sotu", "--windows", 2, "--json")
         assert status == 0, said
         return result, checkpoint, json.loads(told)["perplexity"]
@@ -358,7 +375,7 @@ def test_layers_are_dropped_by_command(made):
     result, checkpoint, _ = made("drop-layers", *MODEL, *CALIBRATION, "--layers", 1, "--map")
     assert type(checkpoint).__name__ == "LlamaForCausalLM"
     assert checkpoint.config.num_hidden_layers == 3
-    assert len(result["dropped_layers"]) == 1
+    assert len(result["dropped_layers"]) == len(result["ridges"]) == 1
     assert result["parameters"] == sum(p.numel() for p in checkpoint.parameters()) < STORED
     small, *_ = made("drop-layers", *MODEL, *CALIBRATION, "--size", 0.6, "--one-by-one")
     assert small["parameters"] <= 0.6 * STORED < small["parameters"] + 40_000
@@ -377,6 +394,7 @@ def test_neurons_and_slicing_share_a_size(made):
     assert 0.75 * STORED < result["parameters"] <= 0.8 * STORED
     assert result["parameters_dense"] == STORED
     assert result["mlp_neurons_dropped"] == 0.25
+    assert "| neurons of each MLP dropped first | 0.25 of them |" in made.card
 
 
 def test_weights_are_rounded_by_command(made, ask):

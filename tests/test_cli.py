@@ -250,6 +250,13 @@ def test_a_dynamic_slice_without_lr_measures_it_on_the_calibration_windows(asked
     check_same_tensors(tmp_path / "direct", tmp_path / "by-plan")
 
 
+def test_a_small_share_on_shared_bases_needs_no_lr_file(result, tmp_path):
+    """Its widths are given by SP, whatever the shortcuts of other layouts would store."""
+    shared = ["--slice-percentage", 0.04, "--schedule", "dynamic", "--basis-layers", "all"]
+    made = result("slice", *MODEL, *shared, *CALIBRATION, "--out", tmp_path / "out")
+    assert (made["schedule"], made["measured_lr"]) == ("dynamic", True)
+
+
 def check_same_tensors(*folders):
     first, second = (safe_open(folder / "model.safetensors", "pt") for folder in folders)
     assert set(first.keys()) == set(second.keys())

@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -354,6 +355,13 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
             for p in study.instead.at_size(0.375)
         }
         prose = alternatives.details(study, alternatives.alternatives_table(study))
+        both = study.instead.at_size(0.375)[-1]
+        request = study.slice_request(both)
+        result = study.get(request)
+        study.store.put(replace(result, value={**result.value, "mean_slice": 0.0}))
+        left = list(alternatives.alternatives_table(study)["network"])
+        study.store.put(result)
+    assert both.name not in left and "best recipe" in left  # nothing of it would be sliced
     assert f"SP 37.5%**, validation windows choose **{min(seen, key=seen.get)}**: " in prose
     assert all(f"{name} {value:.1f} (" in said for name, value in named.items())
     assert "best recipe" in said and "(size of SP 37.5%)" in said

@@ -99,6 +99,33 @@ def test_a_record_agrees_with_itself_and_not_with_altered_values(name):
     assert outcome["largest_deviation"] == pytest.approx(0.002)
 
 
+def test_layer_redundancy_near_zero_agrees_by_its_difference():
+    """The first layer's is near zero, where a relative deviation says nothing."""
+    study = Study.open("quick", from_record=True)
+    request, original = study.lr_request(), study.store.get
+
+    def get(asked, apart=5e-4):
+        result = original(asked)
+        if asked == request:
+            result.value["layers"][0]["lr"] += apart
+        return result
+
+    study.store.get = get
+    assert record.agree(study, [request])["largest_deviation"] == pytest.approx(5e-4)
+    outcome = record.agree(study, [request])
+    assert outcome["agree"] == outcome["values"]
+
+
+def test_a_page_without_an_end_marker_is_left_as_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a <!-- answer --> b")
+    record._fill(page, "answer", lambda: "new")
+    assert page.read_text() == "a <!-- answer --> b"
+    page.write_text("a <!-- answer --> b <!-- /answer --> c")
+    record._fill(page, "answer", lambda: "new")
+    assert page.read_text() == "a <!-- answer -->\nnew\n<!-- /answer --> c"
+
+
 def test_commands_in_the_readme_are_understood():
     from dynslice.cli.commands import options_of
 

@@ -39,10 +39,16 @@ def drop_layers_command(options) -> tuple[dict, list[str]]:
         dropped = layers.chosen(model, windows, count, options.one_by_one)
         compensation = Compensation() if options.map else None
         made = layers.drop_layers(model, dropped, windows, compensation).to(dtype)
-        return made, partial(write, made), {"dropped_layers": dropped}
+        facts = {"dropped_layers": dropped}
+        facts |= {"ridges": compensation.chosen} if compensation else {}
+        return made, partial(write, made), facts
 
     def words(result: dict) -> str:
-        return f"layers dropped: {', '.join(map(str, result['dropped_layers'])) or 'none'}"
+        told = f"layers dropped: {', '.join(map(str, result['dropped_layers'])) or 'none'}"
+        if (ridges := result.get("ridges")) is None:
+            return told
+        fitted = sum(ridge is not None for ridge in ridges)
+        return f"{told}; fitted before {fitted} of {len(ridges)} gaps that have a layer before them"
 
     return _saved(options, make, words, "fewer layers", dense_for="dropping layers")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from dynslice.core import assets
+from dynslice.core import assets, hub
 from dynslice.inputs.models import is_remote, resolve
 
 _CITED = """\
@@ -51,8 +51,8 @@ def model_card(recipe: dict, base: str, revision: str | None) -> str:
         "compensation": "yes" if recipe["compensation"] else "no",
         "fine-tuning": f"{recipe['recovery']['steps']} steps" if recipe["recovery"] else "none",
     }
-    if recipe.get("mlp_neurons"):
-        shown["neurons of each MLP dropped first"] = f"{recipe['mlp_neurons']:g} of them"
+    if share := recipe["mlp_neurons_dropped"]:
+        shown["neurons of each MLP dropped first"] = f"{share:g} of them"
     has_code = not recipe["layout"]["plain"]
     return card("sliced", how, shown, recipe, base, revision, has_code)
 
@@ -108,10 +108,12 @@ def card(
 
 
 def _licence(base: str, revision: str | None) -> str | None:
-    """What the card of the base model says, or the list of assets; None where neither does."""
+    """What the base model's card or the list of assets says; None where it can't be known."""
     known = {**assets.manifest(), **assets.in_parts()}.get(base.removeprefix("embedded:"))
     if known:
         return known.licence.split()[0].rstrip(",;").lower()
+    if is_remote(base):
+        return hub.licence_of(base, revision)
     path = Path(resolve(base, revision)) / "README.md"
     if not path.is_file():
         return None

@@ -101,7 +101,11 @@ def check_output(options) -> None:
     if "\0" in path:
         raise RequestError(f"output {path!r} is no name; name a file")
     place = Path(path).absolute()
+    passed: set[Path] = set()
     while not (is_device := _is_device(place)) and place.is_symlink():
+        if place in passed:
+            raise RequestError(f"output {path!r} is a link that leads to itself; name a file")
+        passed.add(place)
         place = place.parent / place.readlink()
     if is_device:
         raise RequestError(
@@ -135,7 +139,8 @@ def new_directory(options) -> Path:
 def recipe_of(options, result: dict) -> dict:
     """How something was made, which is saved with it: no places of this machine, only names."""
     names = given(options, "model", "calibration").items()
-    recipe = {key: Path(x).name if x and Path(x).exists() else x for key, x in names}
+    is_here = {key: bool(x and Path(x).exists()) for key, x in names}
+    recipe = {key: Path(x).resolve().name if is_here[key] else x for key, x in names}
     recipe |= given(options, "revision", "seed", "bos") | result
     del recipe["out"]
     return recipe

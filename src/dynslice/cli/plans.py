@@ -180,7 +180,8 @@ def measures_lr(options) -> bool:
     round_to = _round_to(options, shape)
     if options.size is None:
         check_request(shape, options.slice_percentage, base, round_to)
-    _budget(options, shape, round_to, _layout(options, shape, None))
+    if options.size is not None or _schedule(options) != "dynamic":
+        _budget(options, shape, round_to, _layout(options, shape, None))
     return True
 
 

@@ -87,8 +87,8 @@ def update_pages(study: Study) -> None:
 def _fill(page: Path, name: str, text: Callable[[], str]) -> None:
     """Write `text` between the markers of that name, where a page has them."""
     before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
-    if start:
-        _, end, after = rest.partition(f"<!-- /{name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if start and end:
         files.write(page, f"{before}{start}\n{linked(page, text())}\n{end}{after}")
 
 
@@ -101,7 +101,7 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
     """Compare every value with the record; None where there is no record to compare with.
 
     Tolerance: relative 0.1 % where both were measured on the same class of device; otherwise 1 %,
-    and for accuracies 0.02.
+    and for accuracies 0.02. LR lies between 0 and 1, so there it is absolute.
     """
     record = Store(paths.record(study.profile.name), of_record=True)
     agreeing, deviations = [], {None: 0.0}
@@ -114,7 +114,7 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
         wanted = quoted(theirs.value)
         for name, value in quoted(ours.value).items():
             apart = abs(value - wanted[name])
-            deviation = apart / max(abs(wanted[name]), 1e-12)
+            deviation = apart / (max(abs(wanted[name]), 1e-12) if request.kind != "lr" else 1)
             deviations[f"{name} in {request.key}"] = deviation
             within = deviation <= (1e-3 if same_class else 1e-2)
             of_task = request.kind == "task" and not same_class

@@ -128,6 +128,15 @@ def commit_of(repository: str, revision: str | None = None, kind: str = "model")
         return folder.name if folder else None
 
 
+def licence_of(model: str, revision: str | None = None) -> str | None:
+    """The licence that the card of a model on the hub names; None if unknown."""
+    try:
+        info = client.HfApi().model_info(model, revision=revision, expand=["cardData"])
+        return info.card_data.get("license")
+    except Exception:  # a dozen types, and a model without a card
+        return None
+
+
 def snapshot(repository: str, revision: str | None = None, kind: str = "model") -> Path | None:
     """The folder of a repository in the hub's local cache, if it is there."""
     where = {"revision": revision, "repo_type": kind}

@@ -8,13 +8,7 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Design, Point
 from dynslice.experiment.store import Request, unique
 
-RECIPE, LAYERS, NEURONS, INT8, INT4 = (
-    "best recipe",
-    "fewer layers, one by one, mapped",
-    "fewer neurons",
-    "int8",
-    "int4",
-)
+RECIPE, NEURONS, INT8, INT4 = "best recipe", "fewer neurons", "int8", "int4"
 SLICEGPT_RATE = 3e-4  # of LoRA there, and by default here
 
 
@@ -76,7 +70,8 @@ class Alternatives:
         """At the last size, those that run tasks, are timed and fine-tuned; elsewhere none."""
         if slice_percentage != self.sizes[-1]:
             return []
-        wanted = (SLICEGPT, RECIPE, LAYERS, NEURONS)
+        layers = [f"fewer layers, {how}" for how in self.profile.instead_layers[-1:]]
+        wanted = (SLICEGPT, RECIPE, *layers, NEURONS)
         return [point for point in self.at_size(slice_percentage) if point.name in wanted]
 
     def every(self) -> list[Point]:

@@ -52,6 +52,8 @@ def make(
         made = _sliced(network, networks, plan_of(network["plan"]), windows)
     else:
         made = Made(networks.dense, 0.0)
+        if "recovery" in network:  # merges in place
+            raise RunError("the dense model is not fine-tuned; this is a bug, please report it")
     if recovery := network.get("recovery"):
         made = _recovered(made, recovery, network["calibration"], windows_of)
     if bits := network.get("bits"):

@@ -142,7 +142,7 @@ class Profile(BaseModel):
 
     # Notebook 09: what else stores as little as constant slicing at these; [] asks for none of it.
     instead_slice_percentages: list[_Share] = []
-    instead_layers: list[_Dropped] = [*get_args(_Dropped)]  # how layers are dropped
+    instead_layers: list[_Dropped] = [*get_args(_Dropped)]  # how layers go; tasks: the last
     instead_neurons: list[_Share] = []  # shares of the neurons that go before the recipe
     instead_bits: bool = False  # the dense model at 8 and 4 bits
     instead_int8_slice_percentages: list[_Share] = []  # sizes of the recipe, where instead_bits

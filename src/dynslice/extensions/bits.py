@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import batches, evaluating
+from dynslice.core.tensors import batches, check_tokens, evaluating
 from dynslice.method.architectures import family_of, require_dense
 
 WHOLE = 16  # bits of a weight that is not rounded
@@ -64,8 +64,9 @@ class Packed:
 def quantize(model: PreTrainedModel, bits: Sequence[int]) -> Packed:
     """A dense or sliced model with the maps of each layer at so many bits: 4, 8 or 16 (as it is).
 
-    At 8 bits each output has a scale, at 4 bits each group of inputs of an output. The model is
-    left as it was. Raises RequestError for other numbers of bits or of layers.
+    At 8 bits each output has a scale, at 4 bits each group of GROUPS inputs of an output, or the
+    output where none of GROUPS divides its inputs. The model is left as it was. Raises RequestError
+    for other numbers of bits or of layers.
     """
     if getattr(model.config, "quantization_config", None):
         raise RequestError("the weights of this model are quantised already")
@@ -111,7 +112,7 @@ def _arguments(bits: int, inputs: int) -> QuantizationArgs:
 
 @torch.no_grad()
 def _set_scales(module: nn.Linear, scheme: QuantizationArgs, dtype: torch.dtype) -> None:
-    """The scales that reach the extremes of each group of weights, as they are stored."""
+    """The scale of each group of weights, by its extremes as the library has it, as stored."""
     weight = module.weight.unflatten(1, (-1, scheme.group_size or module.in_features))
     scale, _ = calculate_qparams(weight.amin(-1), weight.amax(-1), scheme)
     module.weight_scale.copy_(scale.to(dtype))
@@ -132,9 +133,10 @@ def token_overlap(
 
     Mean over tokens of windows [n, T] of the Jaccard index of the `count` tokens of highest logit,
     of the head after the final norm. High means redundant (LSAQ, arXiv 2412.18135). Raises
-    RequestError for a sliced model.
+    RequestError for a sliced model and windows that it can't read.
     """
     require_dense(model.config, "token overlap")
+    check_tokens(model.config, windows)
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)
     norm, head = model.get_submodule(family.final_norm), model.get_submodule(family.head)

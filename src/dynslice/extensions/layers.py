@@ -79,7 +79,8 @@ def drop_layers(
 
     compensation: refit what the layer before each dropped span writes, so that the stream there
     comes near to what the dense model has behind the span; on token windows [n, T]. Nothing stands
-    before a span that starts at layer 0. Raises RequestError for a sliced model.
+    before a span that starts at layer 0; its `chosen` has the ridge of each other span. Raises
+    RequestError for a sliced model.
     """
     require_dense(model.config, "dropping layers")
     kept = [i for i in range(model.config.num_hidden_layers) if i not in {*dropped}]
@@ -116,7 +117,8 @@ def _span_maps(
     """What is added to the maps that write before each dropped span, by the name of the weight."""
     family = family_of(model.config)
     layers, centred = model.get_submodule(family.layers), centring(model, family)
-    h, added, compensation = Activations(model.device), {}, copy.copy(compensation)
+    h, added = Activations(model.device), {}
+    compensation.chosen.clear()
     nothing = torch.zeros(model.config.hidden_size, 0, device=model.device)
     with evaluating(model):
         arguments = residual_stream(model, windows, h)

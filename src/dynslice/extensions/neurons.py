@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import check_finite, evaluating, of_config, with_own_weights
+from dynslice.core.tensors import (
+    check_finite,
+    check_tokens,
+    evaluating,
+    of_config,
+    with_own_weights,
+)
 from dynslice.extensions.compensation import inputs_of
 from dynslice.method.activations import Activations, BlockInPlace, centring, residual_stream
 from dynslice.method.architectures import family_of, require_dense
@@ -44,9 +50,10 @@ def drop_neurons(
 
     windows: token windows [n, T]; each layer sees what the layers before it make once they are
     narrower. The dense model is left as it was. Raises RequestError for a share that leaves none, a
-    sliced model, and activations that are not finite.
+    sliced model, windows that it can't read, and activations that are not finite.
     """
     require_dense(model.config, "dropping neurons")
+    check_tokens(model.config, windows)
     family, m = family_of(model.config), getattr(model.config, _size_name(model.config))
     count = _kept_count(m, share)
     weights, x = {**model.state_dict()}, Activations(model.device)
@@ -94,12 +101,8 @@ def _narrower_mlp(
     found = {f"{branch.write}.weight": refit}
     for name in branch.reads:
         read = here.layer.get_submodule(name)
-        found |= {f"{name}.{key}": _rows(p, m, kept) for key, p in _parameters(read)}
+        found |= {f"{name}.{key}": _rows(p, m, kept) for key, p in read.named_parameters()}
     return found
-
-
-def _parameters(read: nn.Module):
-    return ((key, p) for key, p in read.named_parameters() if p is not None)
 
 
 def _rows(table: Tensor, m: int, kept: Tensor) -> Tensor:
@@ -115,7 +118,9 @@ def narrower(config: PretrainedConfig, share: float) -> PretrainedConfig:
 
 
 def _kept_count(m: int, share: float) -> int:
-    if not (0 <= share < 1 and round(m * (1 - share))):
+    if not 0 <= share < 1:
+        raise RequestError(f"share {share} of the neurons is outside 0 to 1; give one such as 0.2")
+    if not round(m * (1 - share)):
         raise RequestError(f"share {share} of {m} neurons leaves none; give one such as 0.2")
     return round(m * (1 - share))
 

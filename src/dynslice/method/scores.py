@@ -49,7 +49,7 @@ def normalise(lr: Sequence[float]) -> tuple[float, ...]:
 def rises(value: dict) -> list[dict[float, float]]:
     """At each place, the rise of the mean NLL against the plan by the share that is cut there.
 
-    value: what `sensitivity.place_losses` gave. The share of the plan, with no rise, is among them.
+    value: what `evaluate.place_losses` gave. The share of the plan, with no rise, is among them.
     """
     plan, found = fmean(value["plan"]), []
     for place in value["places"]:

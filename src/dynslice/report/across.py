@@ -27,13 +27,15 @@ def networks(study: Study, slice_percentage: float) -> dict[str, Point]:
     """Dense, SliceGPT, the dynamic network at the SB chosen on validation windows, the recipe.
 
     What the study does not have at this slice percentage is left out. Without validation windows
-    the dynamic network is the best in hindsight.
+    the dynamic network is that of the smallest SB, whatever it gives.
     """
-    sp, text = slice_percentage, study.profile.eval_texts[0]
+    sp = slice_percentage
     found = {DENSE.schedule: DENSE, SLICEGPT: study.design.point(study.design.constant(sp))}
-    at = (study, EQUAL_SLICE)
-    if pair := statistics.chosen(*at, sp) or statistics.best(*at, text, sp):
+    dynamic = [a for a, _, _ in statistics.pairs(study.points(), EQUAL_SLICE, sp)]
+    if pair := statistics.chosen(study, EQUAL_SLICE, sp):
         found[DYNAMIC] = pair[0]
+    elif dynamic:
+        found[DYNAMIC] = min(dynamic, key=lambda point: point.slice_base)
     if sp in study.profile.beyond_slice_percentages:
         found[RECIPE] = equal_size.rung(study.beyond.contest(sp), BEST_RECIPE)
     return found
@@ -107,7 +109,7 @@ def _compared(study: Study, sp: float) -> list[tuple[str, str, Point, Point]]:
         if a == here.get(DYNAMIC)
     ]
     if RECIPE in here:
-        pairs.append((RECIPE, EQUAL_SIZE, here[RECIPE], here[SLICEGPT]))
+        pairs.append((RECIPE, EQUAL_SIZE, here[RECIPE], study.beyond.slicegpt(sp)))
     return pairs
 
 

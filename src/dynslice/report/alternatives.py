@@ -41,8 +41,15 @@ def compared(study: Study) -> list[tuple[str, list[Point]]]:
     found = [(OWN, [DENSE])]
     for sp in study.instead.sizes:
         tuned = [_best(study, rates) for rates in study.instead.recovered(sp)]
-        found.append((f"SP {percent(sp)}", [*study.instead.at_size(sp), *tuned]))
+        found.append((f"SP {percent(sp)}", [*_at_size(study, sp), *tuned]))
     return [*found, (OWN, [*study.instead.rounded(), *study.instead.sliced_and_rounded()])]
+
+
+def _at_size(study: Study, sp: float) -> list[Point]:
+    """The networks of a size but those that fewer neurons alone made so small: no slice is left."""
+    points = study.instead.at_size(sp)
+    made = [study.get(study.slice_request(point)).value for point in points]
+    return [p for p, value in zip(points, made, strict=True) if value.get("mean_slice", 1) > 0]
 
 
 def _best(study: Study, points: list[Point]) -> Point:
@@ -167,7 +174,7 @@ def details(study: Study, table: pd.DataFrame) -> str:
     """What is best at each size, after LoRA, and at fewer bits (Markdown)."""
     if table.empty:
         return style.NONE
-    lines = [_at_size(study, table, sp) for sp in study.instead.sizes]
+    lines = [_size_prose(study, table, sp) for sp in study.instead.sizes]
     bits = _bits(study) if study.instead.rounded() else ""
     return _bullets([*lines, _tuned(study, table), bits])
 
@@ -210,7 +217,7 @@ def slices_of(fronts: dict[str, list[str]]) -> list[str]:
     return [name for name in names if name.startswith((SLICEGPT, RECIPE))]
 
 
-def _at_size(study: Study, table: pd.DataFrame, sp: float) -> str:
+def _size_prose(study: Study, table: pd.DataFrame, sp: float) -> str:
     """What beats SliceGPT at one size on every text, and what does not, before fine-tuning."""
     rows = table[(table["size of"] == f"SP {percent(sp)}") & (table["network"] != SLICEGPT)]
     rows = rows[~_is_tuned(rows)]
@@ -229,7 +236,7 @@ def _choice(study: Study, sp: float) -> str:
     """What validation windows choose at one size, before fine-tuning, and what the test says."""
     if study.profile.selection_windows is None:
         return ""
-    points = study.instead.at_size(sp)
+    points = _at_size(study, sp)
     chosen = _best(study, points)
     of = {"chosen": levels(study, chosen), "slicegpt": levels(study, points[0])}
     texts = " and ".join(study.profile.eval_texts)
@@ -254,8 +261,9 @@ def _tuned(study: Study, table: pd.DataFrame) -> str:
         name, _, rate = network.partition(", LoRA at ")
         told.append(f"{name} {level:.1f} (at {rate})")
     p = study.profile
-    tokens = p.recovery_steps * p.recovery_window
-    return style.say("instead_tuned", text=text, tokens=tokens, levels=_listed(told))
+    chosen = "" if p.selection_windows is None else style.say("instead_rate")
+    of = {"tokens": p.recovery_steps * p.recovery_window, "chosen": chosen}
+    return style.say("instead_tuned", text=text, levels=_listed(told), **of)
 
 
 def _bits(study: Study) -> str:

@@ -152,7 +152,7 @@ def _lever_clause(study: Study) -> str:
 
 
 def _first_layer_clause(study: Study) -> str:
-    """What the widths of LR gain over those that keep the first layer whole, on validation."""
+    """What the rule changes that keeps the first layer whole, in place of LR, on validation."""
     if "first" not in study.profile.beyond_candidates or study.profile.selection_windows is None:
         return ""
     sp = study.profile.beyond_slice_percentages[-1]

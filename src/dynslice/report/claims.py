@@ -113,7 +113,8 @@ Measured = tuple[str, str, str, str, Estimate | None, Estimate | None]
 NOTHING = ("-", "-", "-", None, None)
 
 
-def _how(study: Study) -> str:
+def how(study: Study) -> str:
+    """How the dynamic network that speaks for a claim was chosen."""
     return IN_HINDSIGHT if study.profile.selection_windows is None else ON_VALIDATION
 
 
@@ -127,7 +128,7 @@ def _perplexities(study: Study, basis: str) -> list[Measured]:
     for text in study.profile.eval_texts:
         if pair := statistics.chosen(study, basis) or statistics.best(study, basis, text):
             change = statistics.perplexity_change(study, *pair[:2], text)
-            found.append((text, pair[0].label, _how(study), _stored(study, pair), change, None))
+            found.append((text, pair[0].label, how(study), _stored(study, pair), change, None))
         else:
             found.append((text, *NOTHING))
     return found
@@ -145,11 +146,11 @@ def _accuracy(study: Study, basis: str) -> list[Measured]:
         return -statistics.selection_change(study, *pair[:2]).estimate
 
     pair = max(pairs, key=gain)
-    how = _how(study) if len(pairs) > 1 else "the only one with tasks"
+    chosen = how(study) if len(pairs) > 1 else "the only one with tasks"
     change = statistics.accuracy_change(study, *pair[:2], tasks)
     whole = statistics.accuracy(study, pair[1], tasks)
     ratio = change.map(lambda points: 100 / whole * points) if whole else None
-    return [(on, pair[0].label, how, _stored(study, pair), change, ratio)]
+    return [(on, pair[0].label, chosen, _stored(study, pair), change, ratio)]
 
 
 # What we found

@@ -58,7 +58,8 @@ def perplexity(study: Study) -> str:
         pair = statistics.chosen(study, basis) or statistics.best(study, basis, texts[0])
         if pair:
             changes = {t: statistics.perplexity_change(study, *pair[:2], t) for t in texts}
-            lines.append(_changes("perplexity", basis, pair[0].label, changes, "%"))
+            network = f"{pair[0].label} ({claims.how(study)})"
+            lines.append(_changes("perplexity", basis, network, changes, "%"))
     return _said(lines)
 
 
