@@ -175,13 +175,6 @@ def _waterfall(axis: plt.Axes, steps: pd.DataFrame) -> None:
 # In sentences
 
 
-def ladder_prose(study: Study) -> str:
-    """What the whole recipe changes at each size, and which steps lower perplexity (Markdown)."""
-    if not ladders(study):
-        return style.NONE
-    return "\n".join(f"- {_size_prose(study, sp)}" for sp in ladders(study))
-
-
 def steps(study: Study, sp: float) -> str:
     """From SliceGPT to the recipe, each step with its change on the text of the calibration."""
     text, told = study.profile.calibration_text, []
@@ -211,57 +204,6 @@ def steps_prose(study: Study, sp: float) -> str:
         steps=steps(study, sp),
         whole=study.perplexity(DENSE, text),
     )
-
-
-def _size_prose(study: Study, sp: float) -> str:
-    rungs, texts = ladders(study)[sp], study.profile.eval_texts
-    recipe, reference = rung(rungs, BEST_RECIPE), rung(rungs, SLICEGPT)
-    found = [
-        (f"perplexity on {text}", statistics.perplexity_change(study, recipe, reference, text), "%")
-        for text in texts
-    ]
-    if tasks := _tasks(study, sp):
-        change = statistics.accuracy_change(study, recipe, reference, tasks)
-        found.append(("accuracy", change, "points"))
-    by_text = [_changes(study, rungs, text) for text in texts]
-    helps = {
-        point.name: all(of[point.label][0].direction == "lower" for of in by_text)
-        for point in rungs[1:]
-    }
-    others = [lever for lever, lower in helps.items() if not lower]
-    return style.say(
-        "ladder",
-        share=percent(sp),
-        stored=study.size(recipe) / 1e6,
-        dense=study.get(study.slice_request(recipe)).value["parameters_dense"] / 1e6,
-        untied=statistics.sizes(study, recipe)[statistics.UNTIED],
-        changes=", ".join(f"{of} {x.format(unit)} (**{x.direction}**)" for of, x, unit in found),
-        helps=", ".join(lever for lever, lower in helps.items() if lower) or "none",
-        others=f"; the others: {', '.join(others)}" if others else "",
-    )
-
-
-def readme_prose(study: Study) -> str:
-    """The same with a small table of the rungs, and over draws; nothing where nothing is asked."""
-    if not ladders(study):
-        return ""
-    heading = style.say("beyond", profile=study.profile.name)
-    parts, draws = [heading, ladder_prose(study), _rungs(study)], draws_table(study)
-    return "\n\n".join(parts if draws.empty else [*parts, draws_prose(draws)])
-
-
-def _rungs(study: Study) -> str:
-    """A row per rung: the perplexities, each with its step, and accuracy with its change."""
-    rows: dict[tuple, dict] = {}
-    for row in ladder_table(study).to_dict("records"):
-        cells = rows.setdefault((row["SP"], row["network"]), {k: row[k] for k in ("SP", "network")})
-        step = "" if pd.isna(row[STEP[0]]) else f" ({of_row(row, *STEP).format('%')})"
-        cells[f"perplexity, {row['text']}"] = f"{row['perplexity']:.1f}{step}"
-    for row in accuracy_table(study).to_dict("records"):
-        has_change = row["network"] not in (DENSE.schedule, SLICEGPT)
-        change = f" ({of_row(row, ACCURACY).format()})" if has_change else ""
-        rows[row["SP"], row["network"]]["accuracy (%)"] = f"{row['accuracy (%)']:.1f}{change}"
-    return style.markdown(pd.DataFrame(rows.values()))
 
 
 def heard_prose(study: Study) -> str:

@@ -4,7 +4,7 @@ import pandas as pd
 
 from dynslice.core import paths
 from dynslice.experiment.study import Study
-from dynslice.report import ablations, claims, equal_size, perplexity, statistics, style
+from dynslice.report import ablations, claims, perplexity, statistics, style
 from dynslice.report.statistics import EQUAL_SIZE, EQUAL_SLICE
 
 
@@ -26,7 +26,7 @@ def claims_block(study: Study) -> str:
         count=len(seconds),
         minutes=sum(seconds) / 60,
     )
-    return "\n\n".join(filter(None, [shown, equal_size.readme_prose(study), source]))
+    return f"{shown}\n\n{source}"
 
 
 def artifact_block(study: Study) -> str:
