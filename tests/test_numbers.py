@@ -173,13 +173,14 @@ FACTS = {
     ("README.md", "8"): "and of the other one",
     ("README.md", "180"): "megabytes of the wheels, which asset tests compare",
     ("README.md", "3.11.5"): "the oldest Python, for the lock file",
-    ("README.md", "3"): "gigabytes of disk, and hours of `standard`",
+    ("README.md", "3"): "gigabytes of disk",
     ("README.md", "15"): "minutes of `quick`, and of the tests, about",
     ("usage.md", "30"): LAYERS,
     ("usage.md", "4"): "bits of its weights, and hours of `standard-0.5b` at most",
     ("usage.md", "8"): "hours of `standard-1.5b` at most",
     ("usage.md", "0.5"): "billions of parameters of a Qwen model",
     ("usage.md", "1.5"): "and of the larger one",
+    ("usage.md", "20"): "per cent, SP of its tasks",
     ("usage.md", "491"): "megabytes of the one",
     ("usage.md", "1,117"): "and of the other",
     ("usage.md", "150"): "items per task of `standard`",
@@ -192,6 +193,8 @@ FACTS = {
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
     ("07_ladder", "32"): "the rank of LoRA",
     ("07_ladder", "10"): "and its alpha",
+    ("07_ladder", "3"): "the learning rate,",
+    ("07_ladder", "4"): "times ten to minus this",
     ("09_alternatives", "8"): "bits of a rounded weight",
     ("09_alternatives", "4"): "and fewer of them",
     ("09_alternatives", "256"): "values of the one",
@@ -215,7 +218,9 @@ def test_facts_in_prose_are_true():
     assert set(load("standard").tasks.values()) == {150}
     paper = load("paper")
     assert (paper.calibration_windows, paper.selection_windows) == (128, 120)
-    assert (FineTuning(steps=1).rank, FineTuning(steps=1).alpha) == (32, 10)
+    lora = FineTuning(steps=1)
+    assert (lora.rank, lora.alpha, lora.learning_rate) == (32, 10, 3e-4)
+    assert load("standard-0.5b").task_slice_percentages == [0.2]
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11.5"
 

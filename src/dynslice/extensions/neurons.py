@@ -34,12 +34,16 @@ def kept_neurons(C: Tensor, count: int, ridge: float = RIDGE) -> tuple[Tensor, T
 
     C [m, m]: second moments in float64, symmetric.
     """
-    m, penalty = len(C), ridge * C.diagonal().mean().clamp(min=TINY)
-    eye = torch.eye(m, dtype=C.dtype, device=C.device)
-    leverage = 1 - penalty * torch.linalg.inv(C + penalty * eye).diagonal()
+    penalty = ridge * C.diagonal().mean().clamp(min=TINY)
+    leverage = 1 - penalty * torch.linalg.inv(_ridged(C, penalty)).diagonal()
     kept = leverage.topk(count).indices.sort().values
-    inner = C[kept][:, kept] + penalty * eye[:count, :count]
-    return kept, torch.linalg.solve(inner, C[kept]).T
+    return kept, torch.linalg.solve(_ridged(C[kept][:, kept], penalty), C[kept]).T
+
+
+def _ridged(C: Tensor, penalty: Tensor) -> Tensor:
+    ridged = C.clone()
+    ridged.diagonal().add_(penalty)
+    return ridged
 
 
 @torch.no_grad()
