@@ -125,14 +125,14 @@ def costs(study: Study) -> str:
         of = {"step": step.capitalize(), "gain": rows["gain (x)"].describe()}
         of["counted"] = rows["gain / counted"].describe()
         lines.append(style.say("short_speed", **of))
-    benches = []
     for name, bench in efficiency.benches().items():
+        if bench["model"] != study.profile.model:
+            continue
         table = efficiency.bench_table(bench)
         limited, missed = (table[table["met"].isin(said)] for said in (("yes", "no"), ("no",)))
         named = ", ".join(f"{x.step} {x.ratio:.2f} ({x.limit})" for x in missed.itertuples())
         of = {"met": len(limited) - len(missed), "count": len(limited)}
-        benches.append(style.say("short_bench", name=name, missed=named or "none", **of))
-    lines.append(" ".join(benches))
+        lines.append(style.say("short_bench", name=name, missed=named or "none", **of))
     return _said(lines)
 
 
