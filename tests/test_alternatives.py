@@ -343,6 +343,14 @@ def test_the_papers_rule_is_the_first_order_of_the_entropic_one():
         assert np.abs(np.subtract(linear, 0.3)).max() > step / 2
 
 
+def test_chance_stands_behind_an_accuracy():
+    table = pd.DataFrame({"accuracy (%)": [41.17, None], "chance (%)": [33.33, 33.33]})
+    shown = alternatives.view(table)
+    assert list(shown) == ["accuracy (%)"]
+    assert list(shown["accuracy (%)"]) == ["41.2 (33.3)", "-"]
+    assert alternatives.view(pd.DataFrame()).empty
+
+
 # The command line
 
 CALIBRATION = ("--calibration", "wikipedia", "--windows", 4, "--window", 64)

@@ -76,6 +76,15 @@ def alternatives_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def view(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for a page: behind an accuracy stands what guessing gives."""
+    if table.empty:
+        return table
+    both = zip(table["accuracy (%)"], table["chance (%)"], strict=True)
+    told = ["-" if pd.isna(value) else f"{value:.1f} ({chance:.1f})" for value, chance in both]
+    return table.assign(**{"accuracy (%)": told}).drop(columns="chance (%)")
+
+
 def _alike(a: Point, b: Point) -> bool:
     """Whether both are fine-tuned, or neither."""
     return ("recovery" in a.network) == ("recovery" in b.network)
