@@ -79,6 +79,18 @@ def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_mod
 def test_without_validation_windows_the_dynamic_network_is_fixed_beforehand():
     study = Study.open("quick", from_record=True)
     assert study.profile.selection_windows is None
+    larger = [p for p in study.points() if p.schedule == "dynamic" and p.slice_base > 0]
+    favoured = {study.perplexity_request(point, "sotu").key for point in larger}
+    original = study.store.get
+
+    def get(request):
+        result = original(request)
+        if request.key in favoured:  # the best in hindsight
+            result.value["perplexity"] /= 2
+            result.value["nll"] = [nll - 1.0 for nll in result.value["nll"]]
+        return result
+
+    study.store.get = get
     bases = [report.networks(study, sp)[report.DYNAMIC].slice_base for sp in (0.2, 0.3)]
     assert bases == [min(study.profile.slice_bases)] * 2
 
