@@ -78,7 +78,7 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
 
 
 def _first_layer_rule(table: pd.DataFrame) -> str:
-    """What the widths of LR gain over those that keep the first layer whole; empty without such."""
+    """What the rule changes that keeps the first layer whole, in place of LR; empty without it."""
     rows = table.set_index("network").to_dict("index")
     changes = {
         key: of_row(rows[name], *VARIED).format("%")
