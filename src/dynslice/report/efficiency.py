@@ -18,12 +18,20 @@ STEPS = {"prefill": "prefill_flops", "decode": "decode_bytes"}  # and what bound
 
 # The benchmark of each machine: its file, and the command that measures it there.
 _SMALL = "dynslice bench --device cuda --windows 128 --window 2048"
-_LARGE = "dynslice bench --device cuda --shape {} --windows 128 --window 2048 --repeats 1"
+_LARGE = (
+    "dynslice bench --device cuda --shape {} --layers 4 --windows 128 --window 2048 --repeats 1"
+)
 BENCHES = {
     "SmolLM2-135M on a CPU": ("smollm2-135m-cpu", "dynslice bench --device cpu --repeats 5"),
     "SmolLM2-135M on a GPU": ("smollm2-135m-cuda", _SMALL),
-    "the shape of Llama-3-8B on a GPU": ("llama-3-8b-cuda", _LARGE.format("llama-3-8b")),
-    "the shape of Mistral-7B on a GPU": ("mistral-7b-cuda", _LARGE.format("mistral-7b")),
+    "four layers of the shape of Llama-3-8B on a GPU": (
+        "llama-3-8b-cuda",
+        _LARGE.format("llama-3-8b"),
+    ),
+    "four layers of the shape of Mistral-7B on a GPU": (
+        "mistral-7b-cuda",
+        _LARGE.format("mistral-7b"),
+    ),
 }
 
 
