@@ -348,7 +348,7 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
         patch.setattr(paths, "OUTPUT", folder)
         study = Study.open("smoke", **CHANGED)
         figure = layer_redundancy.redundancy_figure(layer_redundancy.redundancy_table(study), study)
-        said = answer.instead_clause(study)
+        said = answer.instead([study])
         named = {p.name: study.perplexity(p, "mmlu") for p in study.instead.rounded()[:2]}
         seen = {
             p.name: study.get(study.selection_request(p)).value["perplexity"]
@@ -363,8 +363,8 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
         study.store.put(result)
     assert both.name not in left and "best recipe" in left  # nothing of it would be sliced
     assert f"SP 37.5%**, validation windows choose **{min(seen, key=seen.get)}**: " in prose
-    assert all(f"{name} {value:.1f} (" in said for name, value in named.items())
-    assert "best recipe" in said and "(size of SP 37.5%)" in said
+    assert all(f"{name} {value:.1f} in " in said for name, value in named.items())
+    assert "best recipe" in said and "networks of the size of SP 37.5%" in said
     assert {"slice base, 18.75%", "mean, 37.5%"} <= legends(figure)
     assert 100 * pd.read_csv(tables / "layer_redundancy.csv")["FS"].max() < top(figure)
 

@@ -13,6 +13,7 @@ from notebook_kernels import one_kernel
 
 from dynslice.cli import commands, record
 from dynslice.core import assets, paths
+from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import load
 from dynslice.experiment.study import Study
 from dynslice.extensions.finetuning import FineTuning
@@ -176,9 +177,8 @@ FACTS = {
     ("README.md", "3"): "gigabytes of disk",
     ("README.md", "15"): "minutes of `quick`, and of the tests, about",
     ("usage.md", "30"): LAYERS,
-    ("usage.md", "4"): "bits of its weights",
     ("usage.md", "5"): "hours of `standard-0.5b`, about",
-    ("usage.md", "8"): "hours of `standard-1.5b` at most",
+    ("usage.md", "4"): "bits of the weights of SmolLM2-135M, and hours of `standard-1.5b`, about",
     ("usage.md", "0.5"): "billions of parameters of a Qwen model",
     ("usage.md", "1.5"): "and of the larger one",
     ("usage.md", "20"): "per cent, SP of its tasks",
@@ -189,6 +189,9 @@ FACTS = {
     ("artifact.md", "1"): "per cent on another class of device",
     ("artifact.md", "2"): "items of a task there",
     ("artifact.md", "100"): "of so many",
+    ("artifact.md", "854"): "values of `standard` on another device,",
+    ("artifact.md", "0.4"): "per cent of perplexity within which they agree,",
+    ("artifact.md", "150"): "and so many items, of which one may differ",
     ("03_tasks", "30"): "per cent, the mean slice of the authors' outputs",
     ("03_tasks", "2024"): "when they were made",
     ("05_efficiency", "10"): "per cent to either side, the band of the figure",
@@ -224,6 +227,21 @@ def test_facts_in_prose_are_true():
     assert load("standard-0.5b").task_slice_percentages == [0.2]
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11.5"
+
+
+def test_the_record_came_out_the_same_on_another_device():
+    """What docs/artifact.md says of the H200, from each value beside that of the record."""
+    found = pd.read_csv(paths.BENCH / "standard-h200.csv")
+    study = Study.open("standard", from_record=True)
+    asked = {request.key: request for request in study.requests()}
+    for key, rows in found.groupby("result"):
+        quoted = KINDS[asked[key].kind].quoted(study.store.get(asked[key]).value)
+        assert dict(zip(rows["value"], rows["cpu"], strict=True)) == pytest.approx(quoted)
+    assert len(found) == 854 and set(found["result"]) == set(asked)
+    apart = (found["h200"] - found["cpu"]).abs()
+    assert (apart / found["cpu"])[found["kind"] == "ppl"].max() < 0.004
+    assert apart[found["kind"] == "task"].max() < 1.01 / 150
+    assert apart[found["kind"] == "lr"].max() < 1e-5
 
 
 def test_a_number_that_is_no_fact_is_found():

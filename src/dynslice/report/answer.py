@@ -1,7 +1,7 @@
-"""The README's first screen: what was found on all models, in a figure, sentences and a table."""
+"""The README's first screen: what was found on all models, in sentences, a figure and a table."""
 
 import json
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -9,14 +9,15 @@ import pandas as pd
 from dynslice.core import paths
 from dynslice.evaluate.task_table import chance
 from dynslice.experiment.across import Across
-from dynslice.experiment.equal_size import SHARED, SLICEGPT
+from dynslice.experiment.equal_size import SLICEGPT
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Point
 from dynslice.experiment.study import Study
 from dynslice.report import across as models
-from dynslice.report import alternatives, claims, equal_size, short, statistics, style
+from dynslice.report import alternatives, claims, equal_size, short, statistics, style, variants
 from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
+INT8 = "int8"
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
 
 
@@ -54,9 +55,9 @@ def applies(across: Across) -> bool:
 
 
 def answer(across: Across) -> str:
-    """The figure, the sentences, the table and where they come from (Markdown)."""
+    """The sentences, the figure, the table and where they come from (Markdown)."""
     across.ensure()
-    parts = [style.say("answer_figure", profile=across.name), _sentences(across)]
+    parts = [_sentences(across), style.say("answer_figure", profile=across.name)]
     parts += [style.markdown(answer_table(across), digits=1), _source(across)]
     return "\n\n".join(parts)
 
@@ -75,9 +76,10 @@ def answer_table(across: Across) -> pd.DataFrame:
     rows = []
     for study in across.studies:
         here, text = _networks(study), study.profile.eval_texts[0]
-        for network, point in here.items():
+        for network, point in (here | _others(study)).items():
             row = {"model": models.name(study), "network": network}
             row[SIZE] = study.size(point) / 1e6
+            row["bytes (%)"] = f"{100 * _share_of_bytes(study, point):.0f}"
             for read in study.profile.eval_texts:
                 row[f"perplexity, {read}"] = study.perplexity(point, read)
             row["accuracy (%)"] = _accuracy(study, point)
@@ -100,95 +102,112 @@ def _accuracy(study: Study, point: Point) -> str:
 
 
 def _sentences(across: Across) -> str:
-    """One sentence each: what slicing costs, the paper's claims, the levers, and what LR does."""
-    asked = (_cost_clause, _lever_clause, _first_layer_clause, instead_clause)
-    cost, levers, rule, instead = (_for_each(across, told) for told in asked)
-    share = percent(headline(across.studies[0]))
-    told = [
-        style.say("answer_cost", share=share, clauses=cost),
-        style.say("answer_claims", claims=_verdicts(across)),
-        style.say("answer_levers", share=share, clauses=levers),
-    ]
-    told += [style.say("answer_first", clauses=rule)] if rule else []
-    told += [style.say("answer_instead", clauses=instead)] if instead else []
+    """What slicing costs, the claims, the levers, what LR does, what else there is; the limits.
+
+    Each with the numbers of the models in their order.
+    """
+    said = (_cost, _claims, _levers, _first_layer, instead, _limits)
+    told = [say(across.studies) for say in said]
     absent = ", ".join(f"`{profile}`" for profile in across.absent)
     told += [style.say("across_absent", profiles=absent)] if absent else []
-    return "\n".join(f"- {sentence}" for sentence in told)
+    return "\n".join(f"- {sentence}" for sentence in filter(None, told))
 
 
-def _for_each(across: Across, clause: Callable[[Study], str]) -> str:
-    return "; ".join(filter(None, map(clause, across.studies)))
-
-
-def _cost_clause(study: Study) -> str:
-    here, text = _networks(study), study.profile.calibration_text
-    levels = {name: study.perplexity(point, text) for name, point in here.items()}
-    named = {"dense": DENSE.schedule, "slicegpt": SLICEGPT}
-    named |= {"dynamic": models.DYNAMIC, "recipe": models.RECIPE}
+def _cost(studies: list[Study]) -> str:
+    """What SliceGPT saves, and how far above the dense model each network is."""
+    saved, above = [], {SLICEGPT: [], models.DYNAMIC: [], models.RECIPE: []}
+    for study in studies:
+        here, text = _networks(study), study.profile.calibration_text
+        saved.append(f"{100 * (1 - study.size(here[SLICEGPT]) / study.size(DENSE)):.0f}")
+        dense = study.perplexity(DENSE, text)
+        for network, told in above.items():
+            told.append(f"{100 * (study.perplexity(here[network], text) / dense - 1):.0f}")
+    rises = map(style.listed, above.values())
     return style.say(
-        "answer_cost_clause",
-        model=models.name(study),
-        stored=study.size(here[SLICEGPT]) / 1e6,
-        whole=study.size(DENSE) / 1e6,
-        **{key: levels[name] for key, name in named.items()},
+        "answer_cost",
+        models=style.listed(map(models.name, studies)),
+        share=percent(headline(studies[0])),
+        saved=style.listed(saved),
+        **dict(zip(("slicegpt", "dynamic", "recipe"), rises, strict=True)),
     )
 
 
-def _verdicts(across: Across) -> str:
+def _claims(studies: list[Study]) -> str:
     """By claim: on which models it holds, graded on the text of the calibration at equal size."""
     found = []
-    for study in across.studies:
+    for study in studies:
         read = (study.profile.calibration_text, claims.TASKS_ON_AVERAGE)
         for o in claims.outcomes(study):
             if o["at"] == EQUAL_SIZE and o["measured on"] in read:
-                on = f"{models.name(study)} ({o['measured']}, {o['network']})"
+                on = f"{models.name(study)} ({o['measured']})"
                 found.append((claims.claimed(o), o["verdict on this model"], on))
-    return claims.by_verdict(found)
+    return style.say("answer_claims", claims=claims.by_verdict(found))
 
 
-def _lever_clause(study: Study) -> str:
+def _levers(studies: list[Study]) -> str:
     """The steps of the ladder from SliceGPT to the recipe, each against the one before."""
-    return f"{models.name(study)}: {equal_size.steps(study, headline(study))}"
+    changes: dict[str, list[str]] = {}
+    for study in studies:
+        for step, change in equal_size.steps(study, headline(study)).items():
+            changes.setdefault(step, []).append(change.told("%"))
+    steps = "; ".join(f"{step} {style.listed(told)}" for step, told in changes.items())
+    return style.say("answer_levers", share=percent(headline(studies[0])), steps=steps)
 
 
-def _first_layer_clause(study: Study) -> str:
+def _first_layer(studies: list[Study]) -> str:
     """What the rule changes that keeps the first layer whole, in place of LR, on validation."""
-    if "first" not in study.profile.beyond_candidates or study.profile.selection_windows is None:
+    if not (changes := list(filter(None, map(variants.first_layer_rule, studies)))):
         return ""
-    sp = study.profile.beyond_slice_percentages[-1]
-    rungs = study.beyond.contest(sp)
-    tried = {point.name: point for point in study.beyond.variants(sp)}
-    pairs = {"shared bases": SHARED, "compensation": equal_size.BEST_RECIPE}
-    told = []
-    for lever, by_lr in pairs.items():
-        rule = tried[f"first widths, {lever}"]
-        change = statistics.selection_change(study, rule, equal_size.rung(rungs, by_lr))
-        told.append(f"with {lever} {change.format('%')} ({change.direction})")
-    return f"on {models.name(study)} at the size of SP {percent(sp)} {', '.join(told)}"
+    levers = {key: style.listed(of[key].format("%") for of in changes) for key in changes[0]}
+    said = Counter(change.direction for of in changes for change in of.values())
+    shown = style.listed(f"{way} in {count} of {said.total()}" for way, count in said.items())
+    return style.say("answer_first", **levers, shown=shown)
 
 
-def instead_clause(study: Study) -> str:
-    """What else keeps one size, and the dense model at fewer bits; empty where none was asked."""
-    if not study.instead.sizes:
+def instead(studies: list[Study]) -> str:
+    """What fewer bits cost, and whether a slice is worth its bytes; empty where none was asked."""
+    if not (studies := [study for study in studies if study.instead.sizes]):
         return ""
-    sp, texts = study.instead.sizes[-1], study.profile.eval_texts
-    said = []
-    for point in study.instead.finalists(sp):
-        _mark, called = alternatives.FORMS[alternatives.form(point.name)]
-        said.append(f"{called} {alternatives.levels(study, point)}")
-    clause = f"{', '.join(said)} (size of SP {percent(sp)})"
-    for point in (p for p in study.instead.rounded() if "uniform" in p.network["bits"]):
-        share = alternatives.stored_bytes(study, point) / alternatives.stored_bytes(study, DENSE)
-        clause += f", {point.name} {alternatives.levels(study, point)} ({share:.0%} of the bytes)"
-    fronts = alternatives.fronts_of(alternatives.alternatives_table(study), texts)
-    slices = ", ".join(alternatives.slices_of(fronts)) or "none"
+    shares, changes, fronts = [], {}, []
+    for study in studies:
+        rounded, texts = _others(study)[INT8], study.profile.eval_texts
+        shares.append(f"{100 * _share_of_bytes(study, rounded):.0f}")
+        for text in texts:
+            change = statistics.perplexity_change(study, rounded, DENSE, text)
+            changes.setdefault(text, []).append(f"{change.estimate:+.1f}")
+        table = alternatives.alternatives_table(study)
+        slices = alternatives.slices_of(alternatives.fronts_of(table, texts))
+        fronts.append(f"{', '.join(slices) or 'none'} on {models.name(study)}")
     return style.say(
-        "answer_instead_clause",
-        model=models.name(study),
-        texts=" and ".join(texts),
-        levels=clause,
-        slices=slices,
+        "answer_instead",
+        models=style.listed(map(models.name, studies)),
+        shares=style.listed(shares),
+        changes=style.listed(f"{style.listed(of)} % on {text}" for text, of in changes.items()),
+        slices="; ".join(fronts),
     )
+
+
+def _others(study: Study) -> dict[str, Point]:
+    """What one could do instead, at the last of its sizes and at 8 bits."""
+    if not study.instead.sizes:
+        return {}
+    finalists = study.instead.finalists(study.instead.sizes[-1])
+    called = {alternatives.FORMS[alternatives.form(p.name)][1]: p for p in finalists}
+    rounded = {p.name: p for p in study.instead.rounded()}
+    return {**called, INT8: rounded[INT8]}
+
+
+def _share_of_bytes(study: Study, point: Point) -> float:
+    return alternatives.stored_bytes(study, point) / alternatives.stored_bytes(study, DENSE)
+
+
+def _limits(studies: list[Study]) -> str:
+    """How little the answer rests on."""
+    sizes = [study.size(DENSE) / 1e9 for study in studies]
+    count = {1: "One model", 2: "Two models", 3: "Three models"}.get(
+        len(sizes), f"{len(sizes)} models"
+    )
+    return style.say("answer_limits", models=count, least=min(sizes), most=max(sizes))
 
 
 def _source(across: Across) -> str:

@@ -192,7 +192,7 @@ def by_verdict(found: Iterable[tuple[str, str, str]]) -> str:
     for what, said, on in found:
         told.setdefault(what, {}).setdefault(said, []).append(on)
     return "; ".join(
-        f"{what}: " + ", ".join(f"**{said}** on {' and '.join(on)}" for said, on in of.items())
+        f"{what}: " + ", ".join(f"**{said}** on {style.listed(on)}" for said, on in of.items())
         for what, of in told.items()
     )
 

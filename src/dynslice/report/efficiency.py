@@ -216,9 +216,11 @@ def unmeasured_prose() -> str:
     return style.say("unmeasured", commands="\n".join(lines), **counts)
 
 
-def bench_block(name: str = "SmolLM2-135M on a CPU") -> str:
-    """What a benchmark ran on, and its rows that have a limit, for the README."""
-    bench = benches()[name]
-    table = bench_table(bench).query("met != '-'")
-    rows = style.markdown(table[["step", "ratio", "limit", "met", "ratio is"]])
-    return f"{bench_prose(name, bench)}\n\n{rows}\n\n{unmeasured_prose()}"
+def bench_block() -> str:
+    """What each benchmark ran on, and its rows that have a limit, for docs/costs.md."""
+    parts = []
+    for name, bench in benches().items():
+        table = bench_table(bench).query("met != '-'")
+        rows = style.markdown(table[["step", "seconds", "ratio", "limit", "met", "ratio is"]])
+        parts += [bench_prose(name, bench), rows]
+    return "\n\n".join([*parts, unmeasured_prose()])

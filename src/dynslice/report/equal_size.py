@@ -13,7 +13,7 @@ from dynslice.experiment.requests import DENSE, Point
 from dynslice.experiment.store import Request
 from dynslice.experiment.study import Study
 from dynslice.report import efficiency, statistics, style
-from dynslice.report.statistics import ACCURACY, PERPLEXITY, columns, of_row
+from dynslice.report.statistics import ACCURACY, PERPLEXITY, Estimate, columns, of_row
 
 # The columns of a change and of its interval: from the rung before, from SliceGPT.
 STEP = ("this step (%)", "{}, step")
@@ -175,14 +175,13 @@ def _waterfall(axis: plt.Axes, steps: pd.DataFrame) -> None:
 # In sentences
 
 
-def steps(study: Study, sp: float) -> str:
-    """From SliceGPT to the recipe, each step with its change on the text of the calibration."""
-    text, told = study.profile.calibration_text, []
-    for before, after in pairwise(_to_recipe(study, sp)):
-        change = statistics.perplexity_change(study, after, before, text)
-        unseen = "" if change.direction in ("lower", "higher") else f" ({change.direction})"
-        told.append(f"{after.name} {change.format('%')}{unseen}")
-    return ", ".join(told)
+def steps(study: Study, sp: float) -> dict[str, Estimate]:
+    """From SliceGPT to the recipe, what each step changes on the text of the calibration."""
+    text, rungs = study.profile.calibration_text, _to_recipe(study, sp)
+    return {
+        after.name: statistics.perplexity_change(study, after, before, text)
+        for before, after in pairwise(rungs)
+    }
 
 
 def _to_recipe(study: Study, sp: float) -> list[Point]:
@@ -201,7 +200,7 @@ def steps_prose(study: Study, sp: float) -> str:
         text=text,
         slicegpt=study.perplexity(slicegpt, text),
         recipe=study.perplexity(recipe, text),
-        steps=steps(study, sp),
+        steps=", ".join(f"{name} {x.told('%')}" for name, x in steps(study, sp).items()),
         whole=study.perplexity(DENSE, text),
     )
 

@@ -41,6 +41,11 @@ class Estimate(NamedTuple):
         estimate, low, high = (f"{x:+.{digits}f}" for x in self)
         return " ".join(filter(None, (estimate, unit, f"[{low}, {high}]")))
 
+    def told(self, unit: str = "") -> str:
+        """`format`, and in words where no difference is shown."""
+        unseen = self.low <= 0 <= self.high
+        return self.format(unit) + (f" ({self.direction})" if unseen else "")
+
     def map(self, function: Callable[[float], float]) -> "Estimate":
         """The same on another scale, by an increasing function."""
         return Estimate(*(float(function(x)) for x in self))

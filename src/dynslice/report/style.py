@@ -1,6 +1,7 @@
 """How tables, figures and sentences look, and where they are written; nothing is measured here."""
 
 import re
+from collections.abc import Iterable
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -232,13 +233,19 @@ def zero_line(axis: plt.Axes, vertical: bool = False) -> None:
     (axis.axvline if vertical else axis.axhline)(0, color="0.6", linewidth=1, zorder=1)
 
 
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def device_line(study: Study) -> str:
     """On what the results of a study were measured, and what was read in place of a corpus."""
     results = filter(None, map(study.store.get, study.requests()))
     provenances = [result.provenance for result in results]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
     commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
-    line = f"Measured on {'; '.join(devices)}, code at commit {' and '.join(commits)}."
+    line = f"Measured on {'; '.join(devices)}, code at commit {listed(commits)}."
     configs = [request.config for request in study.requests()]
     configs += [(config.get("slice") or {}).get("calibration", {}) for config in configs]
     used = {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}

@@ -1,6 +1,5 @@
 """Notebook 03: accuracies and their paired differences."""
 
-from collections.abc import Iterable
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -67,17 +66,16 @@ def task_prose(study: Study) -> str:
         return style.NONE
     titles = tasks.groupby("split", sort=False)["title"]
     generated = ", or the metric that stands next to a task" * bool(any(tasks["metric"]))
-    sources = [f"the {split} split for {_listed(names)}" for split, names in titles]
-    found = style.say("tasks", generated=generated, sources=_listed(sources))
+    sources = [
+        f"the {split} split for {style.listed(dict.fromkeys(names))}" for split, names in titles
+    ]
+    found = style.say("tasks", generated=generated, sources=style.listed(sources))
     titles = tasks.groupby("choices", sort=False)["title"]
-    chances = [f"{100 / choices:.0f} % on {_listed(names)}" for choices, names in titles]
-    return f"{found} {style.say('guessing', chances=_listed(chances))}" if chances else found
-
-
-def _listed(names: Iterable[str]) -> str:
-    """`a, b and c`, each name once."""
-    *others, last = dict.fromkeys(names)
-    return f"{', '.join(others)} and {last}" if others else last
+    chances = [
+        f"{100 / choices:.0f} % on {style.listed(dict.fromkeys(names))}"
+        for choices, names in titles
+    ]
+    return f"{found} {style.say('guessing', chances=style.listed(chances))}" if chances else found
 
 
 def accuracy_view(table: pd.DataFrame) -> pd.DataFrame:

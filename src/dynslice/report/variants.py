@@ -17,7 +17,7 @@ from dynslice.method.layout import basis_groups
 from dynslice.method.scores import rises
 from dynslice.report import statistics, style
 from dynslice.report.equal_size import WHOLE, ladders, last_ladder, rung
-from dynslice.report.statistics import columns, of_row
+from dynslice.report.statistics import Estimate, columns
 
 # The columns of a change from what a variant varies, and of its interval.
 VARIED = ("one change (%)", "{}, change")
@@ -66,7 +66,8 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     variants = table[table["varies"] != "-"]
     shuffled = [p.name for p in study.beyond.variants(sp) if p.schedule == "shuffled"]
     orders = variants[variants["network"].isin(shuffled)]
-    rule = _first_layer_rule(variants)
+    rule = first_layer_rule(study)
+    rule = style.say("orders_rule", **{k: x.format("%") for k, x in rule.items()}) if rule else ""
     for said, rows in (("variants", variants), ("orders", orders)):
         if len(rows):
             higher, lower = (rows[VARIED[1].format(end)] for end in ("low", "high"))
@@ -77,15 +78,19 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-def _first_layer_rule(table: pd.DataFrame) -> str:
-    """What the rule changes that keeps the first layer whole, in place of LR; empty without it."""
-    rows = table.set_index("network").to_dict("index")
-    changes = {
-        key: of_row(rows[name], *VARIED).format("%")
+def first_layer_rule(study: Study) -> dict[str, Estimate]:
+    """What the rule changes that keeps the first layer whole, in place of LR; empty without it.
+
+    On validation windows at the last size, with shared bases and with compensation besides.
+    """
+    if "first" not in study.profile.beyond_candidates or study.profile.selection_windows is None:
+        return {}
+    sp, rungs = last_ladder(study)
+    tried = {point.name: point for point in study.beyond.variants(sp)}
+    return {
+        key: statistics.selection_change(study, tried[f"first widths, {lever}"], rung(rungs, lever))
         for key, lever in (("shared", SHARED), ("whole", BEST_RECIPE))
-        if (name := f"first widths, {lever}") in rows
     }
-    return style.say("orders_rule", **changes) if changes else ""
 
 
 def widths_figure(study: Study) -> plt.Figure | None:
