@@ -6,9 +6,10 @@ import pytest
 
 from dynslice.core import assets, paths
 from dynslice.experiment.across import Across
+from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
 from dynslice.report import across as report
-from dynslice.report import claims
+from dynslice.report import answer, claims
 from dynslice.report.statistics import Estimate
 
 MODELS = ["embedded:tiny-random", "embedded:tiny-llama-3"]
@@ -56,6 +57,22 @@ def test_the_table_holds_the_numbers_of_each_study(two_models):
         )
     figure = report.model_figure(report.model_table(two_models))
     assert len(figure.axes) == len(MODELS)
+
+
+def test_the_answer_has_a_number_for_each_model_in_turn_and_says_how_little_it_rests_on(two_models):
+    told = answer.answer(two_models)
+    rises = []
+    for study in two_models.studies:
+        constant = study.design.point(study.design.constant(answer.headline(study)))
+        text = study.profile.calibration_text
+        ratio = study.perplexity(constant, text) / study.perplexity(DENSE, text)
+        rises.append(f"{100 * (ratio - 1):.0f}")
+    assert "on tiny-random and tiny-llama-3 (numbers in this order). With 25% of" in told
+    assert f"on the text of the calibration is {' and '.join(rises)} % higher" in told
+    sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in two_models.studies]
+    assert f"2 models of {' and '.join(sizes)} billion parameters" in told
+    alone = answer.answer(Across(two_models.name, two_models.studies[:1], []))
+    assert "on tiny-random. With" in alone and "**Limits.** One model of" in alone
 
 
 def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_models):

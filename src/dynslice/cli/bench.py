@@ -35,7 +35,7 @@ def run(
     rate, copy = speed.matrix_rate(device, subject.dtype), speed.copy_rate(device)
     rows = [
         Row("matrix product", None, f"{rate / 1e12:.3g} TFLOP/s", None, f"{dtype}, best of 10"),
-        Row("memory copy", None, f"{copy / 1e9:.3g} GB/s", None, "read and written, best of 10"),
+        Row("memory copy", None, f"{copy / 1e9:,.0f} GB/s", None, "read and written, best of 10"),
     ]
     dense = subject.load()
     windows = subject.windows(dense, text, count, window)

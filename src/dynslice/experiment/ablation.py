@@ -109,7 +109,7 @@ class Ablations:
         return self.design.request("centred", **read)
 
     def requests(self) -> list[Request]:
-        """All that the notebook needs."""
+        """All that the notebook needs; nothing where nothing is changed."""
         p, design = self.profile, self.design
         requests = [design.lr_request(last_layer=end) for end in p.ablation_last_layers]
         requests += [*design.lr_requests(), *self.lr_plan_requests()]
@@ -130,4 +130,5 @@ class Ablations:
             requests += map(design.slice_request, curve)
             requests += [r for point in curve for r in design.reported_requests(point)]
             requests += [self.centred_request(), self.calibration_request(self.ablated()[0])]
-        return unique(requests)
+        asked = unique(requests)
+        return asked if asked != [design.lr_request()] else []

@@ -125,7 +125,8 @@ def _cost(studies: list[Study]) -> str:
     rises = map(style.listed, above.values())
     return style.say(
         "answer_cost",
-        models=style.listed(map(models.name, studies)),
+        models=style.listed(map(models.name, studies))
+        + " (numbers in this order)" * (len(saved) > 1),
         share=percent(headline(studies[0])),
         saved=style.listed(saved),
         **dict(zip(("slicegpt", "dynamic", "recipe"), rises, strict=True)),
@@ -203,11 +204,9 @@ def _share_of_bytes(study: Study, point: Point) -> float:
 
 def _limits(studies: list[Study]) -> str:
     """How little the answer rests on."""
-    sizes = [study.size(DENSE) / 1e9 for study in studies]
-    count = {1: "One model", 2: "Two models", 3: "Three models"}.get(
-        len(sizes), f"{len(sizes)} models"
-    )
-    return style.say("answer_limits", models=count, least=min(sizes), most=max(sizes))
+    sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in studies]
+    count = "One model" if len(sizes) == 1 else f"{len(sizes)} models"
+    return style.say("answer_limits", models=count, sizes=style.listed(sizes))
 
 
 def _source(across: Across) -> str:

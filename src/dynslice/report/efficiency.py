@@ -200,6 +200,7 @@ def bench_prose(name: str, bench: dict) -> str:
     """What a benchmark ran on, and which of its limits it met."""
     met = [row["met"] for row in bench["rows"] if row["met"] is not None]
     counts, where = {"met": sum(met), "count": len(met)}, bench["provenance"]
+    counts["repeats"] = f"{bench['repeats']} repeat" + "s" * (bench["repeats"] > 1)
     return style.say("bench", name=name[0].upper() + name[1:], bench=bench, where=where, **counts)
 
 
