@@ -1,4 +1,4 @@
-"""A walk on a GPU that nobody has; `test_walk` runs it in a process of its own."""
+"""A walk on a GPU that is not there; `test_walk` runs it in a process of its own."""
 
 from collections import Counter
 from math import prod

@@ -21,6 +21,7 @@ from dynslice.core import paths
 from dynslice.core.errors import RequestError
 from dynslice.experiment.estimate import Machine
 from dynslice.experiment.profile import load, percent
+from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
 from dynslice.inputs import models
 from dynslice.report import (
@@ -349,7 +350,11 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
         study = Study.open("smoke", **CHANGED)
         figure = layer_redundancy.redundancy_figure(layer_redundancy.redundancy_table(study), study)
         said = answer.instead([study])
-        named = {p.name: study.perplexity(p, "mmlu") for p in study.instead.rounded()[:2]}
+        rounded = study.instead.rounded()[0]
+        change = statistics.perplexity_change(study, rounded, DENSE, "mmlu")
+        finalists = study.instead.finalists(0.375)
+        best = min(finalists, key=lambda point: study.perplexity(point, "mmlu"))
+        others = answer._others(study)
         seen = {
             p.name: study.get(study.selection_request(p)).value["perplexity"]
             for p in study.instead.at_size(0.375)
@@ -363,8 +368,10 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
         study.store.put(result)
     assert both.name not in left and "best recipe" in left  # nothing of it would be sliced
     assert f"SP 37.5%**, validation windows choose **{min(seen, key=seen.get)}**: " in prose
-    assert all(f"{name} {value:.1f} in " in said for name, value in named.items())
-    assert "best recipe" in said and "networks of the size of SP 37.5%" in said
+    assert f"perplexity changes by {change.estimate:+.1f} % on mmlu" in said
+    called = alternatives.FORMS[alternatives.form(best.name)][1]
+    assert f"At the size of SP 37.5%, the lowest perplexity has {called} on mmlu" in said
+    assert set(others) == {"int8"}  # the table is about another size
     assert {"slice base, 18.75%", "mean, 37.5%"} <= legends(figure)
     assert 100 * pd.read_csv(tables / "layer_redundancy.csv")["FS"].max() < top(figure)
 

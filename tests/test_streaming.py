@@ -25,6 +25,7 @@ from dynslice.method.footprint import (
     activation_bytes,
     extra_memory,
     largest_weight,
+    layers_workspace,
     slicing_workspace,
     stored_bytes,
 )
@@ -232,6 +233,22 @@ before = peak_memory_bytes(device)
 run(source, out, 128, budget=streaming.Budget(host=int(budget)))
 print(json.dumps(peak_memory_bytes(device) - before))
 """
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_workspace_of_a_pass_is_what_one_takes(dtype):
+    config = TINY["llama"]().config
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 896, 64
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids = torch.zeros(1, 1024, dtype=torch.long)
+    stream = ids.numel() * config.hidden_size * dtype.itemsize
+
+    @torch.inference_mode()
+    def one_pass():
+        model.base_model(ids, use_cache=False)
+
+    predicted = layers_workspace(config, dtype, ids.numel()) + stream
+    assert extra_memory(one_pass, CPU) == pytest.approx(predicted, rel=0.1)
 
 
 def test_model_of_four_times_the_budget_is_sliced_within_it(tmp_path):

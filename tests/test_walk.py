@@ -1,4 +1,4 @@
-"""The walk on a GPU that nobody has, in a process of its own: it adds a kind of device to torch."""
+"""The walk on a GPU that is not there, in a process of its own: it adds a device to torch."""
 
 import os
 import subprocess

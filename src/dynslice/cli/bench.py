@@ -96,6 +96,9 @@ def _slices(shape: ModelDims, lr: Sequence[float], slice_percentage: float) -> l
 
     layers = schedules.BEST["basis_layers"]
     best = shared(layers)
+    several = []  # where that is not one basis for all
+    if shape.layers > layers:
+        several.append(Slice(f"a basis for {layers} layers, size of {at}", best, 2.6))
     ordinary = []  # the library's own class, whose speed ours can be held against
     if shape.heads:
         known = schedules.Evidence(shape, shape.heads, layout=Layout(plain=True))
@@ -104,7 +107,7 @@ def _slices(shape: ModelDims, lr: Sequence[float], slice_percentage: float) -> l
     return [
         Slice(f"constant, {at}", plan, 1.5),
         Slice(f"dynamic, {at}, SB 0%", dynamic(shape, lr, slice_percentage, layout=tied), 1.5),
-        Slice(f"a basis for {layers} layers, size of {at}", best, 2.6),
+        *several,
         Slice(f"one basis, size of {at}", shared("all"), 2.6),
         *ordinary,
         Slice(f"recipe best, size of {at}", best, 5.0, Compensation()),
@@ -118,8 +121,8 @@ def lines(result: dict) -> list[str]:
     cells = [[_shown(row[name]) for name in names] for row in result["rows"]]
     return [
         f"{result['model']} in {result['dtype']} on {where['device']} ({where['threads']} threads)",
-        f"{result['windows']} windows of {result['window']} tokens; medians of "
-        f"{result['repeats']} repeats, after a warm-up that is not timed",
+        f"{result['windows']} windows of {result['window']} tokens; times are medians, of "
+        f"{result['repeats']} after a warm-up that is not timed",
         tabulate(cells, [*names[:-1], "ratio is"], disable_numparse=True),
     ]
 

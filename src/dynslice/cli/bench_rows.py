@@ -1,4 +1,4 @@
-"""The rows of `dynslice bench`: each step with its physical yardstick, each result with an oracle.
+"""The rows of `dynslice bench`: each step with its physical yardstick, and oracles for a model.
 
 The steps of a ratio take turns in one run; times of two runs or machines are never compared.
 """

@@ -61,12 +61,15 @@ class Machine:
         on_cpu = {torch.float16: 256}.get(dtype, 1024)  # small: every run waits for it
         side = on_cpu if device.type == "cpu" else None
         rates = [speed.matrix_rate(device, kind, side) for kind in (dtype, torch.float64)]
-        # The share comes from the committed benchmark, of the only device it was run on so far.
-        bench = json.loads((paths.BENCH / "smollm2-135m-cpu.json").read_text(encoding="utf-8"))
+        # The share comes from the committed benchmark of such a device.
+        bench = json.loads((paths.BENCH / _BENCHES[device.type]).read_text(encoding="utf-8"))
         ratios = {row["step"]: row.get("ratio") for row in bench["rows"]}
         share = ratios["one pass through the layers"]
         return cls(device, *rates, min(timed["eigh"]), speed.copy_rate(device), share)
 
+
+# Of a large model on a GPU: a small one leaves most of it idle.
+_BENCHES = {"cpu": "smollm2-135m-cpu.json", "cuda": "llama-3-8b-cuda.json"}
 
 # Assumed, not measured: half of an H100's 989 TFLOP/s in half precision, of its 67 in float64 and
 # of its 3.35 TB/s of memory (NVIDIA's data sheet, SXM), and 5 s for the eigenvectors at 4,096.

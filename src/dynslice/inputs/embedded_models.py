@@ -95,8 +95,11 @@ OF_HUB = {"meta-llama/Meta-Llama-3-8B": "llama-3-8b", "mistralai/Mistral-7B-v0.1
 
 
 def config_of(shape: str, layers: int | None = None) -> transformers.PretrainedConfig:
-    """A published shape's configuration, of so many layers. Raises RequestError if unknown."""
+    """A published shape's configuration, of so many layers. Raises RequestError if it has fewer."""
     if shape not in SHAPES:
         raise RequestError(f"shape {shape!r} is unknown; there are {', '.join(SHAPES)}")
-    given = {} if layers is None else {"num_hidden_layers": layers}
-    return AutoConfig.for_model(**{**SHAPES[shape], **given})
+    config = AutoConfig.for_model(**SHAPES[shape])
+    if layers is not None and layers > config.num_hidden_layers:
+        raise RequestError(f"shape {shape!r} has {config.num_hidden_layers} layers, not {layers}")
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    return config

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pandas as pd
 from dynslice.core import paths
 from dynslice.evaluate.task_table import chance
 from dynslice.experiment.across import Across
+from dynslice.experiment.alternatives import INT8
 from dynslice.experiment.equal_size import SLICEGPT
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Point
@@ -17,7 +19,7 @@ from dynslice.report import across as models
 from dynslice.report import alternatives, claims, equal_size, short, statistics, style, variants
 from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
-INT8 = "int8"
+WINS = {"perplexity": "lower", "accuracy": "higher"}
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
 
 
@@ -50,8 +52,9 @@ def _title(path: Path) -> str:
 
 
 def applies(across: Across) -> bool:
-    """Whether every study has the four networks of the answer at its headline."""
-    return all(len(_networks(study)) == 4 for study in across.studies)
+    """Whether every study has the four networks of the answer, at one slice percentage."""
+    at = {headline(study) for study in across.studies}
+    return len(at) == 1 and all(len(_networks(study)) == 4 for study in across.studies)
 
 
 def answer(across: Across) -> str:
@@ -69,9 +72,9 @@ def headline(study: Study) -> float:
 
 
 def answer_table(across: Across) -> pd.DataFrame:
-    """A row for each model and network at the headline slice percentage, in absolute values.
+    """A row for each model and network at the headline slice percentage, and at 8 bits.
 
-    The last column is the paired change of perplexity from SliceGPT on the first text.
+    Absolute values, and the paired change of perplexity from SliceGPT on the first text.
     """
     rows = []
     for study in across.studies:
@@ -110,92 +113,168 @@ def _sentences(across: Across) -> str:
     told = [say(across.studies) for say in said]
     absent = ", ".join(f"`{profile}`" for profile in across.absent)
     told += [style.say("across_absent", profiles=absent)] if absent else []
-    return "\n".join(f"- {sentence}" for sentence in filter(None, told))
+    return "\n".join([_lead(across.studies), "", *(f"- {told}" for told in filter(None, told))])
+
+
+def _lead(studies: list[Study]) -> str:
+    """On how many of the models LR, its stand-in and fewer bits do better."""
+    better: dict[str, list[bool]] = {"perplexity": [], "accuracy": []}
+    for o in chain.from_iterable(map(_judged, studies)):
+        better[o["metric"]].append(o["change"].direction == WINS[o["metric"]])
+    clauses = [
+        style.say(f"answer_lead_{metric}", wins=sum(of), count=len(of))
+        for metric, of in better.items()
+        if of
+    ]
+    if rules := [x for study in studies for x in variants.first_layer_rule(study).values()]:
+        as_good = sum(change.direction != "higher" for change in rules)
+        clauses.append(style.say("answer_lead_rule", wins=as_good, count=len(rules)))
+    if bits := [_bits_win(study) for study in studies if INT8 in _others(study)]:
+        clauses.append(style.say("answer_lead_bits", wins=sum(bits), count=len(bits)))
+    return style.say("answer_lead", clauses="; ".join(clauses))
+
+
+def _bits_win(study: Study) -> bool:
+    """Whether the model at 8 bits is smaller and better, on every text, than each slice here."""
+    rounded, slices = _others(study)[INT8], list(_networks(study).values())[1:]
+    return all(
+        alternatives.stored_bytes(study, rounded) < alternatives.stored_bytes(study, point)
+        and study.perplexity(rounded, text) < study.perplexity(point, text)
+        for point, text in product(slices, study.profile.eval_texts)
+    )
 
 
 def _cost(studies: list[Study]) -> str:
     """What SliceGPT saves, and how far above the dense model each network is."""
-    saved, above = [], {SLICEGPT: [], models.DYNAMIC: [], models.RECIPE: []}
+    named = {"slicegpt": SLICEGPT, "dynamic": models.DYNAMIC, "recipe": models.RECIPE}
+    saved = []
+    above: dict[str, dict[str, list[str]]] = {key: {} for key in named}
     for study in studies:
-        here, text = _networks(study), study.profile.calibration_text
+        here = _networks(study)
         saved.append(f"{100 * (1 - study.size(here[SLICEGPT]) / study.size(DENSE)):.0f}")
-        dense = study.perplexity(DENSE, text)
-        for network, told in above.items():
-            told.append(f"{100 * (study.perplexity(here[network], text) / dense - 1):.0f}")
-    rises = map(style.listed, above.values())
+        for text, (key, network) in product(study.profile.eval_texts, named.items()):
+            rise = study.perplexity(here[network], text) / study.perplexity(DENSE, text) - 1
+            above[key].setdefault(text, []).append(f"{100 * rise:.0f}")
     return style.say(
         "answer_cost",
         models=style.listed(map(models.name, studies))
         + " (numbers in this order)" * (len(saved) > 1),
         share=percent(headline(studies[0])),
         saved=style.listed(saved),
-        **dict(zip(("slicegpt", "dynamic", "recipe"), rises, strict=True)),
+        **{key: _by_text("answer_rise", rises) for key, rises in above.items()},
     )
 
 
+def _by_text(sentence: str, told: dict[str, list[str]]) -> str:
+    """A clause for each text, with a number for each model in turn."""
+    return style.listed(
+        style.say(sentence, text=text, rises=style.listed(of)) for text, of in told.items()
+    )
+
+
+def _judged(study: Study) -> list[dict]:
+    """The claims at equal size, on the text of the calibration and on the tasks on average."""
+    read = (study.profile.calibration_text, claims.TASKS_ON_AVERAGE)
+    of_size = (o for o in claims.outcomes(study) if o["at"] == EQUAL_SIZE and o["change"])
+    return [o for o in of_size if o["measured on"] in read]
+
+
 def _claims(studies: list[Study]) -> str:
-    """By claim: on which models it holds, graded on the text of the calibration at equal size."""
-    found = []
-    for study in studies:
-        read = (study.profile.calibration_text, claims.TASKS_ON_AVERAGE)
-        for o in claims.outcomes(study):
-            if o["at"] == EQUAL_SIZE and o["measured on"] in read:
-                on = f"{models.name(study)} ({o['measured']})"
-                found.append((claims.claimed(o), o["verdict on this model"], on))
+    """By claim: on which models it holds."""
+    found = [
+        (
+            claims.claimed(o),
+            o["verdict on this model"],
+            f"{models.name(study)} ({o['measured']}; {o['network'].removeprefix('dynamic, ')})",
+        )
+        for study in studies
+        for o in _judged(study)
+    ]
     return style.say("answer_claims", claims=claims.by_verdict(found))
 
 
 def _levers(studies: list[Study]) -> str:
     """The steps of the ladder from SliceGPT to the recipe, each against the one before."""
     changes: dict[str, list[str]] = {}
+    raised = []
     for study in studies:
-        for step, change in equal_size.steps(study, headline(study)).items():
+        at = {sp: equal_size.steps(study, sp) for sp in equal_size.ladders(study)}
+        for step, change in at.pop(headline(study)).items():
             changes.setdefault(step, []).append(change.told("%"))
+        raised += [
+            f"{step} on {models.name(study)} at SP {percent(sp)} ({change.format('%')})"
+            for sp, steps in at.items()
+            for step, change in steps.items()
+            if change.direction == "higher"
+        ]
     steps = "; ".join(f"{step} {style.listed(told)}" for step, told in changes.items())
-    return style.say("answer_levers", share=percent(headline(studies[0])), steps=steps)
+    more = style.say("answer_raised", steps=style.listed(raised)) if raised else ""
+    share = percent(headline(studies[0]))
+    return style.say("answer_levers", share=share, steps=steps, raised=more).rstrip()
 
 
 def _first_layer(studies: list[Study]) -> str:
     """What the rule changes that keeps the first layer whole, in place of LR, on validation."""
-    if not (changes := list(filter(None, map(variants.first_layer_rule, studies)))):
+    found = {study.name: (study, variants.first_layer_rule(study)) for study in studies}
+    if not (changes := {name: x for name, x in found.items() if x[1]}):
         return ""
-    levers = {key: style.listed(of[key].format("%") for of in changes) for key in changes[0]}
-    said = Counter(change.direction for of in changes for change in of.values())
+    levers = {
+        key: style.listed(of[key].format("%") for _, of in changes.values())
+        for key in ("shared", "whole")
+    }
+    said = Counter(change.direction for _, of in changes.values() for change in of.values())
     shown = style.listed(f"{way} in {count} of {said.total()}" for way, count in said.items())
-    return style.say("answer_first", **levers, shown=shown)
+    shares = (percent(equal_size.last_ladder(study)[0]) for study, _ in changes.values())
+    shown = shown[0].upper() + shown[1:]
+    return style.say("answer_first", **levers, shown=shown, shares=style.listed(shares))
 
 
 def instead(studies: list[Study]) -> str:
     """What fewer bits cost, and whether a slice is worth its bytes; empty where none was asked."""
-    if not (studies := [study for study in studies if study.instead.sizes]):
+    if not (studies := [study for study in studies if INT8 in _others(study)]):
         return ""
-    shares, changes, fronts = [], {}, []
+    shares, fronts = [], []
+    changes: dict[str, list[str]] = {}
     for study in studies:
         rounded, texts = _others(study)[INT8], study.profile.eval_texts
         shares.append(f"{100 * _share_of_bytes(study, rounded):.0f}")
         for text in texts:
             change = statistics.perplexity_change(study, rounded, DENSE, text)
             changes.setdefault(text, []).append(f"{change.estimate:+.1f}")
-        table = alternatives.alternatives_table(study)
-        slices = alternatives.slices_of(alternatives.fronts_of(table, texts))
-        fronts.append(f"{', '.join(slices) or 'none'} on {models.name(study)}")
+        found = alternatives.fronts_of(alternatives.alternatives_table(study), texts)
+        for text, names in found.items():
+            slices = alternatives.slices_of({text: names})
+            fronts += [f"on {models.name(study)} and {text} {style.listed(slices)}"] * bool(slices)
     return style.say(
         "answer_instead",
         models=style.listed(map(models.name, studies)),
         shares=style.listed(shares),
         changes=style.listed(f"{style.listed(of)} % on {text}" for text, of in changes.items()),
-        slices="; ".join(fronts),
+        share=percent(studies[0].instead.sizes[-1]),
+        lowest=_lowest(studies),
+        slices="; ".join(fronts) or "none",
     )
 
 
+def _lowest(studies: list[Study]) -> str:
+    """What has the lowest perplexity at the last size, by text."""
+    lowest: dict[str, list[str]] = {}
+    for study, text in ((s, text) for s in studies for text in s.profile.eval_texts):
+        finalists = study.instead.finalists(study.instead.sizes[-1])
+        levels = {point.name: study.perplexity(point, text) for point in finalists}
+        form = alternatives.form(min(levels, key=levels.get))
+        lowest.setdefault(text, []).append(alternatives.FORMS[form][1])
+    return style.listed(f"{style.listed(of)} on {text}" for text, of in lowest.items())
+
+
 def _others(study: Study) -> dict[str, Point]:
-    """What one could do instead, at the last of its sizes and at 8 bits."""
-    if not study.instead.sizes:
+    """What one could do instead: of the size of the headline, and at 8 bits."""
+    if not (sizes := study.instead.sizes):
         return {}
-    finalists = study.instead.finalists(study.instead.sizes[-1])
-    called = {alternatives.FORMS[alternatives.form(p.name)][1]: p for p in finalists}
-    rounded = {p.name: p for p in study.instead.rounded()}
-    return {**called, INT8: rounded[INT8]}
+    here = study.instead.finalists(sizes[-1]) if sizes[-1] == headline(study) else []
+    found = {alternatives.FORMS[alternatives.form(point.name)][1]: point for point in here}
+    found |= {point.name: point for point in study.instead.rounded() if point.name == INT8}
+    return {name: point for name, point in found.items() if name not in (SLICEGPT, models.RECIPE)}
 
 
 def _share_of_bytes(study: Study, point: Point) -> float:
@@ -206,7 +285,10 @@ def _limits(studies: list[Study]) -> str:
     """How little the answer rests on."""
     sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in studies]
     count = "One model" if len(sizes) == 1 else f"{len(sizes)} models"
-    return style.say("answer_limits", models=count, sizes=style.listed(sizes))
+    absent = set.intersection(*({*claims.not_tested(study)} for study in studies))
+    papers = style.listed(sorted(name.rpartition("/")[2] for name in absent))
+    none = style.say("answer_absent", models=papers) if absent else ""
+    return style.say("answer_limits", models=count, sizes=style.listed(sizes), absent=none)
 
 
 def _source(across: Across) -> str:

@@ -200,7 +200,6 @@ def bench_prose(name: str, bench: dict) -> str:
     """What a benchmark ran on, and which of its limits it met."""
     met = [row["met"] for row in bench["rows"] if row["met"] is not None]
     counts, where = {"met": sum(met), "count": len(met)}, bench["provenance"]
-    counts["repeats"] = f"{bench['repeats']} repeat" + "s" * (bench["repeats"] > 1)
     return style.say("bench", name=name[0].upper() + name[1:], bench=bench, where=where, **counts)
 
 
@@ -222,6 +221,6 @@ def bench_block() -> str:
     parts = []
     for name, bench in benches().items():
         table = bench_table(bench).query("met != '-'")
-        rows = style.markdown(table[["step", "seconds", "ratio", "limit", "met", "ratio is"]])
+        rows = style.markdown(table.drop(columns="seconds"), digits=3)
         parts += [bench_prose(name, bench), rows]
     return "\n\n".join([*parts, unmeasured_prose()])

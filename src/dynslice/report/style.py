@@ -234,8 +234,8 @@ def zero_line(axis: plt.Axes, vertical: bool = False) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a, b and c`."""
-    *others, last = names
+    """`a, b and c`; empty for none."""
+    *others, last = [*names] or [""]
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -245,6 +245,8 @@ def device_line(study: Study) -> str:
     provenances = [result.provenance for result in results]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
     commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
+    if not provenances:
+        return "Nothing is measured yet."
     line = f"Measured on {'; '.join(devices)}, code at commit {listed(commits)}."
     configs = [request.config for request in study.requests()]
     configs += [(config.get("slice") or {}).get("calibration", {}) for config in configs]

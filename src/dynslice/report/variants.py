@@ -66,15 +66,14 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     variants = table[table["varies"] != "-"]
     shuffled = [p.name for p in study.beyond.variants(sp) if p.schedule == "shuffled"]
     orders = variants[variants["network"].isin(shuffled)]
-    rule = first_layer_rule(study)
-    rule = style.say("orders_rule", **{k: x.format("%") for k, x in rule.items()}) if rule else ""
     for said, rows in (("variants", variants), ("orders", orders)):
         if len(rows):
             higher, lower = (rows[VARIED[1].format(end)] for end in ("low", "high"))
             better = ", ".join(rows["network"][lower < 0]) or "none"
             counts = {"count": len(rows), "worse": int((higher > 0).sum()), "better": better}
-            counts["rule"] = rule
             lines.append(style.say(said, **counts, changes=rows[VARIED[0]].describe()))
+    if rule := {key: x.format("%") for key, x in first_layer_rule(study).items()}:
+        lines.append(style.say("orders_rule", **rule))
     return "\n\n".join(lines)
 
 
