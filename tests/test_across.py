@@ -64,11 +64,11 @@ def test_the_answer_has_a_number_for_each_model_in_turn_and_says_how_little_it_r
     rises = []
     for study in two_models.studies:
         constant = study.design.point(study.design.constant(answer.headline(study)))
-        text = study.profile.calibration_text
+        text = study.profile.eval_texts[0]
         ratio = study.perplexity(constant, text) / study.perplexity(DENSE, text)
         rises.append(f"{100 * (ratio - 1):.0f}")
     assert "on tiny-random and tiny-llama-3 (numbers in this order). With 25% of" in told
-    assert f"on the text of the calibration is {' and '.join(rises)} % higher" in told
+    assert f"Perplexity rises on {text} by {' and '.join(rises)} % " in told.replace(";", " ")
     sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in two_models.studies]
     assert f"2 models of {' and '.join(sizes)} billion parameters" in told
     alone = answer.answer(Across(two_models.name, two_models.studies[:1], []))
