@@ -72,7 +72,7 @@ def test_the_answer_has_a_number_for_each_model_in_turn_and_says_how_little_it_r
     sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in two_models.studies]
     assert f"2 models of {' and '.join(sizes)} billion parameters" in told
     alone = answer.answer(Across(two_models.name, two_models.studies[:1], []))
-    assert "on tiny-random. With" in alone and "**Limits.** One model of" in alone
+    assert "on tiny-random. With" in alone and "**Limits**: one model of" in alone
 
 
 def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_models):

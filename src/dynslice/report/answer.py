@@ -105,15 +105,15 @@ def _accuracy(study: Study, point: Point) -> str:
 
 
 def _sentences(across: Across) -> str:
-    """What slicing costs, the claims, the levers, what LR does, what else there is; the limits.
-
-    Each with the numbers of the models in their order.
+    """The answer in short with its limits; then what slicing costs, the claims, the levers, what LR
+    does and what else there is, each with the numbers of the models in their order.
     """
-    said = (_cost, _claims, _levers, _first_layer, instead, _limits)
+    said = (_cost, _claims, _levers, _first_layer, instead)
     told = [say(across.studies) for say in said]
     absent = ", ".join(f"`{profile}`" for profile in across.absent)
     told += [style.say("across_absent", profiles=absent)] if absent else []
-    return "\n".join([_lead(across.studies), "", *(f"- {told}" for told in filter(None, told))])
+    first = f"{_lead(across.studies)} {_limits(across.studies)}"
+    return "\n".join([first, "", *(f"- {sentence}" for sentence in filter(None, told))])
 
 
 def _lead(studies: list[Study]) -> str:
@@ -284,7 +284,7 @@ def _share_of_bytes(study: Study, point: Point) -> float:
 def _limits(studies: list[Study]) -> str:
     """How little the answer rests on."""
     sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in studies]
-    count = "One model" if len(sizes) == 1 else f"{len(sizes)} models"
+    count = "one model" if len(sizes) == 1 else f"{len(sizes)} models"
     absent = set.intersection(*({*claims.not_tested(study)} for study in studies))
     papers = style.listed(sorted(name.rpartition("/")[2] for name in absent))
     none = style.say("answer_absent", models=papers) if absent else ""
