@@ -75,6 +75,32 @@ def test_the_answer_has_a_number_for_each_model_in_turn_and_says_how_little_it_r
     assert "on tiny-random. With" in alone and "**Limits**: one model of" in alone
 
 
+def test_the_answer_in_short_changes_with_a_doctored_result():
+    study = Study.open("standard", from_record=True)
+    assert "on 1 of 1 models that were rounded" in answer._lead([study])
+    victim = study.perplexity_request(answer._others(study)["int8"], "wikipedia").key
+    original = study.store.get
+
+    def get(request):
+        result = original(request)
+        if request.key == victim:
+            result.value["perplexity"] *= 100
+        return result
+
+    study.store.get = get
+    assert "on 0 of 1 models that were rounded" in answer._lead([study])
+    assert "lower perplexity than SliceGPT's on 1 of 1 models" in answer._lead([study])
+
+
+def test_the_answer_is_given_at_one_slice_percentage_or_not_at_all(two_models):
+    assert answer.applies(two_models)
+    assert not answer.applies(Across("both", [*two_models.studies, other_share()], []))
+
+
+def other_share():
+    return Study.open("smoke", device="cpu", **SMALL, slice_percentages=[0.5])
+
+
 def test_doctored_results_of_one_model_change_its_verdicts_and_no_others(two_models):
     before = report.claims_table(two_models)
     study = two_models.studies[1]

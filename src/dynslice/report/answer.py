@@ -161,15 +161,12 @@ def _cost(studies: list[Study]) -> str:
         + " (numbers in this order)" * (len(saved) > 1),
         share=percent(headline(studies[0])),
         saved=style.listed(saved),
-        **{key: _by_text("answer_rise", rises) for key, rises in above.items()},
+        **{key: _by_text(rises) for key, rises in above.items()},
     )
 
 
-def _by_text(sentence: str, told: dict[str, list[str]]) -> str:
-    """A clause for each text, with a number for each model in turn."""
-    return style.listed(
-        style.say(sentence, text=text, rises=style.listed(of)) for text, of in told.items()
-    )
+def _by_text(rises: dict[str, list[str]]) -> str:
+    return style.listed(f"on {text} by {style.listed(of)} %" for text, of in rises.items())
 
 
 def _judged(study: Study) -> list[dict]:
