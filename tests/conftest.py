@@ -3,8 +3,10 @@
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,10 @@ from dynslice.cli import commands
 from dynslice.core import assets, paths
 from dynslice.experiment.estimate import Machine
 from dynslice.inputs import models
+
+# Started in the background, a suite inherits that SIGINT is ignored, and so would what it starts.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CPU = torch.device("cpu")
 
