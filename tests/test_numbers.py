@@ -158,7 +158,9 @@ def numbers(text):
     for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"\$[^$]*\$", r"`[^`]*`", r"\]\([^)]*\)"):
         text = re.sub(pattern, " ", text, flags=re.S)
     text = re.sub(r"^\d+\. ", "", text, flags=re.M)  # of a numbered list
-    text = re.sub(r"SmolLM2-135M(-Instruct)?|Llama-?3-8B|Mistral-7B|WikiText-2|PG-19", " ", text)
+    text = re.sub(
+        r"SmolLM2-135M(-Instruct)?|NVIDIA H200|Llama-?3-8B|Mistral-7B|WikiText-2|PG-19", " ", text
+    )
     text = re.sub(
         r"Llama 2 and 3|Qwen2 and 2\.5|Qwen2\.5-Coder|Qwen[23]|Phi-[23]|Gemma 2", " ", text
     )
@@ -182,6 +184,7 @@ FACTS = {
     ("usage.md", "4"): "bits of the weights of SmolLM2-135M, and hours of `standard-1.5b`, about",
     ("usage.md", "0.5"): "billions of parameters of a Qwen model",
     ("usage.md", "1.5"): "and of the larger one",
+    ("usage.md", "8"): "bits of the other layers",
     ("usage.md", "20"): "per cent, SP of its tasks",
     ("usage.md", "491"): "megabytes of the one",
     ("usage.md", "1,117"): "and of the other",
