@@ -129,9 +129,10 @@ def costs(study: Study) -> str:
         if bench["model"] != study.profile.model:
             continue
         table = efficiency.bench_table(bench)
-        limited, missed = (table[table["met"].isin(said)] for said in (("yes", "no"), ("no",)))
-        named = ", ".join(f"{x.step} {x.ratio:.2f} ({x.limit})" for x in missed.itertuples())
-        of = {"met": len(limited) - len(missed), "count": len(limited)}
+        limited = table[table["met"] != "-"]
+        missed = (limited["met"] == "no").groupby(limited["step"].str.partition(",")[0], sort=False)
+        named = ", ".join(f"{x.sum()} of {len(x)} of {step}" for step, x in missed if x.any())
+        of = {"met": sum(limited["met"] == "yes"), "count": len(limited)}
         lines.append(style.say("short_bench", name=name, missed=named or "none", **of))
     return _said(lines)
 
