@@ -323,9 +323,8 @@ def bench_command(options) -> tuple[dict, list[str]]:
         shape = dims(options, dense_for="the benchmark")
     constant(shape, options.slice_percentage)  # refuses a share that no plan has
     source = (options.model, options.shape, *placed(options), options.revision, options.seed or 0)
-    source += (options.layers,)
     amounts = (options.windows, options.window, options.slice_percentage, options.repeats)
-    result = bench.run(bench_rows.Subject(*source), text, *amounts)
+    result = bench.run(bench_rows.Subject(*source, layers=options.layers), text, *amounts)
     common.write_json(options.out, result)
     return result, bench.lines(result)
 

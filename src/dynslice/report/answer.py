@@ -212,18 +212,16 @@ def _levers(studies: list[Study]) -> str:
 
 def _first_layer(studies: list[Study]) -> str:
     """What the rule changes that keeps the first layer whole, in place of LR, on validation."""
-    found = {study.name: (study, variants.first_layer_rule(study)) for study in studies}
-    if not (changes := {name: x for name, x in found.items() if x[1]}):
+    found = [(study, of) for study in studies if (of := variants.first_layer_rule(study))]
+    if not found:
         return ""
     levers = {
-        key: style.listed(of[key].format("%") for _, of in changes.values())
-        for key in ("shared", "whole")
+        key: style.listed(of[key].format("%") for _, of in found) for key in ("shared", "whole")
     }
-    said = Counter(change.direction for _, of in changes.values() for change in of.values())
+    said = Counter(change.direction for _, of in found for change in of.values())
     shown = style.listed(f"{way} in {count} of {said.total()}" for way, count in said.items())
-    shares = (percent(equal_size.last_ladder(study)[0]) for study, _ in changes.values())
-    shown = shown[0].upper() + shown[1:]
-    return style.say("answer_first", **levers, shown=shown, shares=style.listed(shares))
+    shares = style.listed(percent(equal_size.last_ladder(study)[0]) for study, _ in found)
+    return style.say("answer_first", **levers, shown=shown.capitalize(), shares=shares)
 
 
 def instead(studies: list[Study]) -> str:
