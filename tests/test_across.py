@@ -9,7 +9,7 @@ from dynslice.experiment.across import Across
 from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
 from dynslice.report import across as report
-from dynslice.report import answer, claims
+from dynslice.report import answer, claims, equal_size
 from dynslice.report.statistics import Estimate
 
 MODELS = ["embedded:tiny-random", "embedded:tiny-llama-3"]
@@ -59,20 +59,26 @@ def test_the_table_holds_the_numbers_of_each_study(two_models):
     assert len(figure.axes) == len(MODELS)
 
 
-def test_the_answer_has_a_number_for_each_model_in_turn_and_says_how_little_it_rests_on(two_models):
-    told = answer.answer(two_models)
-    rises = []
+def test_the_answer_has_a_column_for_each_model_and_says_how_little_it_rests_on(two_models):
+    told, names = answer.answer(two_models), ["tiny-random", "tiny-llama-3"]
+    rises, table = [], answer.change_table(two_models).set_index("change at equal stored size")
     for study in two_models.studies:
         constant = study.design.point(study.design.constant(answer.headline(study)))
         text = study.profile.eval_texts[0]
         ratio = study.perplexity(constant, text) / study.perplexity(DENSE, text)
-        rises.append(f"{100 * (ratio - 1):.0f}")
-    assert "on tiny-random and tiny-llama-3 (numbers in this order). With 25% of" in told
-    assert f"Perplexity rises on {text} by {' and '.join(rises)} % " in told.replace(";", " ")
+        rises.append(100 * (ratio - 1))
+        for step, change in equal_size.steps(study, 0.25).items():
+            said = f"SP 25%: {change.told('%')}"
+            assert table.loc[f"step: {step}", report.name(study)] == said
+    assert list(table.columns) == names
+    assert "With 25% of the stream cut" in told
+    low, high = (f"{rise:.0f}" for rise in sorted(rises))
+    span = low if low == high else f"{low} to {high}"
+    assert f"higher by {span} % on {text}" in told
     sizes = [f"{study.size(DENSE) / 1e9:.2g}" for study in two_models.studies]
     assert f"2 models of {' and '.join(sizes)} billion parameters" in told
     alone = answer.answer(Across(two_models.name, two_models.studies[:1], []))
-    assert "on tiny-random. With" in alone and "**Limits**: one model of" in alone
+    assert f"higher by {rises[0]:.0f} % on {text}" in alone and "**Limits**: one model of" in alone
 
 
 def test_the_answer_in_short_changes_with_a_doctored_result():

@@ -1,7 +1,7 @@
 """The README's first screen: what was found on all models, in sentences, a figure and a table."""
 
 import json
-from collections import Counter
+from collections.abc import Iterable
 from itertools import chain, product
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dynslice.report import alternatives, claims, equal_size, short, statistics,
 from dynslice.report.statistics import EQUAL_SIZE, SIZE
 
 WINS = {"perplexity": "lower", "accuracy": "higher"}
+RULE = {"shared": "shared bases", "whole": "recipe"}
 OF_RECORD = "standard"  # the profile whose answer the README gives, with those next to it
 
 
@@ -58,9 +59,16 @@ def applies(across: Across) -> bool:
 
 
 def answer(across: Across) -> str:
-    """The sentences, the figure, the table and where they come from (Markdown)."""
+    """The answer in short, what changes, what it costs, and where it comes from (Markdown)."""
     across.ensure()
-    parts = [_sentences(across), style.say("answer_figure", profile=across.name)]
+    studies = across.studies
+    absent = ", ".join(f"`{profile}`" for profile in across.absent)
+    told = [_cost(studies), instead(studies)]
+    told += [style.say("across_absent", profiles=absent)] if absent else []
+    parts = [f"{_lead(studies)} {_limits(studies)}", style.say("answer_changes")]
+    parts += [style.markdown(change_table(across))]
+    parts += ["\n".join(f"- {sentence}" for sentence in filter(None, told))]
+    parts += [style.say("answer_figure", profile=across.name)]
     parts += [style.markdown(answer_table(across), digits=1), _source(across)]
     return "\n\n".join(parts)
 
@@ -69,6 +77,36 @@ def headline(study: Study) -> float:
     """The slice percentage that the answer is about: the smallest at which tasks are run."""
     p = study.profile
     return min(p.task_slice_percentages or p.slice_percentages)
+
+
+def change_table(across: Across) -> pd.DataFrame:
+    """A row for each claim, step of the recipe and rule, a column for each model.
+
+    Changes at equal stored size, `-` where a study makes no such comparison; steps at the slice
+    percentages at which every study has them.
+    """
+    studies = across.studies
+    shares = set.intersection(*(set(equal_size.ladders(study)) for study in studies))
+    found = {models.name(study): _changes(study, sorted(shares)) for study in studies}
+    rows = list(dict.fromkeys(chain.from_iterable(found.values())))
+    table = pd.DataFrame(found, index=rows).fillna("-")
+    return table.rename_axis("change at equal stored size").reset_index()
+
+
+def _changes(study: Study, shares: list[float]) -> dict[str, str]:
+    cells: dict[str, list[str]] = {}
+    for o in _judged(study):
+        said = f"**{o['verdict on this model']}**: {o['measured']}"
+        said += f" ({o['network'].removeprefix('dynamic, ')})"
+        cells.setdefault(f"claim: {claims.claimed(o)}", []).append(said)
+    for sp in shares:
+        for step, change in equal_size.steps(study, sp).items():
+            said = f"SP {percent(sp)}: {change.told('%')}"
+            cells.setdefault(f"step: {step}", []).append(said)
+    for lever, change in variants.first_layer_rule(study).items():
+        said = f"{RULE[lever]}, SP {percent(equal_size.last_ladder(study)[0])}: {change.told('%')}"
+        cells.setdefault("rule: first layer whole, in place of LR", []).append(said)
+    return {row: "<br>".join(said) for row, said in cells.items()}
 
 
 def answer_table(across: Across) -> pd.DataFrame:
@@ -104,18 +142,6 @@ def _accuracy(study: Study, point: Point) -> str:
     return f"{statistics.accuracy(study, point, tasks):.1f} ({chance(tasks):.1f})"
 
 
-def _sentences(across: Across) -> str:
-    """The answer in short with its limits; then what slicing costs, the claims, the levers, what LR
-    does and what else there is, each with the numbers of the models in their order.
-    """
-    said = (_cost, _claims, _levers, _first_layer, instead)
-    told = [say(across.studies) for say in said]
-    absent = ", ".join(f"`{profile}`" for profile in across.absent)
-    told += [style.say("across_absent", profiles=absent)] if absent else []
-    first = f"{_lead(across.studies)} {_limits(across.studies)}"
-    return "\n".join([first, "", *(f"- {sentence}" for sentence in filter(None, told))])
-
-
 def _lead(studies: list[Study]) -> str:
     """On how many of the models LR, its stand-in and fewer bits do better."""
     better: dict[str, list[bool]] = {"perplexity": [], "accuracy": []}
@@ -147,26 +173,29 @@ def _bits_win(study: Study) -> bool:
 def _cost(studies: list[Study]) -> str:
     """What SliceGPT saves, and how far above the dense model each network is."""
     named = {"slicegpt": SLICEGPT, "dynamic": models.DYNAMIC, "recipe": models.RECIPE}
-    saved = []
-    above: dict[str, dict[str, list[str]]] = {key: {} for key in named}
-    for study in studies:
-        here = _networks(study)
-        saved.append(f"{100 * (1 - study.size(here[SLICEGPT]) / study.size(DENSE)):.0f}")
-        for text, (key, network) in product(study.profile.eval_texts, named.items()):
-            rise = study.perplexity(here[network], text) / study.perplexity(DENSE, text) - 1
-            above[key].setdefault(text, []).append(f"{100 * rise:.0f}")
-    return style.say(
-        "answer_cost",
-        models=style.listed(map(models.name, studies))
-        + " (numbers in this order)" * (len(saved) > 1),
-        share=percent(headline(studies[0])),
-        saved=style.listed(saved),
-        **{key: _by_text(rises) for key, rises in above.items()},
-    )
+    texts = dict.fromkeys(chain.from_iterable(study.profile.eval_texts for study in studies))
+
+    def rise(study: Study, network: str, text: str) -> float:
+        point = _networks(study)[network]
+        return 100 * (study.perplexity(point, text) / study.perplexity(DENSE, text) - 1)
+
+    rises = {
+        key: style.listed(
+            f"{_span(rise(s, network, text) for s in studies if text in s.profile.eval_texts)} % "
+            f"on {text}"
+            for text in texts
+        )
+        for key, network in named.items()
+    }
+    saved = (100 * (1 - s.size(_networks(s)[SLICEGPT]) / s.size(DENSE)) for s in studies)
+    share = percent(headline(studies[0]))
+    return style.say("answer_cost", share=share, saved=_span(saved), **rises)
 
 
-def _by_text(rises: dict[str, list[str]]) -> str:
-    return style.listed(f"on {text} by {style.listed(of)} %" for text, of in rises.items())
+def _span(values: Iterable[float], form: str = ".0f") -> str:
+    """`9 to 66`, or the one number that all of them are."""
+    found = sorted(values)
+    return " to ".join(dict.fromkeys(f"{x:{form}}" for x in (found[0], found[-1])))
 
 
 def _judged(study: Study) -> list[dict]:
@@ -176,66 +205,16 @@ def _judged(study: Study) -> list[dict]:
     return [o for o in of_size if o["measured on"] in read]
 
 
-def _claims(studies: list[Study]) -> str:
-    """By claim: on which models it holds."""
-    found = [
-        (
-            claims.claimed(o),
-            o["verdict on this model"],
-            f"{models.name(study)} ({o['measured']}; {o['network'].removeprefix('dynamic, ')})",
-        )
-        for study in studies
-        for o in _judged(study)
-    ]
-    return style.say("answer_claims", claims=claims.by_verdict(found))
-
-
-def _levers(studies: list[Study]) -> str:
-    """The steps of the ladder from SliceGPT to the recipe, each against the one before."""
-    changes: dict[str, list[str]] = {}
-    raised = []
-    for study in studies:
-        at = {sp: equal_size.steps(study, sp) for sp in equal_size.ladders(study)}
-        for step, change in at.pop(headline(study)).items():
-            changes.setdefault(step, []).append(change.told("%"))
-        raised += [
-            f"{step} on {models.name(study)} at SP {percent(sp)} ({change.format('%')})"
-            for sp, steps in at.items()
-            for step, change in steps.items()
-            if change.direction == "higher"
-        ]
-    steps = "; ".join(f"{step} {style.listed(told)}" for step, told in changes.items())
-    more = style.say("answer_raised", steps=style.listed(raised)) if raised else ""
-    share = percent(headline(studies[0]))
-    return style.say("answer_levers", share=share, steps=steps, raised=more).rstrip()
-
-
-def _first_layer(studies: list[Study]) -> str:
-    """What the rule changes that keeps the first layer whole, in place of LR, on validation."""
-    found = [(study, of) for study in studies if (of := variants.first_layer_rule(study))]
-    if not found:
-        return ""
-    levers = {
-        key: style.listed(of[key].format("%") for _, of in found) for key in ("shared", "whole")
-    }
-    said = Counter(change.direction for _, of in found for change in of.values())
-    shown = style.listed(f"{way} in {count} of {said.total()}" for way, count in said.items())
-    shares = style.listed(percent(equal_size.last_ladder(study)[0]) for study, _ in found)
-    return style.say("answer_first", **levers, shown=shown.capitalize(), shares=shares)
-
-
 def instead(studies: list[Study]) -> str:
     """What fewer bits cost, and whether a slice is worth its bytes; empty where none was asked."""
     if not (studies := [study for study in studies if INT8 in _others(study)]):
         return ""
-    shares, fronts = [], []
-    changes: dict[str, list[str]] = {}
+    changes, fronts = [], []
     for study in studies:
         rounded, texts = _others(study)[INT8], study.profile.eval_texts
-        shares.append(f"{100 * _share_of_bytes(study, rounded):.0f}")
-        for text in texts:
-            change = statistics.perplexity_change(study, rounded, DENSE, text)
-            changes.setdefault(text, []).append(f"{change.estimate:+.1f}")
+        changes += [
+            statistics.perplexity_change(study, rounded, DENSE, text).estimate for text in texts
+        ]
         found = alternatives.fronts_of(alternatives.alternatives_table(study), texts)
         for text, names in found.items():
             slices = alternatives.slices_of({text: names})
@@ -243,23 +222,10 @@ def instead(studies: list[Study]) -> str:
     return style.say(
         "answer_instead",
         models=style.listed(map(models.name, studies)),
-        shares=style.listed(shares),
-        changes=style.listed(f"{style.listed(of)} % on {text}" for text, of in changes.items()),
-        share=percent(studies[0].instead.sizes[-1]),
-        lowest=_lowest(studies),
+        shares=_span(100 * _share_of_bytes(study, _others(study)[INT8]) for study in studies),
+        changes=_span(changes, "+.1f"),
         slices="; ".join(fronts) or "none",
     )
-
-
-def _lowest(studies: list[Study]) -> str:
-    """What has the lowest perplexity at the last size, by text."""
-    lowest: dict[str, list[str]] = {}
-    for study, text in ((s, text) for s in studies for text in s.profile.eval_texts):
-        finalists = study.instead.finalists(study.instead.sizes[-1])
-        levels = {point.name: study.perplexity(point, text) for point in finalists}
-        form = alternatives.form(min(levels, key=levels.get))
-        lowest.setdefault(text, []).append(alternatives.FORMS[form][1])
-    return style.listed(f"{style.listed(of)} on {text}" for text, of in lowest.items())
 
 
 def _others(study: Study) -> dict[str, Point]:
@@ -283,7 +249,9 @@ def _limits(studies: list[Study]) -> str:
     absent = set.intersection(*({*claims.not_tested(study)} for study in studies))
     papers = style.listed(sorted(name.rpartition("/")[2] for name in absent))
     none = style.say("answer_absent", models=papers) if absent else ""
-    return style.say("answer_limits", models=count, sizes=style.listed(sizes), absent=none)
+    texts = style.listed(dict.fromkeys(study.profile.calibration_text for study in studies))
+    of = {"models": count, "sizes": style.listed(sizes), "texts": texts}
+    return style.say("answer_limits", **of, absent=none)
 
 
 def _source(across: Across) -> str:
