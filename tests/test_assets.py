@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dynslice.cli import reproduce
 from dynslice.core import assets, files, paths
 from dynslice.core.errors import RequestError, RunError
 
@@ -275,6 +276,25 @@ def test_a_file_in_parts_is_fetched_when_it_is_named_and_goes_on_with_the_part_i
     assets.join("whole", tmp_path / "joined")
     assert (tmp_path / "joined").read_bytes() == b"GGUF-and-more"
     assert assets.fetch("whole") == []
+
+
+def test_a_profile_fetches_the_file_in_parts_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    asked = []
+
+    def fetch(*names):
+        asked.append(names)
+        if names:
+            raise RequestError("no network")
+
+    monkeypatch.setattr(assets, "fetch", fetch)
+    _, lines = reproduce.run("standard-0.5b", {}, only=["01"], dry_run=True)
+    assert "download of weights 469 MiB, without which the time is not known" in lines
+    assert not any("in the way" in line for line in lines) and not asked
+    with pytest.raises(RequestError, match="no network"):
+        reproduce.run("standard-0.5b", {}, only=["01"])
+    assert asked == [(), ("qwen2.5-coder-0.5b",)]
 
 
 def test_another_whole_than_the_pinned_one_is_not_used(in_parts, tmp_path):

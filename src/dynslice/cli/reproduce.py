@@ -113,8 +113,11 @@ def _prepare(study: Study, requests: list[Request], *how: str | None) -> None:
         return
     from dynslice.core import assets
     from dynslice.experiment import preflight
+    from dynslice.inputs import models
 
     assets.fetch()
+    if whole := models.unfetched(study.profile.model):
+        assets.fetch(whole.name)
     if not preflight.is_remote(study.profile.model):  # of the others the forecast says why not
         check_settings(study.profile)
     if obstacles := preflight.forecast(study, missing, *how).obstacles:

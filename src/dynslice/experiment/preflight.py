@@ -74,8 +74,9 @@ def forecast(
     if missing and not is_here and (reason := hub.model_refusal(model, revision)):
         obstacles.append(f"model {model!r} {reason}")
     obstacles += _data_obstacles(missing)
-    if not missing or (model == SMOLLM2 and not assets.are_there()):
-        return Forecast(missing, device, obstacles)
+    whole = models.unfetched(model)
+    if not missing or whole or (model == SMOLLM2 and not assets.are_there()):
+        return Forecast(missing, device, obstacles, download_bytes=whole.bytes if whole else 0)
     try:
         estimator = Estimator(profile, device, machine)
     except RequestError as error:
@@ -124,6 +125,11 @@ def lines(
             f"{_kind(found.device)} memory {shown_bytes(found.memory_bytes)}"
             f"{on_gpu}, disk {shown_bytes(found.disk_bytes)}, "
             f"download of weights {shown_bytes(found.download_bytes)}"
+        )
+    elif found.download_bytes:
+        told.append(
+            f"download of weights {shown_bytes(found.download_bytes)}, without which the time is "
+            "not known"
         )
     return [*told, *(f"in the way: {obstacle}" for obstacle in found.obstacles)]
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dynslice.core import files, hub, paths
+from dynslice.core import assets, files, hub, paths
 from dynslice.core.errors import RequestError, in_one_line
 from dynslice.core.tensors import check_weight
 from dynslice.inputs import gguf
@@ -281,6 +281,14 @@ def in_cache(name: str, revision: str | None = None) -> bool:
         return folder is not None and bool(weight_files(folder, name))
     except RequestError:
         return False
+
+
+def unfetched(name: str) -> assets.InParts | None:
+    """The file in parts that an embedded model is yet to be made of; None where nothing lacks."""
+    whole = assets.in_parts().get(name.removeprefix("embedded:"))
+    if whole is None or whole.is_there or files.is_sound(paths.embedded_model(whole.name)):
+        return None
+    return whole
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
