@@ -8,8 +8,7 @@ from pydantic import Field
 
 from dynslice.core.errors import RequestError
 
-# Cosine of the stream before and after a layer, below which the layer turns it right round:
-# places before and after it have no directions in common.
+# LR of a layer below which places before and after it have no directions in common.
 TURN = 0.5
 
 
@@ -49,8 +48,8 @@ def basis_groups(
 ) -> tuple[int, ...]:
     """Groups of places that share a basis: runs of `basis_layers` layers ("all": of any length).
 
-    blocks: places in a layer. A run ends after a layer that turns the stream right round, which is
-    one whose LR is below TURN; without LR that is layer 0, as in every model that was looked at.
+    blocks: places in a layer. A run ends after a layer whose LR is below TURN; without LR that is
+    layer 0, as in every model that was looked at.
     """
     runs, length = [], 0
     for layer in range(layers):

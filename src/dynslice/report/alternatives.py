@@ -236,7 +236,7 @@ def _size_prose(study: Study, table: pd.DataFrame, sp: float) -> str:
         if any(change.direction != "lower" for change in of_texts):
             others.append(row["network"])
     better = f"{len(rows) - len(others)} of" if others else "all"
-    but = f", not with {_listed(others)}" if others else ""
+    but = f"; not with: {_listed(others)}" if others else ""
     of = {"better": better, "count": len(rows), "but": but, "chosen": _choice(study, sp)}
     return style.say("instead_size", share=percent(sp), **of)
 

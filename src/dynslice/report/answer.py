@@ -258,4 +258,5 @@ def _source(across: Across) -> str:
     measured = " ".join(
         f"{models.name(study)}: {style.device_line(study)}" for study in across.studies
     )
-    return style.say("answer_source", interval=statistics.INTERVAL, measured=measured)
+    of = {"share": percent(headline(across.studies[0])), "interval": statistics.INTERVAL}
+    return style.say("answer_source", **of, measured=measured)

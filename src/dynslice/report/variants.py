@@ -69,7 +69,7 @@ def choice_prose(study: Study, table: pd.DataFrame) -> str:
     for said, rows in (("variants", variants), ("orders", orders)):
         if len(rows):
             higher, lower = (rows[VARIED[1].format(end)] for end in ("low", "high"))
-            better = ", ".join(rows["network"][lower < 0]) or "none"
+            better = "; ".join(rows["network"][lower < 0]) or "none"
             counts = {"count": len(rows), "worse": int((higher > 0).sum()), "better": better}
             lines.append(style.say(said, **counts, changes=rows[VARIED[0]].describe()))
     if rule := {key: x.format("%") for key, x in first_layer_rule(study).items()}:
