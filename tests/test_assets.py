@@ -16,6 +16,7 @@ import pytest
 from dynslice.cli import reproduce
 from dynslice.core import assets, files, paths
 from dynslice.core.errors import RequestError, RunError
+from dynslice.inputs import embedded_models, models
 
 FILES = {
     "words/data/one.txt": b"one",
@@ -295,6 +296,23 @@ def test_a_profile_fetches_the_file_in_parts_that_it_names(tmp_path, monkeypatch
     with pytest.raises(RequestError, match="no network"):
         reproduce.run("standard-0.5b", {}, only=["01"])
     assert asked == [(), ("qwen2.5-coder-0.5b",)]
+    assert models.unfetched("qwen2.5-coder-0.5b") is None  # a directory of that name
+
+
+def test_what_a_killed_run_leaves_of_a_joined_file_is_swept(monkeypatch, tmp_path):
+    def killed(name, target):
+        made = target.parent.parent
+        shutil.copytree(made, made.with_name(f"{made.name}-left"))  # no context takes it away
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setattr(assets, "join", killed)
+    monkeypatch.setattr(files, "_YOUNG", 0)
+    with pytest.raises(KeyboardInterrupt):
+        embedded_models.convert_in_parts("whole")
+    assert len(list(tmp_path.iterdir())) == 1
+    files.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_whole_than_the_pinned_one_is_not_used(in_parts, tmp_path):

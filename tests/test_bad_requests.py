@@ -34,6 +34,7 @@ WEIGHT = "model.layers.1.mlp.down_proj.weight"
 PPL = "ppl --model embedded:tiny-random --text text.txt --windows 1 --window 32"
 LR = "lr --model embedded:tiny-random --text text.txt --max-tokens 64"
 PLAN = "plan --model embedded:tiny-random"
+ENTROPIC = f"{PLAN} --slice-percentage 0.2 --schedule entropic --lr lr.json"
 SLICE = "slice --model embedded:tiny-random --calibration text.txt --windows 1 --window 32"
 TASKS = "tasks --model embedded:tiny-random --limit 1"
 _EVIDENCE = "--model embedded:tiny-random --calibration text.txt --text page.txt --windows 1"
@@ -68,6 +69,7 @@ BAD_REQUESTS = {
     f"{PPL} --model own-tokenizer": "has no tokenizer that transformers can load",
     f"{PPL} --model lacking": f"lacks 1 weights (first {WEIGHT}); save the model anew",
     f"{PPL} --model misshapen": f"{WEIGHT} of model 'misshapen' is of shape [64, 120], its config",
+    f"{PPL} --model fewer-layers": "has 9 weights that its config.json does not describe (first",
     f"{PPL} --model truncated": "the weights of model 'truncated' cannot be read from model.safe",
     f"{PPL} --model elsewhere": "it names files in other folders",
     f"{PPL} --model lost-shard": "model-00001-of-00004.safetensors is missing",
@@ -82,6 +84,7 @@ BAD_REQUESTS = {
     f"{SLICE} --model nan --slice-percentage 0.2 --out new --stream": f"{WEIGHT} of model 'nan' is",
     f"{SLICE} --model lacking --slice-percentage 0.2 --out new --stream": f"no weight '{WEIGHT}'",
     f"{SLICE} --model misshapen --slice-percentage 0.2 --out new --stream": "is of shape [64, 120]",
+    f"{SLICE} --model fewer-layers --slice-percentage 0.2 --out new --stream": "has 9 weights that",
     f"{SLICE} --model pickle --slice-percentage 0.2 --out new --stream": "has no safetensors",
     f"{SLICE} --model elsewhere --slice-percentage 0.2 --out new --stream": "in other folders",
     f"{PPL} --model ''": "is a directory without config.json; name that of a saved model",
@@ -200,6 +203,11 @@ BAD_REQUESTS = {
     f"{QUANTIZE} --by lr --calibration text.txt --share 2": "--share 2.0 is outside 0 to 1",
     # sizes, recipes, layouts
     f"{PLAN} --size 0.9 --slice-percentage 0.2": "--size 0.9 decides the slice percentage; leave",
+    f"{PLAN} --size '1\n2'": "1 2 is no size; give a share (0.84), parameters (113M) or bytes",
+    f"{ENTROPIC} --slice-base nan": "slice base nan is outside 0 to the slice percentage 0.2",
+    f"{ENTROPIC} --slice-base -0.5": "slice base -0.5 is outside 0 to the slice percentage 0.2",
+    f"{ENTROPIC} --slice-base 0.9": "slice base 0.9 is outside 0 to the slice percentage 0.2",
+    f"{PLAN} --size 0.9 --schedule entropic --lr lr.json --slice-base nan": "slice base nan is",
     f"{PLAN} --size 0": "--size 0 allows 0 parameters, and slices of this model in",
     f"{PLAN} --slice-percentage 0.02 --basis-layers all --schedule first": "0.02 allows",
     f"{PLAN} --size 0.95 --slice-base 0.5 --lr lr.json": "--slice-base 0.5 alone stores",
@@ -283,6 +291,7 @@ BAD_REQUESTS = {
     f"{PLAN} --slice-percentage 0.2 --lr double-lr.json": "which fits no LR file; make it anew",
     f"{PLAN} --slice-percentage 0.2 --lr foreign-lr.json": "are of another model; measure them",
     "plan --slice-percentage 0.2 --lr broken-shape-lr.json": "hidden_size 'wide', which fits no",
+    f"{PLAN} --slice-percentage 0.2 --lr list-shape-lr.json": "are of another model; measure them",
     f"{PLAN} --slice-percentage 0.2 --lr binary.txt": "LR file 'binary.txt' is not JSON",
     f"{PLAN} --slice-percentage 0.2 --lr deep.json": "LR file 'deep.json' is not JSON",
     f"{PLAN} --slice-percentage 0.2 --lr empty": "LR file 'empty' cannot be read; check the path",
@@ -523,6 +532,7 @@ def _make_models(folder):
     for made in (own, llama, tokenizer):
         (made / "own.py").write_text('import os\n\nos.mkdir("ran")\n')
     with_json("zero-layers", "config.json", num_hidden_layers=0)
+    with_json("fewer-layers", "config.json", num_hidden_layers=3)
     with_json("wide", "config.json", hidden_size="wide")
     with_json("negative", "config.json", hidden_size=-64)
     with_json("no-activation", "config.json", hidden_act="none")
@@ -554,6 +564,7 @@ def _make_plans(folder):
         "turned-lr": {"layers": layers[::-1]},
         "foreign-lr": {"shape": {**lr["shape"], "hidden_size": 128}},
         "broken-shape-lr": {"shape": {**lr["shape"], "hidden_size": "wide"}},
+        "list-shape-lr": {"shape": [64]},
         "float": {"widths": [40.5, 48, 48, 48]},
         "three-plan": {"widths": [48] * 3},
         "above-plan": {"widths": [72, 48, 48, 48]},

@@ -58,6 +58,7 @@ class Invented(Study):
             version = {"lm_eval_version": "0"}
             return {
                 "correct": correct.tolist(),
+                "acc": float(np.mean(correct)),
                 "margin": margin.tolist(),
                 "acc_norm": None,
             } | version

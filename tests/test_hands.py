@@ -397,6 +397,9 @@ def test_the_licence_of_the_base_model_is_passed_on(ask, tmp_path):
     from dynslice.cli.card import _licence
 
     assert _licence("embedded:smollm2-135m", None) == "apache-2.0"
+    shutil.copytree("half", tmp_path / "smollm2-135m")
+    with contextlib.chdir(tmp_path):
+        assert _licence("smollm2-135m", None) is None  # a directory of that name
     shutil.copytree("half", tmp_path / "half")
     (tmp_path / "half" / "README.md").write_text("---\nlicense: mit\n---\n# Half\n")
     (tmp_path / "half" / files.CHECKSUMS).unlink()

@@ -243,6 +243,27 @@ def test_tasks_of_the_hub_are_in_the_way_without_it(monkeypatch):
     assert found.unknown == 4
 
 
+def test_a_split_that_is_not_named_is_the_default_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        hub, "dataset_refusal", lambda what, repository, files, _: asked.append(files)
+    )
+    study = Study.open("paper", device="cpu", model="embedded:tiny-random", lr_split=None)
+    preflight.forecast(study, study.design.redundancy_requests(), machine=MACHINE)
+    assert corpora.HUB["pg19"].parts["validation"].files in asked
+
+
+def test_no_more_workers_are_counted_than_there_are_networks(monkeypatch):
+    counted = []
+    monkeypatch.setattr(preflight.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(preflight, "_room_obstacles", lambda *given: counted.append(given[2]) or [])
+    study = Study.open("smoke", device="cpu")
+    two = [study.slice_request(point) for point in study.points()[1:3]]
+    preflight.forecast(study, two, executor="ray")
+    preflight.forecast(study, two)
+    assert counted == [2, 1]
+
+
 def test_a_configuration_alone_is_no_downloaded_model(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot", lambda *_: tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -115,6 +115,11 @@ def test_bad_parameters_are_refused(overrides, message):
         Study.open("smoke", **overrides)
 
 
+def test_a_profile_can_be_given_another_name():
+    study = Study.open("smoke", name="mine", device="cpu")
+    assert study.name == study.store.folder.name == "mine"
+
+
 def test_a_notebooks_variables_become_parameters():
     variables = {"profile": "smoke", "seed": 3, "model": None, "In": [], "_i1": "", "exit": exit}
     made = Study.from_notebook({**variables, "slice_bases": "[0.05]"})

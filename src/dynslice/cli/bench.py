@@ -45,7 +45,8 @@ def run(
     rows += bench_rows.calibration_rows(dense, windows, slices, repeats, rate)
     rows.append(bench_rows.memory_row(subject, dense, windows, plan))
     for label, make in _networks(slices, slice_percentage).items():
-        rows += bench_rows.throughput_rows(dense, make(dense, few).model, label, repeats)
+        how = label, repeats, subject.seed
+        rows += bench_rows.throughput_rows(dense, make(dense, few).model, *how)
     del dense
     free_memory()
     if device.type == "cuda":

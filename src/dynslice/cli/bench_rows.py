@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dynslice.core import paths
+from dynslice.core import files, paths
 from dynslice.core.tensors import batches, free_memory, peak_memory_bytes, reset_peak_memory
 from dynslice.evaluate import harness, speed
 from dynslice.experiment.profile import load
@@ -186,9 +186,8 @@ def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[
     On a GPU, whose allocator tells the peak; the resident set of a CPU's process tells less.
     """
     device, dtype, window = subject.device, subject.dtype, windows.shape[1]
-    paths.CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix="bench-") as scratch:
-        source, out = Path(scratch) / "dense", Path(scratch) / "sliced"
+    with files.scratch(paths.CACHE) as scratch:
+        source, out = scratch / "dense", scratch / "sliced"
         model = subject.load()
         config = model.config
         # Random weights have no tokenizer of their own.
@@ -213,13 +212,13 @@ def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[
 
 
 def throughput_rows(
-    dense: PreTrainedModel, sliced: PreTrainedModel, label: str, repeats: int
+    dense: PreTrainedModel, sliced: PreTrainedModel, label: str, repeats: int, seed: int
 ) -> list[Row]:
     """Prefill and decoding of a sliced network: the gain measured, over the gain counted."""
     new_tokens = 32
     count, length = (2, 512) if dense.device.type == "cpu" else (8, 2048)  # a GPU needs more work
     length = min(length, dense.config.max_position_embeddings - new_tokens)
-    ids = random_tokens(dense, count, length, seed=0)
+    ids = random_tokens(dense, count, length, seed)
     value, rows = speed.speed(dense, sliced, ids, new_tokens, repeats), []
     for unit, what in {"prefill_flops": "FLOP", "decode_bytes": "bytes of weights"}.items():
         step, counted = unit.partition("_")[0], value[unit]

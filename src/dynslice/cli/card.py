@@ -109,7 +109,8 @@ def card(
 
 def _licence(base: str, revision: str | None) -> str | None:
     """What the base model's card or the list of assets says; None where it can't be known."""
-    known = {**assets.manifest(), **assets.in_parts()}.get(base.removeprefix("embedded:"))
+    kind, _, name = base.partition(":")
+    known = {**assets.manifest(), **assets.in_parts()}.get(name) if kind == "embedded" else None
     if known:
         return known.licence.split()[0].rstrip(",;").lower()
     if is_remote(base):

@@ -42,7 +42,7 @@ def _at_least(least: int, text: str, below: int = 2**63) -> int:
 
 
 def _size(text: str) -> str:
-    number, unit = re.fullmatch(r"(.*?)\s*([a-zA-Z]*)", text).groups()
+    number, unit = re.fullmatch(r"(.*?)\s*([a-zA-Z]*)", text, re.DOTALL).groups()
     known = unit.upper() in ("", "K", "M", "B", "KB", "MB", "GB")
     if not (known and re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", number)):
         raise argparse.ArgumentTypeError(

@@ -64,7 +64,8 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     shape = _shape(options, schedule, lr or losses)
     for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
         # A file of an earlier version says less of the shape.
-        if values and ModelDims.from_dict({**asdict(shape), **values.get("shape", {})}) != shape:
+        told = (values or {}).get("shape", {})
+        if not isinstance(told, dict) or ModelDims.from_dict({**asdict(shape), **told}) != shape:
             raise RequestError(f"the {what} are of another model; measure them anew on this one")
     if "lr" in TAKES[schedule] and measured_lr is None:
         if lr is None:
@@ -148,7 +149,8 @@ def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
 
     Raises RequestError for a size that no plan has, with the range of those that there are.
     """
-    check_request(shape, options.slice_percentage or 0.0, 0.0, round_to)
+    base = options.slice_base or 0.0 if options.size is None else 0.0
+    check_request(shape, options.slice_percentage or 0.0, base, round_to)
     if options.size is None:
         flag, size = (
             "slice_percentage",

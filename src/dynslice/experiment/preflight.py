@@ -13,7 +13,7 @@ from dynslice.core import assets, hub, paths
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import pick_device
 from dynslice.evaluate.task_table import TASKS
-from dynslice.experiment.agenda import by_network, describe
+from dynslice.experiment.agenda import by_network, describe, jobs
 from dynslice.experiment.estimate import Estimate, Estimator, Machine
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.requests import texts_of
@@ -95,7 +95,8 @@ def forecast(
         gpu_memory_bytes=on_gpu.peak(missing),
     )
     if address is None and not assumed:
-        workers = (os.cpu_count() or 1) if executor == "ray" and device.type == "cpu" else 1
+        is_shared = executor == "ray" and device.type == "cpu"
+        workers = min(os.cpu_count() or 1, len(jobs(missing))) if is_shared else 1
         obstacles += _room_obstacles(profile, found, workers)
     return found
 
@@ -178,7 +179,10 @@ def facts(study: Study, requests: list[Request], found: Forecast) -> dict:
 def _data_obstacles(missing: list[Request]) -> list[str]:
     """Texts and tasks of the hub that can't be had now."""
     read = {texts.source_of(part) for request in missing for part in texts_of(request.config)}
-    found = [corpora.obstacle(*source) for source in sorted(read, key=str)]
+    found = [
+        corpora.obstacle(text, texts.default_split(text, split), revision)
+        for text, split, revision in sorted(read, key=str)
+    ]
     for task in sorted({r.config["task"] for r in missing if r.kind == "task"}):
         if at_hub := TASKS[task].hub:
             found.append(hub.dataset_refusal(f"task {task!r}", *at_hub, "leave it out"))

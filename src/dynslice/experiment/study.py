@@ -33,13 +33,18 @@ class Study:
 
     @classmethod
     def open(
-        cls, name: str = "quick", from_record: bool = False, device: str = "auto", **overrides: Any
+        cls,
+        profile: str = "quick",
+        /,
+        from_record: bool = False,
+        device: str = "auto",
+        **overrides: Any,
     ) -> "Study":
         """The study of a profile, measuring for itself or reading the committed record.
 
         Raises RequestError for an unknown profile, key or value.
         """
-        settings = load(name, overrides)
+        settings = load(profile, overrides)
         folder = paths.record if from_record else paths.results
         store = Store(folder(settings.name), of_record=from_record)
         return cls(settings, store, device, from_record)

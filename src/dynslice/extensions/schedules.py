@@ -67,10 +67,11 @@ def entropic_slices(
 
 def _entropic(known: Evidence, share: float) -> SlicePlan:
     """Slices by a softmax of LR, with the mean that keeps the budget."""
-    d, unit = known.shape.hidden_size, known.round_to
-    slices = entropic_slices(known.lr, share, known.slice_base, 1 - unit / d)
+    d, unit, base = known.shape.hidden_size, known.round_to, known.slice_base
+    plan.check_request(known.shape, max(share, base), base, unit)
+    slices = entropic_slices(known.lr, share, base, 1 - unit / d)
     widths = plan.rounded_widths(slices, d, unit)
-    given = share, min(share, known.slice_base), unit, slices, widths, known.shape
+    given = share, min(share, base), unit, slices, widths, known.shape
     return SlicePlan("entropic", *given, layout=known.layout)
 
 

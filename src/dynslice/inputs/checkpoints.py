@@ -1,7 +1,7 @@
 """Saved models on disk: found, read weight by weight, checked and written."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -129,6 +129,16 @@ def check_shape(found: torch.Size, wanted: torch.Size, key: str, model: str) -> 
         )
 
 
+def check_described(unexpected: Iterable[str], model: str) -> None:
+    """Raise RequestError for weights of layers that the model's config does not describe."""
+    more = sorted(key for key in unexpected if ".layers." in f".{key}" and "inv_freq" not in key)
+    if more:
+        raise RequestError(
+            f"the checkpoint of model {model!r} has {len(more)} weights that its config.json does "
+            f"not describe (first {more[0]}); save the model anew with transformers"
+        )
+
+
 class Checkpoint:
     """A model without weights, and its checkpoint from which they come when they are used."""
 
@@ -142,8 +152,9 @@ class Checkpoint:
         for module in self.model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(device))
-        for key, _ in self.model.named_parameters():
-            self._stored_name(key)  # refuses a checkpoint that lacks a weight before any work
+        # Refuses a checkpoint that lacks a weight, or has others, before any work.
+        used = {self._stored_name(key) for key, _ in self.model.named_parameters()}
+        check_described(set(stored) - used, name)
 
     @contextmanager
     def use(self, path: str) -> Iterator[nn.Module]:

@@ -1,8 +1,6 @@
 """The embedded models, random tiny ones, and shapes of published models without weights."""
 
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
@@ -10,7 +8,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from dynslice.core import assets, paths
+from dynslice.core import assets, files, paths
 from dynslice.core.errors import RequestError
 from dynslice.inputs import gguf
 
@@ -27,8 +25,8 @@ def convert_in_parts(
 
     The file holds that table twice, as two quantisations; the finer one is kept.
     """
-    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".joining-") as folder:
-        joined = Path(folder) / f"{name}.gguf"
+    with files.scratch(paths.CACHE) as folder:
+        joined = folder / f"{name}.gguf"
         assets.join(name, joined)
         return gguf.convert(joined, is_tied=True)
 

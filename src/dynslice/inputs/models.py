@@ -20,6 +20,7 @@ from dynslice.inputs import gguf
 from dynslice.inputs.checkpoints import (
     SAFE,
     Checkpoint,
+    check_described,
     check_shape,
     quiet,
     save,
@@ -117,6 +118,7 @@ def _check_keys(told: dict, name: str) -> None:
             f"the checkpoint of model {name!r} lacks {len(lacking)} weights (first {lacking[0]}); "
             "save the model anew with transformers"
         )
+    check_described(told["unexpected_keys"], name)
 
 
 def slice_saved(
@@ -285,8 +287,9 @@ def in_cache(name: str, revision: str | None = None) -> bool:
 
 def unfetched(name: str) -> assets.InParts | None:
     """The file in parts that an embedded model is yet to be made of; None where nothing lacks."""
-    whole = assets.in_parts().get(name.removeprefix("embedded:"))
-    if whole is None or whole.is_there or files.is_sound(paths.embedded_model(whole.name)):
+    kind, _, of = name.partition(":")
+    whole = assets.in_parts().get(of) if kind == "embedded" else None
+    if whole is None or whole.is_there or files.is_sound(paths.embedded_model(of)):
         return None
     return whole
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from math import isclose
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -214,8 +213,7 @@ def _accuracies(study: Study, cell: Cell, point: Point) -> Iterator[Ours]:
     # lm-eval's `limit` counts the first items of a task.
     sampled = limit is not None and p.task_subset != "first"
     here = {"items": f"{limit} drawn" if sampled else limit or "all"}
-    scores = result and {**result.value, "acc": fmean(result.value["correct"])}
-    share = scores and scores[cell.metric]
+    share = result and result.value[cell.metric]
     yield here, None if share is None else 100 * share
 
 
