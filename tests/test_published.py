@@ -126,8 +126,8 @@ def test_a_readers_number_stands_beside_ours_of_equal_settings(invented):
     assert table["ours"].tolist() == [
         invented.get(invented.perplexity_request(*what)).value["perplexity"] for what in asked
     ]
-    assert "**3 of 3** rows" in published.page(table, invented)
-    assert "3 of them with equal settings" in published.page(table, invented)
+    assert "**3 of 3** rows" in published.page(table)
+    assert "3 of them with equal settings" in published.page(table)
     style.save_table(table, invented, "published")
     saved = {path.suffix: path.read_text() for path in paths.figures("smoke").iterdir()}
     assert set(saved) == {".csv", ".md", ".tex"}
@@ -196,7 +196,7 @@ def test_nothing_joins_for_another_model(invented):
     publish(f"dense,{MODEL}-2,perplexity,sotu test,0,,,,,8,128,5,A")
     table = published.table(invented)
     assert table.empty
-    assert published.page(table, invented) == style.NONE
+    assert published.page(table) == style.NONE
     style.save_table(table, invented, "published")  # writes nothing
     assert not (paths.figures("smoke") / "published.csv").exists()
 

@@ -86,13 +86,10 @@ def quantize_command(options) -> tuple[dict, list[str]]:
 
     def make(model, windows, dtype):
         from dynslice.extensions import bits
-        from dynslice.method.redundancy import layer_redundancy
 
         chosen = [options.bits] * model.config.num_hidden_layers
         if options.by:
-            scores = {"lr": lambda: layer_redundancy(model, windows).lr}
-            scores |= {"overlap": lambda: bits.token_overlap(model, windows)}
-            chosen = bits.bits_by_score(scores[options.by](), share)
+            chosen = bits.bits_by(options.by, model, windows, share)
         packed = bits.quantize(model.to(dtype), chosen)
         return model, packed.save, {"bits": chosen}
 

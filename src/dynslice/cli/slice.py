@@ -62,7 +62,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
             "peak_memory_bytes": peak_memory_bytes(device),
         }
         common.write_json(folder / "plan.json", sliced.plan.to_dict())
-        recipe = _recipe(options, result)
+        recipe = common.recipe_of(options, result) | {"sliced_sha256": common.hashes(options)}
         common.write_json(folder / "slice.json", recipe)
         card = model_card(recipe, options.model, options.revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -156,11 +156,6 @@ def _facts(options, sliced) -> dict:
         "seconds": round(sliced.seconds, 3),
         "recovery_seconds": round(sliced.recovery_seconds, 3),
     }
-
-
-def _recipe(options, result: dict) -> dict:
-    """How a slice was made, which is saved with it: no places of this machine, only names."""
-    return common.recipe_of(options, result) | {"sliced_sha256": common.hashes(options)}
 
 
 def _budget(options, device) -> Any:

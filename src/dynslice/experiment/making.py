@@ -20,7 +20,6 @@ from dynslice.extensions import alternatives, neurons
 from dynslice.extensions.compensation import Compensation
 from dynslice.method import slicing
 from dynslice.method.plan import SlicePlan
-from dynslice.method.redundancy import layer_redundancy
 
 if TYPE_CHECKING:
     from dynslice.experiment.runner import Networks
@@ -109,9 +108,7 @@ def _rounded(made: Made, asked: dict, dense: PreTrainedModel, windows: Tensor) -
     if uniform := asked.get("uniform"):
         chosen = [uniform] * layers
     else:
-        score = {"lr": lambda: layer_redundancy(dense, windows).lr}
-        score |= {"overlap": lambda: bits.token_overlap(dense, windows)}
-        chosen = bits.bits_by_score(score[asked["by"]](), asked["share"])
+        chosen = bits.bits_by(asked["by"], dense, windows, asked["share"])
     packed = bits.quantize(made.model, chosen)
     facts = {**made.facts, "bits": chosen, "bytes": packed.bytes}
     model = packed.unpacked(made.model)

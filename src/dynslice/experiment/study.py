@@ -96,8 +96,10 @@ class Study:
 
     def get(self, request: Request) -> Result:
         """A result, measured now if need be."""
-        self.ensure([request])
-        return self.store.get(request)
+        if (found := self.store.get(request)) is None:
+            self.ensure([request])
+            found = self.store.get(request)
+        return found
 
     def perplexity(self, point: Point, text: str) -> float:
         """Perplexity of a network on the reported windows of a text."""

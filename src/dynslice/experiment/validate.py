@@ -30,8 +30,9 @@ def check_settings(settings: Profile) -> None:
     shares = [*p.slice_percentages, *p.task_slice_percentages, *p.speed_slice_percentages]
     shares += [p.figure_slice_percentage, ablated, p.single_layer_slice or 0.0]
     asked = [(share, p.round_to) for share in shares]
+    dims = dims_of(config)
     for share, round_to in (*asked, *((ablated, unit) for unit in p.ablation_round_to)):
-        constant(dims_of(config), share, round_to)
+        constant(dims, share, round_to)
     models.check_weights(p.model, p.model_revision)
     windows = [p.lr_window, p.calibration_window, p.eval_window, p.speed_window]
     for window in [*windows, *([p.recovery_window] if p.recovery_steps else [])]:

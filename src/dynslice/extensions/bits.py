@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import batches, check_tokens, evaluating
 from dynslice.method.architectures import family_of, require_dense
+from dynslice.method.redundancy import layer_redundancy
 
 WHOLE = 16  # bits of a weight that is not rounded
 BITS = (4, 8, WHOLE)
@@ -117,6 +118,12 @@ def _set_scales(module: nn.Linear, scheme: QuantizationArgs, dtype: torch.dtype)
     scale, _ = calculate_qparams(weight.amin(-1), weight.amax(-1), scheme)
     module.weight_scale.copy_(scale.to(dtype))
     module.quantization_status = QuantizationStatus.FROZEN
+
+
+def bits_by(score: str, model: PreTrainedModel, windows: Tensor, share: float) -> list[int]:
+    """`bits_by_score` of a dense model by "lr" or "overlap", measured on token windows [n, T]."""
+    measure = {"lr": lambda *given: layer_redundancy(*given).lr, "overlap": token_overlap}
+    return bits_by_score(measure[score](model, windows), share)
 
 
 def bits_by_score(score: Sequence[float], share: float) -> list[int]:

@@ -20,7 +20,13 @@ from dynslice.core.tensors import (
     with_own_weights,
 )
 from dynslice.extensions.compensation import inputs_of
-from dynslice.method.activations import Activations, BlockInPlace, centring, residual_stream
+from dynslice.method.activations import (
+    Activations,
+    BlockInPlace,
+    centring,
+    residual_stream,
+    run_block,
+)
 from dynslice.method.architectures import family_of, require_dense
 from dynslice.method.modeling_sliced import Family
 from dynslice.method.numerics import TINY, add_gram
@@ -68,7 +74,7 @@ def drop_neurons(
                 here = BlockInPlace(layers[i], block, arguments, centred)
                 [*branches] = [b for b in block.branches if not b.attention]
                 if not branches or count == m:
-                    x.update(lambda stream, here=here: stream + here(stream))
+                    run_block(x, None, here)
                     continue
                 [branch] = branches
                 fewer = _narrower_mlp(x, here, branch, count, ridge)

@@ -72,32 +72,23 @@ def forest(
     rows: pd.DataFrame,
     column: str,
     label: str,
-    by: str | None = None,
+    filled: list[str],
     bounds: str = "{}",
-    filled: list[str] | None = None,
 ) -> None:
     """Differences with their intervals, a line for each name in the column `label`.
 
-    by: the column whose values stand side by side in a line. bounds: see `statistics.columns`.
-    filled: the names whose marks are full, all by default.
+    filled: the names whose marks are full. bounds: see `statistics.columns`.
     """
     names = list(rows[label].unique())
-    lines = {name: len(names) - 1 - i for i, name in enumerate(names)}
-    groups = [("", rows)] if by is None else list(rows.groupby(by, sort=False))
-    colours = cycle(("k",) if by is None else ("C0", "C1", "C2", "C3"))
-    for i, ((text, group), marker, colour) in enumerate(
-        zip(groups, cycle("os^D"), colours, strict=False)
-    ):
-        y = group[label].map(lines) + 0.22 * ((len(groups) - 1) / 2 - i)
-        columns = statistics.columns(None, column, bounds)
-        values, low, high = (group[name].astype(float) for name in columns)
-        bars = {"color": "0.4" if by is None else colour, "linewidth": 1, "capsize": 2}
-        axis.errorbar(values, y, xerr=[values - low, high - values], fmt="none", zorder=1, **bars)
-        full = group[label].isin(names if filled is None else filled)
-        faces = [colour if f else "w" for f in full]
-        axis.scatter(values, y, 18, faces, marker=marker, edgecolors=colour, label=text, zorder=2)
+    y = rows[label].map({name: len(names) - 1 - i for i, name in enumerate(names)})
+    columns = statistics.columns(None, column, bounds)
+    values, low, high = (rows[name].astype(float) for name in columns)
+    bars = {"color": "0.4", "linewidth": 1, "capsize": 2}
+    axis.errorbar(values, y, xerr=[values - low, high - values], fmt="none", zorder=1, **bars)
+    faces = ["k" if full else "w" for full in rows[label].isin(filled)]
+    axis.scatter(values, y, 18, faces, edgecolors="k", zorder=2)
     style.zero_line(axis, vertical=True)
-    axis.set_yticks(list(lines.values()), names)
+    axis.set_yticks(range(len(names))[::-1], names)
     axis.set_ylim(-0.6, len(names) - 0.4)
 
 

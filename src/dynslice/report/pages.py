@@ -69,7 +69,7 @@ def deviations_block(study: Study) -> str:
         "last_layer": dict(zip(("raw", "normed"), last_layers, strict=True)),
         "last_layer_change": ablations.phrase(networks.loc["last layer"]),
         "rounding_change": ablations.phrase(networks.loc["rounding"]),
-        "inflation": perplexity.selection_prose(perplexity.selection_table(study), study),
+        "inflation": perplexity.selection_prose(perplexity.selection_table(study)),
         "pairs": len(matched),
         "largest_gap": max(abs(study.size(a) / study.size(b) - 1) for a, b, _ in matched),
         "chosen": chosen,

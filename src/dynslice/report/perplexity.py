@@ -142,7 +142,7 @@ def selection_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def selection_prose(table: pd.DataFrame, study: Study) -> str:
+def selection_prose(table: pd.DataFrame) -> str:
     """What choosing on validation windows changes, as Markdown."""
     if table.empty:
         return style.NONE

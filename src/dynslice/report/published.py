@@ -110,7 +110,7 @@ def task_table(study: Study) -> pd.DataFrame:
     return _joined(study, ACCURACY)
 
 
-def page(found: pd.DataFrame, study: Study, metrics: tuple[str, ...] = PERPLEXITY) -> str:
+def page(found: pd.DataFrame, metrics: tuple[str, ...] = PERPLEXITY) -> str:
     """A table of published numbers with a sentence that says what it holds, as Markdown.
 
     found: what `table` made, or `task_table` with `metrics` ACCURACY.
