@@ -302,8 +302,8 @@ def test_verdicts_are_said_in_one_vocabulary():
         said = {cell.partition(":")[0].partition(" (")[0] for cell in table.to_numpy().flat}
         assert said <= {*claims.VERDICTS}, path
     readme = PAGES[0].read_text(encoding="utf-8")
-    line = next(line for line in readme.splitlines() if line.startswith("- **The paper's claims**"))
-    verdicts = re.findall(r"\*\*([^*]+)\*\* on", line)
+    lines = [line for line in readme.splitlines() if line.startswith("| claim: ")]
+    verdicts = re.findall(r"\*\*([^*]+)\*\*:", "".join(lines))
     assert verdicts
     words = {word for said in verdicts for word in said.rstrip(")").split(" (read as a ratio: ")}
     assert words <= {*claims.VERDICTS}
