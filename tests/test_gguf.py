@@ -50,11 +50,11 @@ def write_gguf(path, tensors, architecture="llama", tokenizer=True, quantised=No
     writer.add_vocab_size(SIZES["vocabulary"])
     writer.add_file_type(LlamaFileType.ALL_F32)
     if tokenizer:
-        words = ["a", "b", "ab", *(f"w{i}" for i in range(SIZES["vocabulary"] - 6))]
+        words = ["a", "b", "ab", "ba", *(f"w{i}" for i in range(SIZES["vocabulary"] - 7))]
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(["<unk>", "<s>", "</s>", *words])
         writer.add_token_types([3, 3, 3, *[1] * len(words)])
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(["a b", "b a"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
     for name, tensor in tensors.items():

@@ -37,9 +37,9 @@ def convert(path: Path, is_tied: bool = False) -> tuple[Model, Tokenizer]:
     if is_tied:
         weights = _with_one_table(path, quantised, weights)
         settings["tie_word_embeddings"] = True
-    model = type(quantised)(type(quantised.config).from_dict(settings))
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+    given = {"config": type(quantised.config).from_dict(settings), "dtype": torch.float32}
+    with quiet():  # takes the weights as they are: no second copy in memory
+        model = type(quantised).from_pretrained(None, state_dict=weights, **given)
     tokenizer.model_max_length = settings["max_position_embeddings"]
     return model, tokenizer
 
