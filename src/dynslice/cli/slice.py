@@ -88,8 +88,8 @@ def _lines(options, result: dict, sliced, start) -> list[str]:
         lines.append(_corrections(start))
     if sliced.arbitrary_places:
         lines.append(
-            f"warning: {sliced.arbitrary_places} bases keep directions that the calibration text "
-            "does not have, and are arbitrary there; calibrate on more or more varied text"
+            "warning: bases that keep directions that the calibration text does not have, and are "
+            f"arbitrary there: {sliced.arbitrary_places}; calibrate on more or more varied text"
         )
     return lines
 
