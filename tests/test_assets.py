@@ -342,6 +342,16 @@ def test_an_asset_that_every_run_needs_can_be_named(pin):
     assert index.downloads == 1
 
 
-def test_an_unknown_name_is_refused_with_those_that_there_are(in_parts):
-    with pytest.raises(RequestError, match="asset 'hole' is unknown; there are whole"):
-        assets.fetch("hole")
+def test_assets_of_both_kinds_are_fetched_by_name_and_an_unknown_name_is_refused(
+    pin, request, monkeypatch
+):
+    pin()
+    [words], one = json.loads(paths.ASSET_MANIFEST.read_text()), assets._download
+    _, whole = request.getfixturevalue("in_parts")
+    part = assets._download
+    monkeypatch.setattr(assets, "_download", lambda a, at: (part if a.whole else one)(a, at))
+    paths.ASSET_MANIFEST.write_text(json.dumps([words, whole]))
+    with pytest.raises(RequestError, match="asset 'hole' is unknown; there are words, whole"):
+        assets.fetch("words", "hole")
+    assert left_behind() == []
+    assert assets.fetch("words", "whole") == ["words", *(f"whole, part {n}" for n in (1, 2, 3))]

@@ -133,6 +133,17 @@ def without_tokenizer(folder):
     return write_gguf(folder / "mute.gguf", tensors_of(), tokenizer=False)
 
 
+def of_a_layer_too_few(folder):
+    rest = {name: x for name, x in tensors_of().items() if not name.startswith("blk.1.")}
+    return write_gguf(folder / "thin.gguf", rest)
+
+
+def test_a_file_without_some_weights_is_refused_not_filled_with_random_ones(cache):
+    with pytest.raises(RequestError, match=r"'thin.gguf' lacks weight 'model.layers.1\..*complete"):
+        models.load(str(of_a_layer_too_few(cache)), CPU, torch.float32)
+    assert not any((cache / "cache").rglob("*.safetensors"))
+
+
 def no_gguf(folder):
     (folder / "text.gguf").write_text("no model")
     return folder / "text.gguf"

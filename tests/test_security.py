@@ -162,12 +162,12 @@ def test_traceback_of_a_bug_holds_no_secrets(monkeypatch, ask):
     assert "AssertionError: 401 for token ***" in stderr
 
 
-ASKED = [
-    "assets fetch",
-    "ppl --model nobody/nothing --text sotu",
-    "lr --model embedded:tiny-random --text c4",
-    "tasks --model embedded:tiny-random --tasks gsm8k_cot",
-]
+ASKED = {  # and what its answer is about
+    "assets fetch": "could not download",
+    "ppl --model nobody/nothing --text text.txt": "'nobody/nothing'",
+    "lr --model embedded:tiny-random --text c4": "'c4'",
+    "tasks --model embedded:tiny-random --tasks gsm8k_cot": "'gsm8k_cot'",
+}
 
 # In one process with secrets in its environment: what each command answers, as JSON.
 ANSWERING = """
@@ -185,6 +185,7 @@ for line in sys.stdin.read().splitlines():
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
+    (folder / "text.txt").write_text("A text that is there.")
     environment = {**OFFLINE, "DYNSLICE_CACHE": str(folder / "cache")}
     environment["HF_HOME"] = str(folder / "hub")
     finished = subprocess.run(
@@ -193,6 +194,7 @@ def answers(tmp_path_factory):
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
+        cwd=folder,
     )
     assert finished.returncode == 0
     assert not SECRET.findall(finished.stderr)  # of what the commands started themselves
@@ -205,6 +207,7 @@ def test_secrets_stay_in_the_environment(request_, answers):
     assert status in (1, 2)
     assert stdout == ""
     assert stderr.startswith("dynslice: ") or "\ndynslice: " in stderr
+    assert ASKED[request_] in stderr
     assert not SECRET.findall(stderr)
     assert "Traceback" not in stderr
 

