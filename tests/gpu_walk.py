@@ -6,11 +6,11 @@ from math import prod
 import pytest
 import torch
 from conftest import TIED, TINY
+from dynslice.evaluate.place_losses import place_losses
 from gpu_device import CPU, GPU, Walk
 
 from dynslice.core import tensors
 from dynslice.evaluate.perplexity import perplexity
-from dynslice.evaluate.place_losses import place_losses
 from dynslice.evaluate.shared_context import SharedContextLM
 from dynslice.extensions.compensation import Compensation
 from dynslice.extensions.finetuning import FineTuning, finetune

@@ -38,8 +38,6 @@ ENTROPIC = f"{PLAN} --slice-percentage 0.2 --schedule entropic --lr lr.json"
 SLICE = "slice --model embedded:tiny-random --calibration text.txt --windows 1 --window 32"
 TASKS = "tasks --model embedded:tiny-random --limit 1"
 _EVIDENCE = "--model embedded:tiny-random --calibration text.txt --text page.txt --windows 1"
-SENSITIVITY = f"sensitivity {_EVIDENCE} --window 32 --slice-percentage 0.2"
-SEARCH = f"search {_EVIDENCE} --window 32 --slice-percentage 0.2"
 DROP = "drop-layers --model embedded:tiny-random --calibration text.txt --windows 1 --window 32"
 DROP = f"{DROP} --out new"
 QUANTIZE = "quantize --model embedded:tiny-random --windows 1 --window 32 --out new"
@@ -138,7 +136,10 @@ BAD_REQUESTS = {
     f"{PLAN} --slice-percentage 0.2 --match-parameters plan.json": "leave --slice-percentage out",
     "plan --slice-percentage 0.2": "a plan needs --model to know the widths",
     "plan --slice-percentage 0.2 --schedule lr": "a plan needs --model or --lr to know",
-    "plan --slice-percentage 0.2 --schedule sensitivity": "needs --model or --sensitivity to know",
+    "plan --slice-percentage 0.2 --schedule sensitivity": "were removed (docs/method.md), use lr",
+    "search --model embedded:tiny-random": "schedules sensitivity and search were removed",
+    f"{SMOKE} --set search_evaluations=3": "'search_evaluations' is unknown; the schedules",
+    f"{SMOKE} --set beyond_candidates=[search]": "search were removed (docs/method.md), use lr",
     f"{PLAN} --slice-percentage inf": "slice percentage inf is outside 0 to",
     f"{PLAN} --slice-percentage ''": "invalid float value: ''",
     f"{PLAN} --slice-percentage 0.99": "0.99 is outside 0 to 0.875 (one multiple of 8 must remain)",
@@ -153,12 +154,8 @@ BAD_REQUESTS = {
     "plan --match-parameters plan.json --revision v1": "leave --revision out",
     # schedules of equal size, compensation, recovery
     f"{PLAN} --slice-percentage 0.2 --schedule lr": "schedule lr needs LR scores: run",
-    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity": "needs measured losses: run",
     f"{PLAN} --slice-percentage 0.2 --schedule first --lr lr.json": "no meaning in a plan of",
     f"{PLAN} --slice-percentage 0.2 --schedule first --slice-base 0.1": "--slice-base 0.1 has no",
-    f"{PLAN} --slice-percentage 0.2 --sensitivity lr.json": "--sensitivity lr.json has no meaning",
-    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity --sensitivity lr.json": "no losses",
-    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity --sensitivity no": "cannot be read",
     f"{PLAN} --slice-percentage 0.8 --schedule embedding --untie": "is below the",
     f"{PLAN} --slice-percentage 2 --schedule first": "slice percentage 2.0 is outside 0 to",
     f"{SLICE} --slice-percentage 0.2 --out new --ridge 0.1": "that of --compensate; add it",
@@ -169,18 +166,9 @@ BAD_REQUESTS = {
     f"{SLICE} --slice-percentage 0.2 --out new --schedule lr --stream": "no whole model to",
     f"{SLICE} --slice-percentage 0.2 --out new --slice-base 0 --stream": "no whole model to",
     f"{SLICE} --slice-percentage 0.2 --out new --slice-base 0.3": "slice base 0.3 is outside 0",
-    f"{PLAN} --slice-percentage 0.2 --schedule sensitivity --sensitivity quarter.json": "0.25, and",
-    "plan --match-parameters plan.json --sensitivity quarter.json": "leave --sensitivity out",
     f"{SLICE} --schedule lr --out new": "--slice-percentage is missing",
     f"{SLICE} --schedule lr --slice-percentage 0.2 --slice-base 0.1 --out new": "--slice-base 0.1 ",
     f"{SLICE} --plan plan.json --out new --schedule first": "leave --schedule out",
-    f"{SENSITIVITY} --reach 1.5": "--reach 1.5 is outside 0 to 1; give one such as 0.4",
-    f"{SENSITIVITY} --slice-percentage 2": "slice percentage 2.0 is outside 0 to",
-    f"{SENSITIVITY} --text text.txt": "text 'text.txt' is calibrated on already; give --text",
-    f"{SENSITIVITY} --text ./text.txt": "text './text.txt' is calibrated on already",
-    f"{SENSITIVITY} --text nowhere.txt": "text 'nowhere.txt' is neither a corpus",
-    f"{SEARCH} --evaluations 0": "0 is no whole number of at least 1",
-    f"{SEARCH} --slice-percentage nan": "slice percentage nan is outside 0 to",
     # what is picked instead of slicing
     DROP: "give either --layers, how many go, or --size",
     f"{DROP} --layers 1 --size 0.9": "give either --layers, how many go, or --size",
@@ -443,7 +431,6 @@ def places(tmp_path_factory):
         "not.json": "layers: 4",
         "list.json": "[1, 2]",
         "other.json": json.dumps({"answer": 42}),
-        "quarter.json": json.dumps({"slice_percentage": 0.25}),
         "deep.json": "[" * 100_000,
         "no-scores.json": json.dumps({"layers": [1, 2, 3, 4]}),
         "config-only/config.json": json.dumps({"model_type": "llama"}),

@@ -2,8 +2,6 @@
 
 import re
 from itertools import pairwise
-from math import exp
-from statistics import fmean
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError
 from dynslice.experiment.agenda import describe, needs
 from dynslice.experiment.equal_size import BEST_RECIPE, LEVERS, LR, SHARED, SLICEGPT, UNTIED
-from dynslice.experiment.kinds import KINDS
 from dynslice.experiment.profile import load, percent
 from dynslice.experiment.requests import DENSE
 from dynslice.experiment.study import Study
@@ -34,7 +31,7 @@ WANTED = {
     "single_layer_slice": None,
     "beyond_slice_percentages": [0.25, 0.5],
     "beyond_basis_layers_tried": [1, "all"],
-    "beyond_candidates": ["first", "sensitivity", "search"],
+    "beyond_candidates": ["first", "embedding", "constant"],
     "beyond_slice_bases": [0.1],
     "beyond_shuffles": 2,
     "beyond_ridges": [1.0],
@@ -136,7 +133,7 @@ def test_choices_read_no_test_window():
     compared += [p.network for sp in SIZES for pair in study.beyond.draws(sp) for p in pair]
     compared += [p.network for sp in SIZES for p in study.beyond.plain(sp)]
     evidence = [n for r in study.beyond.requests() for n in needs(r)]
-    assert {request.kind for request in evidence} == {"lr", "places", "search"}
+    assert {request.kind for request in evidence} == {"lr"}
     for request in [*study.beyond.requests(), *evidence]:
         if request.config.get("split") == "test" or request.kind in ("task", "speed"):
             assert request.config["slice"] in compared
@@ -155,24 +152,6 @@ def test_what_plans_rest_on_belongs_to_the_requests():
         assert len(keys) == len(requests)
 
 
-def test_what_schedules_rest_on_is_not_what_ranks_them():
-    study = Study.open("smoke", **{**WANTED, "selection_windows": 5})
-    kinds = {"places", "search"}
-    skips = [r.config["skip"] for r in study.beyond.evidence_requests() if r.kind in kinds]
-    assert skips == [5] * 2
-
-
-def test_evidence_is_compared_with_the_record(study):
-    places, search = study.beyond.places_request(0.5), study.beyond.search_request(0.5)
-    values = KINDS["places"].quoted(study.get(places).value)
-    assert len(values) == 1 + 2 * len(study.get(places).value["places"])
-    losses = study.get(places).value["places"][1]["losses"][0]
-    assert values["perplexity, mlp of layer 0 cut by 0.3"] == pytest.approx(exp(fmean(losses)))
-    tried = [step["loss"] for step in study.get(search).value["tried"]]
-    best = {"perplexity, best plan tried": exp(min(tried))}
-    assert KINDS["search"].quoted(study.get(search).value) == best
-
-
 def test_labels_and_descriptions_differ(study):
     points = every(study)
     assert len({point.label for point in points}) == len(points)
@@ -180,7 +159,6 @@ def test_labels_and_descriptions_differ(study):
     assert len(set(names)) == len(names) == 6 + 16
     said = describe(study.slice_request(study.beyond.contest(0.5)[-1]))
     assert said == "slice lr SP 0.5 2 layers a basis with compensation with recovery seed 42"
-    assert describe(study.beyond.search_request(0.5)).endswith("constant SP 0.5")
 
 
 def test_the_table_compares_with_the_rung_before_and_with_slicegpt(study):
@@ -243,7 +221,6 @@ def test_each_network_has_one_line_of_widths(study):
     # Four layers, the first alone and then two each: a border before layers 1 and 3.
     borders = [line.get_xdata()[0] + 0.25 for line in axis.lines[len(names) :]]
     assert borders == [1, 3]
-    assert len(variants.places_figure(study).axes) == 1
 
 
 def test_the_figure_is_a_waterfall_per_size_and_text(study):
@@ -351,7 +328,6 @@ def test_a_profile_that_asks_for_nothing_shows_nothing(study):
         assert table.empty
     assert equal_size.draws_prose(equal_size.draws_table(bare)) == style.NONE
     assert variants.choice_prose(bare, variants.variant_table(bare)) == style.NONE
-    assert variants.places_figure(bare) is None
 
 
 def test_one_draw_has_no_table(study):
@@ -371,7 +347,6 @@ def test_one_draw_has_no_table(study):
         ({"beyond_candidates": ["best"]}, "beyond_candidates"),
         ({"beyond_basis_layers": 0}, "beyond_basis_layers"),
         ({"beyond_ridges": [0.0]}, "beyond_ridges"),
-        ({"sensitivity_reach": 1.0}, "sensitivity_reach"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(setting, sentence):

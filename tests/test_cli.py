@@ -187,7 +187,6 @@ def test_a_text_that_is_not_fetched_is_named_before_a_model_is_made(
 
 
 CALIBRATION = ["--calibration", "text.txt", "--windows", 4, "--window", 64]
-VALIDATION = [*CALIBRATION, "--text", "page.txt"]
 
 
 def stored_in(folder):
@@ -220,13 +219,11 @@ def test_slice_by_a_schedule_of_equal_size(result, tmp_path):
     """Each stores what its plan says, and no more than constant slicing."""
     result("lr", *MODEL, "--text", "page.txt", "--window", 64, "--out", tmp_path / "lr.json")
     share = ["--slice-percentage", 0.25]
-    losses = tmp_path / "losses.json"
-    result("sensitivity", *MODEL, *share, *VALIDATION, "--reach", 0.5, "--out", losses)
     budget = result("plan", *MODEL, *share)["parameters"]
     evidence = {
         "constant": [],
         "lr": ["--lr", tmp_path / "lr.json"],
-        "sensitivity": ["--sensitivity", losses],
+        "first": [],
     }
     for name, given in evidence.items():
         out = tmp_path / name
@@ -286,23 +283,6 @@ def test_the_line_of_a_slice_says_where_lr_was_measured(ask, tmp_path):
     _, dynamic, _ = ask(*asked, "--schedule", "dynamic", "--out", tmp_path / "dynamic")
     assert "windows of 64 tokens\n" in constant
     assert "windows of 64 tokens, on which layer redundancy was measured too\n" in dynamic
-
-
-def test_sensitivity_json(result):
-    found = result("sensitivity", *MODEL, "--slice-percentage", 0.25, *VALIDATION)
-    assert found["shares"] == pytest.approx([0.15, 0.35])
-    assert [place["layer"] for place in found["places"]] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len(found["plan"]) == 4
-
-
-def test_search_makes_a_plan_that_slice_takes(result, tmp_path):
-    plan = tmp_path / "plan.json"
-    amounts = ["--slice-percentage", 0.25, "--evaluations", 3]
-    found = result("search", *MODEL, *amounts, *VALIDATION, "--out", plan)
-    assert len(found["tried"]) == 3
-    assert found["parameters"] <= found["budget"]
-    sliced = result("slice", *MODEL, "--plan", plan, *CALIBRATION, "--out", tmp_path / "out")
-    assert stored_in(tmp_path / "out") == sliced["parameters"] == found["parameters"]
 
 
 def test_slice_recovers(result, tmp_path):

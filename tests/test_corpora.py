@@ -7,7 +7,7 @@ from prose import paragraphs
 from dynslice.core import assets
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora, models, texts
-from dynslice.inputs.windows import consecutive_windows, sample_windows, token_stream, token_windows
+from dynslice.inputs.windows import consecutive_windows, token_stream, token_windows
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +87,6 @@ def test_sampled_windows_are_distinct_reproducible_blocks_of_the_text(text, toke
     assert rows(token_windows(text, None, tokenizer, 64, 100, seed=7)) == sampled
     assert rows(token_windows(text, None, tokenizer, 64, 100, seed=8)) != sampled
     assert sampled != every[:100]
-
-
-def test_skipped_windows_are_those_of_a_smaller_sample(text, tokenizer):
-    stream = token_stream(text, None, tokenizer)
-    first, both = (rows(sample_windows(stream, 64, n, 7, text)) for n in (30, 70))
-    others = rows(sample_windows(stream, 64, 40, 7, text, skip=30))
-    assert len(others) == 40
-    assert sorted([*first, *others]) == sorted(both)
-    assert len(set(both)) == 70
-    with pytest.raises(RequestError, match="fewer than 200 windows"):
-        sample_windows(stream, 64, 40, 7, text, skip=160)
 
 
 BAD_FILES = {

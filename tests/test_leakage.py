@@ -43,19 +43,18 @@ def windows_by_role(study):
             roles["calibration"].append(config["slice"]["calibration"])
             if recovery := config["slice"].get("recovery"):
                 roles["calibration"].append({**config["slice"]["calibration"], **recovery})
-        if request.kind in ("sensitivity", "places", "search"):
-            role = "selection" if request.kind == "sensitivity" else "evidence"
-            roles[role].append(config)
+        if request.kind == "sensitivity":
+            roles["selection"].append(config)
             roles["calibration"].append(config["calibration"])
-    names = ("text", "split", "window", "windows", "seed", "skip")
+    names = ("text", "split", "window", "windows", "seed")
     asked = {
         role: {tuple(c.get(n, 0) for n in names) for c in configs}
         for role, configs in roles.items()
     }
     return {
         role: [
-            sample_windows(stream_of(text, split), *amounts, text, skip)
-            for text, split, *amounts, skip in sorted(configs, key=str)
+            sample_windows(stream_of(text, split), *amounts, text)
+            for text, split, *amounts in sorted(configs, key=str)
         ]
         for role, configs in asked.items()
     }
@@ -71,16 +70,14 @@ def runs(windows):
 def leaks(roles):
     """Runs that are reported and were also read for something else, and calibration's others.
 
-    LR and the choice of SB may share validation text: neither is reported. What schedules rest on
-    is no window that ranks them.
+    LR and the choice of SB may share validation text: neither is reported.
     """
     known = {
         role: np.unique(np.concatenate([runs(w) for w in windows])) if windows else np.array([])
         for role, windows in roles.items()
     }
     pairs = [("report", "calibration"), ("report", "selection"), ("report", "LR")]
-    pairs += [("calibration", "selection"), ("calibration", "LR"), ("report", "evidence")]
-    pairs += [("calibration", "evidence"), ("selection", "evidence")]
+    pairs += [("calibration", "selection"), ("calibration", "LR")]
     shared = {(a, b): np.intersect1d(known[a], known[b], assume_unique=True) for a, b in pairs}
     return {pair: both for pair, both in shared.items() if len(both)}
 
@@ -93,14 +90,13 @@ def windows_of(profile, *candidates):
 
 
 @pytest.mark.parametrize(
-    "asked", [("quick",), ("standard",), ("standard", "sensitivity", "search")], ids=" ".join
+    "asked", [("quick",), ("standard",), ("standard", "first", "entropic")], ids=" ".join
 )
 def test_calibration_selection_and_report_share_no_text(asked):
     roles = windows_of(*asked)
     assert roles["calibration"]
     assert roles["report"]
     assert roles["LR"]
-    assert bool(roles["evidence"]) == ("search" in asked)
     assert not leaks(roles)
 
 

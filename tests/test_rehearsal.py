@@ -212,13 +212,11 @@ def test_a_better_slice_by_the_letter_of_the_readme(by_the_letter, tmp_path):
     commands = [line for code in blocks_of("A smaller model") for line in code.splitlines()]
     said = by_the_letter(commands)
     kinds = [line.split()[1] for line in commands]
-    assert kinds == ["slice", "slice", "sensitivity", "search", "slice"]
+    assert kinds == ["slice", "slice"]
     for name, share in (("SMALLER", 0.84), ("ORDINARY", 0.9)):
         found = json.loads((tmp_path / name / "slice.json").read_text())
         assert 0.9 * share < found["parameters"] / found["parameters_dense"] <= share
-    assert "rise of the NLL" in said[2]
-    assert "after 24 evaluations" in said[3]
-    assert "wrote SLICED" in said[4]
+    assert all("wrote " in line for line in said)
 
 
 def test_own_model_by_the_letter_of_the_readme(by_the_letter, shell):

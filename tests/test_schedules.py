@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynslice.core.errors import RequestError
-from dynslice.extensions.schedules import SCHEDULES, Evidence, budget_of, search, size_range, within
+from dynslice.extensions.schedules import SCHEDULES, Evidence, budget_of, size_range, within
 from dynslice.method.architectures import dims_of
 from dynslice.method.layout import Layout, basis_groups
 from dynslice.method.plan import ModelDims, SlicePlan, constant
-from dynslice.method.scores import read_rises, rises
 
 SHAPES = {name: dims_of(TINY[name]().config) for name in ("llama", "mistral", "opt", "phi")}
 SMOLLM2 = ModelDims(576, 30, 49152, (960, 3072), (576, 1536), 28311552, 134515008)
@@ -36,16 +35,11 @@ def layouts(shape):
 def evidence(draw):
     shape = draw(st.sampled_from([*SHAPES.values(), SMOLLM2, SMOLLM2_TIED]))
     share = draw(st.floats(0.1, 0.5))
-    loss = st.floats(-0.1, 3.0)
-    rises = [
-        {share: 0.0, 0.6 * share: draw(loss), 1.4 * share: draw(loss)}
-        for _ in range(places_of(shape))
-    ]
     lr = draw(st.lists(st.floats(0.0, 1.0), min_size=shape.layers, max_size=shape.layers))
     round_to, layout = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from(layouts(shape)))
     if layout.plain:
         round_to = math.lcm(round_to, shape.heads)
-    return share, Evidence(shape, round_to, lr, rises, layout)
+    return share, Evidence(shape, round_to, lr, layout)
 
 
 def check_plan(plan, evidence, budget):
@@ -61,7 +55,7 @@ def check_refusal(error, name, layout):
         return
     assert "is below the" in str(error)
     # Of the embedding alone, in the tiny shapes; of one width, where a unit is all of it.
-    assert name in ("embedding", "first", "sensitivity") or layout.plain
+    assert name in ("embedding", "first") or layout.plain
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -105,9 +99,8 @@ def test_no_plan_of_a_size_exceeds_it(known, name, part):
 def test_a_schedule_uses_its_budget(name, share):
     """At most one unit at the widest place, the embedding, is left over."""
     lr = [0.2, *[0.9 + 0.002 * i for i in range(29)]]
-    rises = [{share: 0.0, share - 0.1: -0.01, share + 0.1: 0.02}] * 60
     budget = budget_of(SMOLLM2, share, 8)
-    plan = within(name, Evidence(SMOLLM2, 8, lr, rises), budget)
+    plan = within(name, Evidence(SMOLLM2, 8, lr), budget)
     assert budget - plan.parameters < 0.005 * budget
     if name == "constant":
         assert plan.parameters == budget
@@ -144,29 +137,6 @@ def test_first_keeps_the_first_layer_whole():
     assert max(widths[2:-1]) - min(widths[2:-1]) <= 8
 
 
-def test_sensitivity_gives_width_to_the_places_that_need_it():
-    share = 0.3
-    rises = [{share: 0.0, 0.2: -0.01, 0.4: 0.01} for _ in range(60)]
-    rises[31] = {share: 0.0, 0.2: -0.1, 0.4: 0.1}
-    rises[40] = {share: 0.0, 0.2: 0.0, 0.4: 0.0}
-    widths = within(
-        "sensitivity", Evidence(SMOLLM2, 8, rises=rises), budget_of(SMOLLM2, share, 8)
-    ).place_widths
-    assert widths[31] == max(widths[1:-1]) == 464  # a share of 0.2, in units of 8
-    assert widths[40] == min(widths) == 344
-
-
-def test_sensitivity_takes_a_hollow_curve_for_noise():
-    """A parabola that opens downwards would cut some of equal places and leave the others."""
-    share = 0.3
-    rises = [{share: 0.0, 0.2: -0.02, 0.4: 0.005} for _ in range(60)]
-    budget = budget_of(SMOLLM2, share, 8)
-    plan = within("sensitivity", Evidence(SMOLLM2, 8, rises=rises), budget)
-    assert plan.parameters <= budget
-    for block in (plan.place_widths[2:-1:2], plan.place_widths[1:-1:2]):  # attention, MLP
-        assert max(block) - min(block) <= 8
-
-
 @pytest.mark.parametrize(
     ("name", "known", "sentence"),
     [
@@ -175,11 +145,8 @@ def test_sensitivity_takes_a_hollow_curve_for_noise():
             {},
             "schedule 'best' is unknown; there are constant, dynamic, lr, embedding, first",
         ),
-        ("lr", {}, "schedule 'lr' needs lr, which was not measured"),
+        ("lr", {}, "schedule 'lr' needs LR, which was not measured"),
         ("lr", {"lr": [0.5] * 29}, "LR has 29 layers, the model 30"),
-        ("sensitivity", {}, "schedule 'sensitivity' needs rises"),
-        ("sensitivity", {"rises": [{0.2: 0.0}] * 7}, "losses for 7 places, and the model has 60"),
-        ("sensitivity", {"rises": [{0.2: 0.0}] * 60}, "is below the"),
     ],
 )
 def test_evidence_that_does_not_do_is_refused(name, known, sentence):
@@ -190,68 +157,3 @@ def test_evidence_that_does_not_do_is_refused(name, known, sentence):
 def test_a_budget_that_no_plan_keeps_is_refused():
     with pytest.raises(RequestError, match="a budget of 1000 parameters is below the"):
         within("constant", Evidence(SMOLLM2, 8), 1000)
-
-
-# The search
-
-
-def bowl(plan):
-    """A loss that wants a wide first third and a narrow last one."""
-    wanted = [480] * 20 + [400] * 20 + [320] * 20
-    return sum((w - target) ** 2 for w, target in zip(plan.place_widths, wanted, strict=False))
-
-
-def test_a_search_asks_as_often_as_it_may_and_keeps_the_budget():
-    asked = []
-
-    def loss(plan):
-        asked.append(plan)
-        return bowl(plan)
-
-    budget = budget_of(SMOLLM2, 0.3, 8)
-    best, tried = search(Evidence(SMOLLM2, 8), budget, loss, 30)
-    assert len(asked) == len(tried) == 30
-    assert all(plan.parameters <= budget for plan in asked)
-    assert [step["loss"] for step in tried] == [bowl(plan) for plan in asked]
-    assert bowl(best) == min(map(bowl, asked)) < 0.5 * bowl(asked[0])
-    assert asked[0].parameters > 0.995 * budget  # it starts where all are alike
-    assert max(asked[0].place_widths[:-1]) - min(asked[0].place_widths) <= 8
-
-
-def test_a_search_is_the_same_again():
-    amounts = (Evidence(SHAPES["phi"], 4), budget_of(SHAPES["phi"], 0.3, 4), bowl, 12)
-    assert search(*amounts) == search(*amounts)
-
-
-def test_a_search_of_one_evaluation_is_constant():
-    best, [step] = search(Evidence(SMOLLM2, 8), budget_of(SMOLLM2, 0.25, 8), bowl, 1)
-    assert step["group"] == "none"
-    assert set(best.place_widths[:-1]) == set(constant(SMOLLM2, 0.25, 8).widths)
-
-
-# Rises
-
-
-def test_rises_are_means_against_the_plan():
-    value = {
-        "plan": [1.0, 3.0],
-        "shares": [0.2, 0.4],
-        "places": [{"share": 0.3, "losses": [[1.0, 2.0], [3.0, 4.0]]}],
-    }
-    assert rises(value) == [{0.3: 0.0, 0.2: -0.5, 0.4: 1.5}]
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"plan": [], "shares": [0.2], "places": []},
-        {"plan": [1.0], "shares": [0.2], "places": [{"share": 0.3, "losses": [[], [1.0]]}]},
-        {"plan": [1.0], "shares": [0.2], "places": [{"share": 0.3, "losses": [[math.nan]]}]},
-        {"plan": [1.0], "shares": 3, "places": [{"share": 0.3, "losses": [[1.0]]}]},
-        {"plan": [1.0], "shares": [0.2], "places": ["x"]},
-    ],
-)
-def test_a_file_without_losses_is_refused(values):
-    with pytest.raises(RequestError, match="lists no losses; make it with"):
-        read_rises(values)

@@ -172,86 +172,6 @@ def plan_command(options) -> tuple[dict, list[str]]:
     return plan.to_dict(), lines
 
 
-def sensitivity_command(options) -> tuple[dict, list[str]]:
-    """The loss with one place cut more or less than the others, for the schedule of that name."""
-    from dynslice.evaluate.place_losses import place_losses
-    from dynslice.method.plan import constant
-    from dynslice.method.scores import rises
-
-    check_output(options)
-    share, reach = options.slice_percentage, options.reach * options.slice_percentage
-    if not 0 < options.reach < 1:
-        raise RequestError(f"--reach {options.reach} is outside 0 to 1; give one such as 0.4")
-    shape = dims(options, dense_for="sensitivity")
-    plan = constant(shape, share, options.round_to or 8)
-    model, calibration, windows = _with_validation(options)
-    start = time.perf_counter()
-    shares = [share - reach, share + reach]
-    value = place_losses(model, calibration, windows, plan, shares)
-    result = {
-        **given(options, "model", "calibration", "text", "slice_percentage"),
-        **value,
-        "seconds": round(time.perf_counter() - start, 3),
-        "shape": asdict(shape),
-    }
-    common.write_json(options.out, result)
-    lines = ["layer  block     " + "".join(f"{f'{s:g} cut':>12}" for s in shares)]
-    for place, rise in zip(value["places"], rises(value), strict=True):
-        columns = "".join(f"{rise[s]:+12.4f}" for s in shares)
-        lines.append(f"{place['layer']:5}  {place['block']:10}{columns}")
-    lines.append(
-        f"rise of the NLL in nats per token against {share:g} cut everywhere, on {len(windows)} "
-        f"windows of {options.window} tokens"
-    )
-    return result, lines
-
-
-def search_command(options) -> tuple[dict, list[str]]:
-    """A plan of equal size by coordinate search on validation windows."""
-    from dynslice.evaluate.perplexity import perplexity
-    from dynslice.extensions.schedules import Evidence, budget_of, search
-    from dynslice.method.layout import Layout
-    from dynslice.method.slicing import slice_model
-
-    check_output(options)
-    share, round_to = options.slice_percentage, options.round_to or 8
-    shape = dims(options, dense_for="a search")
-    layout = Layout(tied=shape.tied)
-    budget = budget_of(shape, share, round_to, layout)
-    model, calibration, windows = _with_validation(options)
-
-    def loss(candidate) -> float:
-        return perplexity(slice_model(model, calibration, candidate).model, windows)["nll_mean"]
-
-    known = Evidence(shape, round_to, layout=layout)
-    plan, tried = search(known, budget, loss, options.evaluations)
-    common.write_json(options.out, plan.to_dict())
-    first, best = tried[0]["loss"], min(step["loss"] for step in tried)
-    line = (
-        f"NLL {best:.4f} on {len(windows)} windows after {len(tried)} evaluations, constant "
-        f"{first:.4f}; stored parameters {plan.parameters:,} of {budget:,}"
-    )
-    return {**plan.to_dict(), "budget": budget, "tried": tried}, [line]
-
-
-def _with_validation(options):
-    """The model, the calibration windows and the validation windows."""
-    from dynslice.inputs import texts
-
-    calibration = texts.checked_split(options.calibration, None, "train")
-    validation = texts.checked_split(options.text, None, "validation")
-    sources = ((options.calibration, calibration), (options.text, validation))
-    # The files, so that another way to write a path is no other text.
-    read = [{p.resolve() for p in texts.files_of(*source)} or {source[0]} for source in sources]
-    if read[0] & read[1]:
-        raise RequestError(
-            f"text {options.text!r} is calibrated on already; give --text another one, to see what "
-            "holds beyond it"
-        )
-    model, tokenizer = loaded(options)
-    return model, *(windows_of(options, *source, tokenizer) for source in sources)
-
-
 def ppl_command(options) -> tuple[dict, list[str]]:
     """Perplexity of a dense or sliced model on a text."""
     from dynslice.evaluate import perplexity
@@ -356,15 +276,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-_RUNS = (assets_command, lr_command, plan_command, slice_command, sensitivity_command)
-_RUNS += (
-    drop_layers_command,
-    quantize_command,
-    search_command,
-    ppl_command,
-    tasks_command,
-    bench_command,
-)
+_RUNS = (assets_command, lr_command, plan_command, slice_command, drop_layers_command)
+_RUNS += (quantize_command, ppl_command, tasks_command, bench_command)
 _RUNS += (reproduce_command, record_command)
 COMMANDS = {run.__name__.removesuffix("_command").replace("_", "-"): run for run in _RUNS}
 

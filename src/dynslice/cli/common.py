@@ -90,7 +90,7 @@ def _is_device(path: Path) -> bool:
     return path.parts[1:2] in (("dev",), ("proc",)) and path.parts[1:3] != ("dev", "shm")
 
 
-INPUTS = ("model", "text", "calibration", "lr", "plan", "match_parameters", "sensitivity")
+INPUTS = ("model", "text", "calibration", "lr", "plan", "match_parameters")
 
 
 def check_output(options) -> None:

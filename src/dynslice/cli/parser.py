@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from dynslice.core.errors import removed
+
 
 def parser(runs: dict[str, Callable], description: str) -> argparse.ArgumentParser:
     """The parser of commands and what `runs` them, with its docstring as help, as `options.run`."""
@@ -30,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         sentence = " ".join(message.split())  # what was typed may have several lines
-        self.exit(2, f"{self.prog}: {sentence}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {sentence}{removed(sentence)}; see {self.prog} --help\n")
 
 
 def _at_least(least: int, text: str, below: int = 2**63) -> int:

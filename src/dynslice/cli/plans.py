@@ -12,16 +12,15 @@ from dynslice.extensions.schedules import BEST, Evidence, budget_of, size_range,
 from dynslice.method.controls import matched
 from dynslice.method.layout import Layout, basis_groups
 from dynslice.method.plan import ModelDims, SlicePlan, check_request, constant, dynamic
-from dynslice.method.scores import lr_of, read_rises
+from dynslice.method.scores import lr_of
 
 # What each schedule takes next to --slice-percentage or --size.
 TAKES = dict.fromkeys(("constant", "first", "embedding"), ())
 TAKES |= {"dynamic": ("slice_base", "lr"), "entropic": ("slice_base", "lr")}
-TAKES |= {"lr": ("lr",), "sensitivity": ("sensitivity",)}
-FILES = ("lr", "sensitivity")  # measured values, which name the shape of their model too
+TAKES |= {"lr": ("lr",)}
 LAYOUT = ("untie", "basis_layers", "plain")
 # What makes a plan.
-AMOUNTS = ("slice_percentage", "size", "slice_base", *FILES, "round_to", "schedule", *LAYOUT)
+AMOUNTS = ("slice_percentage", "size", "slice_base", "lr", "round_to", "schedule", *LAYOUT)
 
 RECIPES = {"published": {}, "best": BEST}  # what is set where the options leave it open
 
@@ -60,13 +59,10 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
         return matched(SlicePlan.read(options.match_parameters))
     schedule = _schedule(options)
     lr = read_json(options.lr, "LR") if options.lr else None
-    losses = read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
-    shape = _shape(options, schedule, lr or losses)
-    for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
-        # A file of an earlier version says less of the shape.
-        told = (values or {}).get("shape", {})
-        if not isinstance(told, dict) or ModelDims.from_dict({**asdict(shape), **told}) != shape:
-            raise RequestError(f"the {what} are of another model; measure them anew on this one")
+    shape = _shape(options, schedule, lr)
+    told = (lr or {}).get("shape", {})  # a file of an earlier version says less of the shape
+    if not isinstance(told, dict) or ModelDims.from_dict({**asdict(shape), **told}) != shape:
+        raise RequestError("the scores of --lr are of another model; measure them on this one")
     if "lr" in TAKES[schedule] and measured_lr is None:
         if lr is None:
             raise RequestError(
@@ -74,7 +70,6 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
                 "and give --lr lr.json"
             )
         measured_lr = lr_of(lr)
-    rises = _rises(options, losses) if schedule == "sensitivity" else None
     layout, round_to = _layout(options, shape, measured_lr), _round_to(options, shape)
     share, base = options.slice_percentage, options.slice_base or 0.0
     if options.size is None and schedule == "constant":
@@ -82,29 +77,13 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     if options.size is None and schedule == "dynamic":
         return dynamic(shape, measured_lr, share, base, round_to, layout)
     budget = _budget(options, shape, round_to, layout)
-    plan = within(schedule, Evidence(shape, round_to, measured_lr, rises, layout, base), budget)
+    plan = within(schedule, Evidence(shape, round_to, measured_lr, layout, base), budget)
     if schedule == "dynamic" and plan.slice_percentage <= base > 0:
         raise RequestError(
             f"--slice-base {base} alone stores {plan.parameters:,} parameters, less than --size "
             f"{options.size}; give a smaller base"
         )
     return plan
-
-
-def _rises(options, losses: dict | None) -> list[dict[float, float]]:
-    if losses is None:
-        raise RequestError(
-            "a plan of schedule sensitivity needs measured losses: run `dynslice sensitivity "
-            "--out losses.json` and give --sensitivity losses.json"
-        )
-    share = options.slice_percentage
-    measured = losses.get("slice_percentage", share)
-    if share is not None and measured != share:
-        raise RequestError(
-            f"the losses of --sensitivity {options.sensitivity} were measured at slice "
-            f"percentage {measured}, and the plan is for {share}; measure them anew"
-        )
-    return read_rises(losses)
 
 
 def _layout(options, shape: ModelDims, lr: Sequence[float] | None) -> Layout:
@@ -214,11 +193,10 @@ def _schedule(options) -> str:
     hints = {
         "slice_base": "--schedule dynamic and --lr",
         "lr": "--schedule dynamic or lr",
-        "sensitivity": "--schedule sensitivity",
     }
     for name, instead in hints.items():
         value = getattr(options, name)
-        says_model = name in FILES and not options.model
+        says_model = name == "lr" and not options.model
         says_constant = name == "slice_base" and schedule == "constant" and base == share
         if not (value is None or name in TAKES[schedule] or says_model or says_constant):
             raise RequestError(

@@ -5,15 +5,7 @@ from typing import Any
 
 from dynslice.cli import common
 from dynslice.cli.alternatives import drop_neurons
-from dynslice.cli.plans import (
-    AMOUNTS,
-    FILES,
-    apply_recipe,
-    is_given,
-    measures_lr,
-    plan_of,
-    refuse_next_to,
-)
+from dynslice.cli.plans import AMOUNTS, apply_recipe, is_given, measures_lr, plan_of, refuse_next_to
 from dynslice.core.errors import RequestError
 
 # What is about slicing alone, besides the options that make a plan.
@@ -28,7 +20,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
     from dynslice.inputs.checkpoints import saving, write
 
     if options.mlp_neurons is not None:
-        others = ("plan", "stream", *FILES)
+        others = ("plan", "stream", "lr")
         refuse_next_to(options, "--mlp-neurons", *others, said="changes the model first")
         asked = any(is_given(options, name) for name in (*AMOUNTS, *OF_SLICING))
         if not asked and options.recipe == "published":

@@ -27,6 +27,13 @@ class RunError(_InOneLine, RuntimeError):
     """A failure while running a request that looked sound (exit 1)."""
 
 
+def removed(text: str) -> str:
+    """What replaces a removed name that a text holds, to add to a refusal; "" where it has none."""
+    if not re.search(r"\b(sensitivity|search)", text):
+        return ""
+    return "; the schedules sensitivity and search were removed (docs/method.md), use lr or first"
+
+
 class DiskError(RunError):
     """A disk that is full or may not be written: whatever follows would fail too."""
 

@@ -93,7 +93,7 @@ class WorkQueue:
 
 
 def needs(request: Request) -> list[Request]:
-    """What the plan of a request rests on: LR, or other evidence of the dense model."""
+    """What the plan of a request rests on: LR of the dense model, or nothing."""
     plan = _plan_of(request)
     return plan.needs() if plan else []
 
@@ -144,7 +144,7 @@ def network_words(request: Request) -> str:
 def _plan_of(request: Request) -> PlanSpec | None:
     """The plan of a request's network, or the one that it is about."""
     config = request.config.get("slice") or request.config
-    given = config.get("plan") or config.get("budget")  # which a search keeps
+    given = config.get("plan")
     return plan_spec(given) if given else None
 
 

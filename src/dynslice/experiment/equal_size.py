@@ -7,6 +7,7 @@ from dynslice.experiment.plan_specs import AS_DENSE, PlanSpec, Shuffled, WithinB
 from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import DENSE, Design, Point
 from dynslice.experiment.store import Request, unique
+from dynslice.extensions.schedules import BY_LR
 
 UNTIED, SLICEGPT, LR, SHARED, BEST_RECIPE = LEVERS = (
     "SliceGPT, embedding untied",
@@ -160,22 +161,6 @@ class EqualSize:
         asked = {**read, "window": p.sound_prompt, "new_tokens": p.sound_tokens}
         return self.design.request("continuation", slice=point.network, **asked)
 
-    def places_request(self, slice_percentage: float) -> Request:
-        """The loss with one place cut more or less than all others, on validation windows."""
-        reach = self.profile.sensitivity_reach * slice_percentage
-        shares = [slice_percentage - reach, slice_percentage + reach]
-        plan = self.budget(slice_percentage).to_dict()
-        return self.design.request("places", plan=plan, shares=shares, **self._validation())
-
-    def search_request(self, slice_percentage: float) -> Request:
-        """The plan of a search on validation windows."""
-        asked = {
-            "budget": self.budget(slice_percentage).to_dict(),
-            "layout": self._shared,
-            "evaluations": self.profile.search_evaluations,
-        }
-        return self.design.request("search", **asked, **self._validation())
-
     def evidence_requests(self) -> list[Request]:
         """What the schedules rest on."""
         sizes = self.profile.beyond_slice_percentages
@@ -250,18 +235,5 @@ class EqualSize:
         budget = self.budget(slice_percentage)
         if schedule == "constant" and layout == AS_DENSE:
             return budget
-        evidence = {
-            "lr": self.design.lr_request,
-            "entropic": self.design.lr_request,
-            "sensitivity": lambda: self.places_request(slice_percentage),
-            "search": lambda: self.search_request(slice_percentage),
-        }
-        found = vars(evidence[schedule]()) if schedule in evidence else None
+        found = vars(self.design.lr_request()) if schedule in BY_LR else None
         return WithinBudget(schedule, budget, found, slice_base, layout)
-
-    def _validation(self) -> dict:
-        """Calibration, and validation windows other than those that choose."""
-        p, design = self.profile, self.design
-        read = design.windows(p.eval_texts[0], "validation", p.sensitivity_eval_windows)
-        calibration = design.calibration(windows=p.sensitivity_calibration_windows)
-        return {**read, "calibration": calibration, "skip": p.selection_windows or 0}

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from dynslice.evaluate.task_table import TASKS
-from dynslice.experiment.plan_specs import facts_of, layout_of
-from dynslice.extensions import schedules
+from dynslice.experiment.plan_specs import facts_of
 from dynslice.method.controls import single
-from dynslice.method.plan import SlicePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,59 +140,6 @@ class SingleLayerCuts(Kind):
         return _perplexities({**losses, "no layer cut": value["dense"]})
 
 
-class PlaceLosses(Kind):
-    """NLL per window with all places cut by a plan, and with one cut more or less."""
-
-    slices_itself = True
-
-    def run(self, runner: Runner, config: dict) -> dict:
-        from dynslice.evaluate.place_losses import place_losses
-
-        windows, calibration = runner.windows(config), runner.windows(config["calibration"])
-        plan, dense = runner.plan(config["plan"]), runner.networks.dense
-        return place_losses(dense, calibration, windows, plan, config["shares"])
-
-    def seconds(self, estimator: Estimator, config: dict) -> float:
-        tokens, dims = config["windows"] * config["window"], estimator.dims
-        half = estimator.one_pass(tokens, config["window"]) / 2
-        runs = dims.layers * len(dims.reads) * len(config["shares"])
-        head = estimator.head_flops(tokens) / estimator.machine.rate
-        return estimator.slicing(config["calibration"]) + runs * (half + head)
-
-    def quoted(self, value: dict) -> dict[str, float]:
-        losses = {"as planned": value["plan"]}
-        for place in value["places"]:
-            where = f"{place['block']} of layer {place['layer']}"
-            at_shares = zip(value["shares"], place["losses"], strict=True)
-            losses |= {f"{where} cut by {share}": nll for share, nll in at_shares}
-        return _perplexities(losses)
-
-
-class PlanSearch(Kind):
-    """The plan of least loss on validation windows that a coordinate search finds."""
-
-    slices_itself = True
-
-    def run(self, runner: Runner, config: dict) -> dict:
-        windows, calibration = runner.windows(config), runner.windows(config["calibration"])
-        largest = runner.plan(config["budget"])
-
-        def loss(candidate: SlicePlan) -> float:
-            network = runner.networks.slice(calibration, candidate).model
-            return _perplexity(network, windows)["nll_mean"]
-
-        layout = layout_of(config["layout"], runner.dims)
-        evidence = schedules.Evidence(runner.dims, largest.round_to, layout=layout)
-        best, tried = schedules.search(evidence, largest.parameters, loss, config["evaluations"])
-        return {"place_widths": list(best.place_widths[:-1]), "tried": tried}
-
-    def seconds(self, estimator: Estimator, config: dict) -> float:
-        return config["evaluations"] * estimator.slicing_and_reading(config)
-
-    def quoted(self, value: dict) -> dict[str, float]:
-        return {"perplexity, best plan tried": exp(min(step["loss"] for step in value["tried"]))}
-
-
 class Speed(Kind):
     """Prefill and decoding of a sliced network and of the dense model, in turn."""
 
@@ -272,8 +217,6 @@ KINDS: dict[str, Kind] = {  # by names that are part of the keys of requests
     "ppl": Perplexity(),
     "centred": CentredPerplexity(),
     "sensitivity": SingleLayerCuts(),
-    "places": PlaceLosses(),
-    "search": PlanSearch(),
     "speed": Speed(),
     "continuation": Continuation(),
     "task": TaskAccuracy(),

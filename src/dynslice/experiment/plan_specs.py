@@ -18,7 +18,7 @@ from dynslice.method import plan
 from dynslice.method.controls import matched, shuffled, with_embedding
 from dynslice.method.layout import PUBLISHED, Layout, basis_groups
 from dynslice.method.plan import ModelDims, SlicePlan
-from dynslice.method.scores import rises, scores_of
+from dynslice.method.scores import scores_of
 
 ValueOf = Callable[[Request], dict]  # what a measurement of the dense model gave
 
@@ -175,13 +175,8 @@ class WithinBudget(PlanSpec):
         """narrower: the shape of the model without those neurons, where some go."""
         budget, known = self.budget.make(dims, value_of), {}
         dims = narrower or dims
-        for request in self.needs():  # one, or none
-            value = value_of(request)
-            if request.kind == "search":
-                found = dims, value["place_widths"], budget.round_to, layout_of(self.layout, dims)
-                return plan.of_places("search", *found)
-            is_lr = request.kind == "lr"
-            known = {"lr": scores_of(value["layers"])} if is_lr else {"rises": rises(value)}
+        for request in self.needs():  # of LR, or none
+            known = {"lr": scores_of(value_of(request)["layers"])}
         layout = layout_of(self.layout, dims, known.get("lr"))
         known |= {"layout": layout, "slice_base": self.slice_base or 0.0}
         round_to = dims.heads or 1 if layout.plain else budget.round_to

@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynslice.core import paths
-from dynslice.core.errors import RequestError
+from dynslice.core.errors import RequestError, removed
 from dynslice.evaluate import task_table
 from dynslice.extensions.schedules import BEST
 from dynslice.inputs.corpora import HUB
@@ -30,7 +30,7 @@ _Split = Literal["train", "validation", "test"]
 _End = Literal["raw", "normed"]
 
 # Schedules of equal size (see `extensions.schedules`), and how many layers share a basis.
-_AtSize = Literal["constant", "lr", "entropic", "first", "embedding", "sensitivity", "search"]
+_AtSize = Literal["constant", "lr", "entropic", "first", "embedding"]
 _Layers = _Count | Literal["all"]
 _Dropped = Literal["at once", "at once, mapped", "one by one", "one by one, mapped"]
 
@@ -128,11 +128,6 @@ class Profile(BaseModel):
     beyond_shuffles: int = Field(default=0, ge=0, le=1000)  # orders of widths after layer 0
     beyond_ridges: list[_Positive] = []  # fixed ones
     beyond_calibration_windows: list[_Count] = []
-    # One place is cut by SP less and SP more this share.
-    sensitivity_reach: float = Field(default=0.4, gt=0, lt=1)
-    sensitivity_calibration_windows: _Count = 8  # and of the search
-    sensitivity_eval_windows: _Count = 6  # of validation, and of the search
-    search_evaluations: _Count = 24  # networks that a search slices
     recovery_steps: int = Field(default=0, ge=0)  # of LoRA, one calibration window each; 0: none
     recovery_windows: _Count = 16  # that are sampled again and again
     recovery_window: _Tokens = 1024
@@ -185,12 +180,6 @@ class Profile(BaseModel):
             raise ValueError(
                 f"placement {self.placement} has no dense model in memory, which "
                 "instead_slice_percentages needs: use placement resident, or []"
-            )
-        most = max(self.beyond_slice_percentages, default=0.0) * (1 + self.sensitivity_reach)
-        if most >= 1 and "sensitivity" in self.beyond_candidates:
-            raise ValueError(
-                f"sensitivity_reach {self.sensitivity_reach} goes up to a share of {most:g}, "
-                "where nothing is left; give a smaller one"
             )
         if self.figure_slice_base > self.figure_slice_percentage:
             raise ValueError("figure_slice_base exceeds figure_slice_percentage")
@@ -259,7 +248,7 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
             raise RequestError(f"profile {name!r} has no {where}; add it") from error
         reason = first["msg"].removeprefix("Value error, ")
         value = f", {where} = {first['input']!r}" if first["loc"] else ""
-        raise RequestError(f"profile {name!r}{value}: {reason}") from error
+        raise RequestError(f"profile {name!r}{value}: {reason}{removed(value)}") from error
 
 
 def _folder_of(model: str) -> str:
@@ -289,7 +278,8 @@ def parse_value(text: str, key: str) -> Any:
 def _check_key(key: Any) -> None:  # YAML has keys of other types too
     if key not in Profile.model_fields:
         near = difflib.get_close_matches(str(key), Profile.model_fields, n=1, cutoff=0.0)[0]
-        raise RequestError(f"profile key {key!r} is unknown; the nearest valid name is {near!r}")
+        instead = removed(str(key)) or f"; the nearest valid name is {near!r}"
+        raise RequestError(f"profile key {key!r} is unknown{instead}")
 
 
 def percent(share: float) -> str:

@@ -142,8 +142,7 @@ class Runner:
     def windows(self, config: dict) -> Tensor:
         """The token windows [n, T] of a request, or of its calibration."""
         asked = (config[name] for name in ("window", "windows", "seed", "text"))
-        skip, first = config.get("skip", 0), self.first_token(config)
-        return sample_windows(self.stream(config), *asked, skip=skip, first=first)
+        return sample_windows(self.stream(config), *asked, first=self.first_token(config))
 
     def first_token(self, config: dict) -> int | None:
         """What each window of a request starts with."""

@@ -51,7 +51,6 @@ def check_inputs(study: Study) -> None:
     read = [part for request in study.requests() for part in texts_of(request.config)]
     for config in (part for part in read if "windows" in part):
         count, window = config["windows"], config["window"]
-        count = count and count + config.get("skip", 0)
         asked = ((count or 1) * window, window, count)
         text = texts.source_of(config)
         longest[text] = max(longest.get(text, asked), asked, key=lambda a: a[0])

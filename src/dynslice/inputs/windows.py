@@ -66,16 +66,15 @@ def consecutive_windows(
     window: int,
     count: int | None,
     name: str,
-    skip: int = 0,
     first: int | None = None,
 ) -> torch.Tensor:
     """The first `count` (None: all) consecutive non-overlapping windows [count, window].
 
-    first: the token before each, which counts (`first_token`). A last short block and the first
-    `skip` are dropped. Raises RequestError when there are too few.
+    first: the token before each, which counts (`first_token`). A last short block is
+    dropped. Raises RequestError when there are too few.
     """
     window -= first is not None
-    have, count = len(stream) // window, count and count + skip
+    have = len(stream) // window
     if have < (count or 1):
         wanted = f"{count} windows" if count else "one window"
         raise RequestError(
@@ -83,7 +82,7 @@ def consecutive_windows(
             "longer text, a smaller --window or fewer --windows"
         )
     have = count or have
-    return starting(stream[: have * window].view(have, window)[skip:], first)
+    return starting(stream[: have * window].view(have, window), first)
 
 
 def token_windows(
@@ -112,20 +111,18 @@ def sample_windows(
     count: int | None,
     seed: int | None,
     name: str,
-    skip: int = 0,
     first: int | None = None,
 ) -> torch.Tensor:
     """`count` (None: all) token windows [count, window] of a stream [n].
 
     Without a seed: the first consecutive blocks. With one: sampled from all blocks without
-    replacement. skip: leaves out those that a sample of `skip` windows with that seed takes.
-    first: see `consecutive_windows`.
+    replacement. first: see `consecutive_windows`.
     """
-    chosen = consecutive_windows(stream, window, count, name, skip, first)
+    chosen = consecutive_windows(stream, window, count, name, first)
     if seed is None or count is None:
         return chosen
     every = consecutive_windows(stream, window, None, name, first=first)
-    order = np.random.default_rng(seed).permutation(len(every))[skip : skip + count]
+    order = np.random.default_rng(seed).permutation(len(every))[:count]
     return every[torch.from_numpy(np.sort(order))]
 
 

@@ -1,12 +1,11 @@
-"""Scores as numbers: LR by layer, normalised, and losses by place.
+"""Scores as numbers: LR by layer, and normalised.
 
-Apart from `redundancy` and `sensitivity`, which measure them, so that a report needs no torch.
+Apart from `redundancy`, which measures them, so that a report needs no torch.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import StatisticsError, fmean
 from typing import Annotated
 
 from pydantic import Field
@@ -44,29 +43,6 @@ def normalise(lr: Sequence[float]) -> tuple[float, ...]:
     if high == low:
         return (1.0,) * len(lr)
     return tuple((value - low) / (high - low) for value in lr)
-
-
-def rises(value: dict) -> list[dict[float, float]]:
-    """At each place, the rise of the mean NLL against the plan by the share that is cut there.
-
-    value: what `evaluate.place_losses` gave. The share of the plan, with no rise, is among them.
-    """
-    plan, found = fmean(value["plan"]), []
-    for place in value["places"]:
-        pairs = zip(value["shares"], place["losses"], strict=True)
-        found.append({place["share"]: 0.0} | {share: fmean(nll) - plan for share, nll in pairs})
-    return found
-
-
-def read_rises(values: dict) -> list[dict[float, float]]:
-    """The rises in the JSON of `dynslice sensitivity`. Raises RequestError when there are none."""
-    try:
-        found = rises(values)
-        if all(math.isfinite(x) for place in found for pair in place.items() for x in pair):
-            return found
-    except (KeyError, TypeError, ValueError, AttributeError, StatisticsError):
-        pass
-    raise RequestError("the sensitivity file lists no losses; make it with `dynslice sensitivity`")
 
 
 @dataclass(frozen=True)

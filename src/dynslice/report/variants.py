@@ -1,4 +1,4 @@
-"""Notebook 07, beside the ladder: where the width goes, what a place is worth, what else was tried.
+"""Notebook 07, beside the ladder: where the width goes, and what else was tried.
 
 All at the last of the sizes, by validation windows only.
 """
@@ -14,7 +14,6 @@ from dynslice.experiment.profile import percent
 from dynslice.experiment.requests import Point
 from dynslice.experiment.study import Study
 from dynslice.method.layout import basis_groups
-from dynslice.method.scores import rises
 from dynslice.report import statistics, style
 from dynslice.report.equal_size import WHOLE, ladders, last_ladder, rung
 from dynslice.report.statistics import Estimate, columns
@@ -120,23 +119,4 @@ def widths_figure(study: Study) -> plt.Figure | None:
     axis.set(xlabel="layer (MLP half a layer later)", ylabel=f"width, size of SP {percent(sp)}")
     style.whole_numbers(axis)
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure
-
-
-def places_figure(study: Study) -> plt.Figure | None:
-    """The rise of the loss by place, cut less or more than all others.
-
-    None where no candidate is `sensitivity`, which rests on these losses.
-    """
-    if not ladders(study) or "sensitivity" not in study.profile.beyond_candidates:
-        return None
-    value = study.get(study.beyond.places_request(last_ladder(study)[0])).value
-    table = pd.DataFrame(rises(value))
-    figure, axis = style.panels(height=2.2)
-    for share, form in zip(value["shares"], ("oC0", "vC1"), strict=True):
-        axis.plot(table[share], form, markersize=3, label=f"{percent(share)} cut there")
-    style.zero_line(axis)
-    axis.set(xlabel="place in the stream", ylabel="rise of the loss (nats per token)")
-    style.whole_numbers(axis)
-    axis.legend()
     return figure
