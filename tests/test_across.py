@@ -31,15 +31,15 @@ def two_models(tmp_path_factory):
     assets.fetch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "OUTPUT", tmp_path_factory.mktemp("across"))
-        across = Across.open("smoke", device="cpu", models=MODELS, **SMALL)
+        across = Across.open("smoke", device="cpu", models=MODELS, name="small", **SMALL)
         across.ensure()
         yield across
 
 
 def test_a_profile_of_two_models_has_a_study_and_a_column_of_claims_for_each(two_models):
     names = ["tiny-random", "tiny-llama-3"]
-    assert two_models.name == "smoke"
-    assert [study.name for study in two_models.studies] == [f"smoke/{name}" for name in names]
+    assert two_models.name == "small"
+    assert [study.name for study in two_models.studies] == [f"small/{name}" for name in names]
     table = report.claims_table(two_models)
     assert list(table.columns[-2:]) == names
     assert set(report.lr_table(two_models)["model"]) == set(names)
@@ -146,7 +146,7 @@ def test_without_validation_windows_the_dynamic_network_is_fixed_beforehand():
 
 def test_recorded_profiles_stand_next_to_it_and_absent_ones_are_named():
     across = Across.open("smoke", device="cpu", next_to=["quick", "full"])
-    assert [study.name for study in across.studies] == ["smoke", "quick"]
+    assert [study.name for study in across.studies] == ["smoke+next_to=quick,full", "quick"]
     assert across.studies[1].from_record
     assert "`full`" in report.absent_prose(across)
 

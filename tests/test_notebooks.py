@@ -149,7 +149,8 @@ def changed(folder, machine):
     with pytest.MonkeyPatch.context() as patch, one_kernel(folder):
         patch.setattr(Machine, "measured", lambda *_: machine)
         assert commands.main(command) == 0
-    rendered = sorted((folder / "notebooks/rendered/smoke").glob("*.ipynb"))
+    name = load("smoke", CHANGED).name
+    rendered = sorted((folder / "notebooks/rendered" / name).glob("*.ipynb"))
     assert [path.name for path in rendered] == [path.name for path in SOURCES]
     return [nbformat.read(path, 4) for path in rendered]
 
@@ -273,7 +274,7 @@ def test_percentages_models_and_layers_are_those_of_the_run(changed, folder):
     for name, value in settings.model_dump().items():
         if re.search(r"slice_(percentages?|bases?)$|_(slice|neurons)$", name):
             shares |= set(value) if isinstance(value, list) else {value}
-    tables = folder / "figures/smoke"
+    tables = folder / "figures" / load("smoke", CHANGED).name
     reached = pd.read_csv(tables / "perplexity.csv")["mean slice"]
     allowed = {percent(share) for share in shares} | {f"{100 * s:.3g}%" for s in reached}
     assert set(re.findall(r"\d[\d.]*%", text)) <= allowed
@@ -339,7 +340,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name(source, tmp_path)
 
 
 def test_figures_name_shares_and_curves_as_asked(changed, folder):
-    tables = folder / "figures/smoke"
+    tables = folder / "figures" / load("smoke", CHANGED).name
     changes = perplexity.sweep_figure(pd.read_csv(tables / "perplexity_comparison.csv"))
     assert [axis.get_title() for axis in changes.axes] == ["mmlu, SP 12.5%", "mmlu, SP 50%"]
     levels = pd.read_csv(tables / "perplexity.csv")
@@ -372,7 +373,7 @@ def test_figures_name_shares_and_curves_as_asked(changed, folder):
 
 
 def test_figures_draw_every_slice_base(changed, folder):
-    table = pd.read_csv(folder / "figures/smoke/perplexity.csv")
+    table = pd.read_csv(folder / "figures" / load("smoke", CHANGED).name / "perplexity.csv")
     bases = [base / 100 for base in range(20)]
     dynamic = table[table["schedule"] == "dynamic"].iloc[0]
     rows = pd.DataFrame([{**dynamic, "SB": base} for base in bases])

@@ -129,7 +129,7 @@ def test_a_readers_number_stands_beside_ours_of_equal_settings(invented):
     assert "**3 of 3** rows" in published.page(table)
     assert "3 of them with equal settings" in published.page(table)
     style.save_table(table, invented, "published")
-    saved = {path.suffix: path.read_text() for path in paths.figures("smoke").iterdir()}
+    saved = {path.suffix: path.read_text() for path in paths.figures(invented.name).iterdir()}
     assert set(saved) == {".csv", ".md", ".tex"}
     assert all("17.5" in text and "A paper" in text for text in saved.values())
 

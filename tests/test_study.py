@@ -216,3 +216,42 @@ def test_a_report_of_stored_results_needs_no_torch():
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+# Names of what is changed
+
+
+def test_a_changed_profile_has_pages_of_its_own_and_the_results_of_the_one_it_changes():
+    """So that no change is ever written into the committed pages, and nothing is measured twice."""
+    plain, changed = load("quick"), load("quick", {"lr_max_tokens": 2048, "seed": 1})
+    assert (plain.name, plain.stored_as) == ("quick", "quick")
+    assert changed.name == changed.folder == "quick+lr_max_tokens=2048+seed=1"
+    assert changed.stored_as == "quick"
+    assert Study.open("quick", seed=1).store.folder == Study.open("quick").store.folder
+    command = "./run_all.sh --profile quick --set lr_max_tokens=2048 --set seed=1"
+    assert changed.command == command
+    several = load("quick", {"slice_bases": [0.0, 0.2]}).command
+    assert several == "./run_all.sh --profile quick --set 'slice_bases=[0.0, 0.2]'"
+    of_one = load("rehearsal", {"model": load("rehearsal").models[1], "seed": 1})
+    assert of_one.name == f"rehearsal+seed=1/{of_one.stored_as.partition('/')[2]}"
+
+
+@pytest.mark.parametrize("key", ["seed", "round_to", "slice_bases", "untie", "next_to"])
+def test_what_a_profile_says_anyway_is_no_change(key):
+    assert load("quick", {key: getattr(load("quick"), key)}).name == "quick"
+
+
+def test_names_of_changes_are_short_and_differ():
+    changes = [{"lr_text": text} for text in ("a b", "a-b", "a/b", "/x" * 100, "/x" * 99 + "/y")]
+    changes += [{"slice_percentages": [0.25]}, {"slice_percentages": [0.25, 0.3]}, {"tasks": {}}]
+    names = [load("quick", change).name for change in changes]
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) < 100
+    assert "quick+slice_percentages=0.25,0.3" in names
+
+
+def test_a_changed_profile_may_have_any_name_but_that_of_a_built_in_one():
+    assert load("quick", {"seed": 1, "name": "mine"}).stored_as == "mine"
+    for name in ("quick", "standard"):
+        with pytest.raises(RequestError, match="is that of a profile without these changes"):
+            load("quick", {"seed": 1, "name": name})

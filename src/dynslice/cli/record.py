@@ -103,7 +103,7 @@ def agree(study: Study, requests: list[Request]) -> dict | None:
     Tolerance: relative 0.1 % where both were measured on the same class of device; otherwise 1 %,
     and for accuracies 0.02. LR lies between 0 and 1, so there it is absolute.
     """
-    record = Store(paths.record(study.profile.name), of_record=True)
+    record = Store(paths.record(study.profile.stored_as), of_record=True)
     agreeing, deviations = [], {None: 0.0}
     for request in requests:
         ours, theirs = study.store.get(request), record.get(request)

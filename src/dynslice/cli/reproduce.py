@@ -159,7 +159,7 @@ def _run_one(
         return outcome, [f"rendered {len(requests)} measurements of the record", *places]
     stored = ", the others were in the store" if measured < len(requests) else ""
     line = f"measured {measured} of {len(requests)} values in {_minutes(measuring)}{stored}"
-    return outcome, [line, *places, agreement_line(outcome["agreement"], name)]
+    return outcome, [line, *places, agreement_line(outcome["agreement"], study.profile.stored_as)]
 
 
 def _notebooks(only: list[str] | None) -> dict[str, Path]:

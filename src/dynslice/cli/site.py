@@ -120,7 +120,7 @@ def _index(across: Across, studies: list, linked: list[dict], needs: dict) -> st
     table = ["| figure | notebook | command | measurements |", "|:--|:--|:--|--:|"]
     for row in linked:
         number = row["stem"][:2]
-        command = f"./run_all.sh --profile {across.name} --only {number}"
+        command = f"{studies[0].profile.command} --only {number}"
         for figure in row["figures"]:
             png = f"figures/{row['folder']}/{figure}.png"
             if (paths.figures(row["folder"]) / f"{figure}.png").is_file():

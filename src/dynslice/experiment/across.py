@@ -28,7 +28,7 @@ class Across:
         absent = []
         for other in settings.next_to:
             recorded = [Study.open(other, True, device, **x) for x in by_model(other, {})]
-            if all(paths.record(study.name).is_dir() for study in recorded):
+            if all(paths.record(study.profile.stored_as).is_dir() for study in recorded):
                 own += recorded
             else:
                 absent.append(other)

@@ -1,12 +1,22 @@
 """Profiles: everything that a run can be told, as flat keys that --set and papermill override."""
 
 import difflib
+import hashlib
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from dynslice.core import paths
 from dynslice.core.errors import RequestError, removed
@@ -149,9 +159,9 @@ class Profile(BaseModel):
     def _fits_together(self) -> "Profile":
         task_table.check_names(self.tasks)
         parts = self.name.split("/")
-        if not all(re.fullmatch(r"[\w.-]+", part) and part.strip(".") for part in parts):
+        if not all(re.fullmatch(r"[\w.,=+-]+", part) and part.strip(".") for part in parts):
             raise ValueError(
-                f"name {self.name!r} becomes a folder: use letters, digits, '.', '_' and '-'"
+                f"name {self.name!r} becomes a folder: use letters, digits and any of . , = + _ -"
             )
         for key, values in self:
             if isinstance(values, list) and len(set(values)) < len(values):
@@ -199,6 +209,23 @@ class Profile(BaseModel):
         if len(set(map(_folder_of, self.models))) < len(self.models):
             raise ValueError(f"models {self.models} would share a folder: rename one of them")
 
+    # Set by `load`. A changed profile has pages of its own, and the results of the one it changes.
+    _changes: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _stored_as: str = PrivateAttr(default="")
+
+    @property
+    def stored_as(self) -> str:
+        """What the folders of its results and of its record are called."""
+        return self._stored_as or self.name
+
+    @property
+    def command(self) -> str:
+        """What reproduces it."""
+        words = ["./run_all.sh", "--profile", self.stored_as.partition("/")[0]]
+        for key, value in sorted(self._changes.items()):
+            words += ["--set", f"{key}={_as_yaml(value)}"]
+        return shlex.join(words)
+
     @property
     def folder(self) -> str:
         """Where what is written about all of its models goes; `name` is one model's."""
@@ -233,14 +260,29 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         raise RequestError(f"profile {name!r} is not YAML ({error}); fix the file") from error
     if not isinstance(values, dict):
         raise RequestError(f"profile {name!r} holds no keys; start from a copy of quick.yaml")
-    values = {"name": path.stem, **values, **(overrides or {})}
+    written = {"name": path.stem, **values}
+    values = {**written, **(overrides or {})}
     for key in values:
         _check_key(key)
+    defaults = {key: field.default for key, field in Profile.model_fields.items()}
+    changes = {k: value for k, value in values.items() if value != {**defaults, **written}[k]}
+    if values.get("models"):
+        changes.pop("model", None)  # each has a folder of its own
+    name_of_all = values["name"]
+    built_in = {written["name"], *(path.stem for path in paths.PROFILES.glob("*.yaml"))}
+    if changes and "name" in (overrides or {}) and values["name"] in built_in:
+        raise RequestError(
+            f"name {values['name']!r} is that of a profile without these changes; leave name out, "
+            "or give another one"
+        )
+    if changes and "name" not in changes:
+        values["name"] = f"{name_of_all}+{_short(changes)}"
     if values.get("models") and isinstance(values["models"], list):
         values.setdefault("model", values["models"][0])
-        values["name"] = f"{values['name']}/{_folder_of(str(values['model']))}"
+        one = _folder_of(str(values["model"]))
+        values["name"], name_of_all = f"{values['name']}/{one}", f"{name_of_all}/{one}"
     try:
-        return Profile(**values)
+        profile = Profile(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "profile"
@@ -249,6 +291,22 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         reason = first["msg"].removeprefix("Value error, ")
         value = f", {where} = {first['input']!r}" if first["loc"] else ""
         raise RequestError(f"profile {name!r}{value}: {reason}{removed(value)}") from error
+    profile._changes, profile._stored_as = changes, name_of_all
+    return profile
+
+
+def _as_yaml(value: Any) -> str:
+    """A value in one line, as --set reads it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def _short(changes: dict[str, Any]) -> str:
+    """Changes as a part of a folder's name: `seed=1+slice_bases=0.0,0.1`."""
+    said = "+".join(f"{key}={_as_yaml(value)}" for key, value in sorted(changes.items()))
+    short = re.sub(r"[^\w.,=+-]+", "-", re.sub(r"[][{}' ]", "", said)).strip("-")
+    if len(short) > 80 or "-" in short:  # cut, or two changes could read alike
+        short = f"{short[:70]}-{hashlib.sha256(said.encode()).hexdigest()[:6]}"
+    return short
 
 
 def _folder_of(model: str) -> str:

@@ -46,7 +46,7 @@ class Study:
         """
         settings = load(profile, overrides)
         folder = paths.record if from_record else paths.results
-        store = Store(folder(settings.name), of_record=from_record)
+        store = Store(folder(settings.stored_as), of_record=from_record)
         return cls(settings, store, device, from_record)
 
     @classmethod
@@ -89,7 +89,7 @@ class Study:
             return 0
         if self.from_record:
             raise RunError(
-                f"the record of {self.profile.name!r} lacks {len(missing)} of {len(requests)} "
+                f"the record of {self.profile.stored_as!r} lacks {len(missing)} of {len(requests)} "
                 "measurements; run without --from-record to measure them"
             )
         return run_all(missing, self.profile, self.store, self.device, executor, address)

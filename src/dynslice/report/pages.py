@@ -32,7 +32,7 @@ def claims_block(study: Study) -> str:
 def artifact_block(study: Study) -> str:
     """A row for each judged claim: what to run for it, and what to expect (Markdown)."""
     table = pd.DataFrame(o for o in claims.outcomes(study) if o["change"])
-    table["command"] = f"`./run_all.sh --profile {study.profile.name} --only 06`"
+    table["command"] = f"`{study.profile.command} --only 06`"
     shown = ["claim", "at", "measured on", "measured", "verdict on this model", "command"]
     seconds = sum(study.store.get(request).seconds for request in study.requests())
     told = style.say("artifact", p=study.profile, minutes=seconds / 60)
