@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ from dynslice.method.plan import SlicePlan
 from dynslice.method.slicing import slice_model
 
 WIDTHS = (40, 17, 31)
-# Slices that the code before the packages saved, with the logits that it gave.
-EARLIER = Path(__file__).parent / "data" / "slices_of_3172b2b"
 
 
 @pytest.fixture
@@ -129,7 +126,7 @@ def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, ask, t
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert (folder / "tokenizer.json").is_file()
 
-    folders = {folder: out, EARLIER / "llama": tmp_path / "earlier.pt"}
+    folders = {folder: out}
     for layout, (options, _) in LAYOUTS.items():
         assert ask("slice", *request, tmp_path / layout, *options)[0] == 0
         folders[tmp_path / layout] = tmp_path / f"{layout}.pt"
@@ -154,15 +151,3 @@ def test_sliced_directory_loads_where_dynslice_is_not_installed(dynslice, ask, t
         settings = json.loads((tmp_path / layout / "config.json").read_text())
         assert settings["architectures"] == [kind]
         assert ("auto_map" in settings) == (layout != "plain")
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_slice_of_the_code_before_the_packages_gives_the_same_logits(family):
-    folder = EARLIER / family
-    expected = load_file(folder / "expected.safetensors")
-    model, tokenizer = models.load(str(folder), torch.device("cpu"), torch.float32)
-    assert tokenizer("abc")["input_ids"]
-    assert SlicePlan.read(folder / "plan.json").parameters == model.num_parameters()
-    with torch.inference_mode():
-        logits = model(expected["ids"], use_cache=False).logits
-    torch.testing.assert_close(logits, expected["logits"], atol=1e-6, rtol=1e-6)

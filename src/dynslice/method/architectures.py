@@ -107,9 +107,7 @@ def check_plan(config, plan: SlicePlan) -> None:
     require_dense(config, "slicing")
     shape = dims_of(config)
     for name, planned in vars(plan.shape).items():
-        here = getattr(shape, name)
-        is_new = name in ("tied", "final_scale", "heads")  # a file of an earlier version lacks it
-        if here != planned and (planned or not is_new):
+        if (here := getattr(shape, name)) != planned:
             raise RequestError(
                 f"the plan was made for another model ({name} {planned}, here {here}); make it "
                 "anew with `dynslice plan`"
