@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,7 +18,6 @@ from dynslice.core.errors import RequestError, RunError
 from dynslice.evaluate import perplexity
 from dynslice.experiment import executor
 from dynslice.experiment.agenda import WorkQueue, describe, needs
-from dynslice.experiment.plan_specs import Constant
 from dynslice.experiment.store import Request, Store
 from dynslice.experiment.study import Study
 from dynslice.method import redundancy, slicing
@@ -190,64 +188,6 @@ def test_no_plan_starts_before_its_lr_is_there(small):
     sliced = [job.network for job in taken if job.network]
     assert len(sliced) == len([p for p in small.points() if p.network])
     assert all(len(job.requests) == 1 for job in taken if job.network is None)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "device", "wanted", "expected"),
-    [
-        ([{"CPU": 2.0}], "auto", 9, ("cpu", 2, 1)),
-        ([{"CPU": 8.0}], "auto", 3, ("cpu", 3, 2)),
-        ([{"CPU": 8.0}, {"CPU": 2.0}, {}], "cpu", 2, ("cpu", 2, 2)),
-        ([{"CPU": 16.0, "GPU": 4.0}], "auto", 99, ("cuda", 4, 4)),
-        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 32.0, "GPU": 1.0}], "cuda", 99, ("cuda", 5, 4)),
-        ([{"CPU": 16.0, "GPU": 4.0}], "cpu", 99, ("cpu", 16, 1)),
-        ([{"CPU": 1.0, "GPU": 2.0}], "cuda", 1, ("cuda", 1, 0)),
-    ],
-)
-def test_a_cluster_is_shared_by_gpu_else_by_cpu(nodes, device, wanted, expected):
-    assert executor.shares(nodes, device, wanted) == expected
-
-
-def test_a_network_that_kills_its_worker_again_and_again_is_given_up(tmp_path):
-    """Ray without processes: workers answer at once, and one network kills each of them."""
-
-    class Died(Exception):
-        pass
-
-    asked, killed, made = [], [], []
-    deadly, fine = ({"plan": Constant(share, 8).to_dict()} for share in (0.5, 0.25))
-
-    def remote(answer):
-        return SimpleNamespace(remote=answer)
-
-    def measure(request, network):
-        asked.append(request.key)
-        return Died() if network is deadly else None
-
-    def make():
-        made.append(SimpleNamespace(load=remote(object), measure=remote(lambda *a: (measure(*a),))))
-        return made[-1]
-
-    def get(ref):
-        if isinstance(ref, tuple) and isinstance(ref[0], Died):
-            raise ref[0]
-
-    def wait(refs):
-        return refs[:1], refs[1:]
-
-    exceptions = SimpleNamespace(RayError=Died)
-    ray = SimpleNamespace(wait=wait, get=get, kill=killed.append, exceptions=exceptions)
-    requests = [
-        Request("ppl", {"slice": network, "text": text})
-        for network in (deadly, fine)
-        for text in ("one", "two")
-    ]
-    queue = WorkQueue(requests, Store(tmp_path))
-    executor._hand_out(queue, ray, make, 1)
-    assert asked == [requests[0].key, requests[2].key, requests[3].key]
-    assert set(queue.failed) == {r.key for r in requests[:2]}
-    assert len(made) == 2
-    assert killed == made  # the dead one, and the other when nothing was left
 
 
 # Ray

@@ -8,18 +8,19 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any
 
 from dynslice.core import interrupt, paths
-from dynslice.core.errors import DiskError, RequestError, RunError, in_one_line
+from dynslice.core.errors import DiskError, RequestError, in_one_line
 from dynslice.experiment.agenda import Job, WorkQueue, attempt
 from dynslice.experiment.profile import Profile
 from dynslice.experiment.store import Request, Store
 
-_ATTEMPTS = 3  # at a measurement whose worker dies
+_RETRIES = 2  # of a network whose worker dies
 _PATIENCE = 15  # seconds for a Ray cluster to answer
 
 
@@ -34,8 +35,11 @@ def check_executor(executor: str, address: str | None, placement: str = "residen
         raise RequestError(f"executor {executor!r} is unknown; use local or ray")
     if address is not None and executor != "ray":
         raise RequestError(f"--address {address} is Ray's; add --executor ray, or leave it out")
-    if executor == "ray":
-        _import_ray()
+    if executor == "ray" and not find_spec("ray"):
+        raise RequestError(
+            "executor 'ray' needs the package ray; `pip install -e '.[ray]'`, or use "
+            "--executor local"
+        )
 
 
 def run_all(
@@ -76,7 +80,7 @@ def _run_here(queue: WorkQueue, settings: Profile, store: Store, device: str) ->
 
 
 class Worker:
-    """A process of Ray's that keeps its model; what it loses when killed can be made again."""
+    """A process of Ray's that keeps its model from one network to the next."""
 
     def __init__(self, threads: int, folder: str, *given: Any):
         self.threads, self.folder, self.given = threads, folder, given
@@ -92,128 +96,69 @@ class Worker:
         torch.set_num_threads(self.threads)
         return Runner(*self.given)
 
-    def load(self) -> None:
-        """Make the runner before there is a job for it."""
-        self.runner  # noqa: B018
-
-    def measure(self, request: Request, network: dict | None) -> str | None:
-        """Why a measurement failed, None when its result is in the store."""
-        with self.runner.store.claim(Job(network, [request]).name, lambda: None):
-            return attempt(self.runner, request, network)
+    def measure(self, job: Job) -> list[str | None]:
+        """Why each request of a job failed; None for those whose result is in the store."""
+        with self.runner.store.claim(job.name, lambda: None):
+            return [attempt(self.runner, request, job.network) for request in job.requests]
 
 
 def _run_by_ray(
     queue: WorkQueue, settings: Profile, store: Store, device: str, address: str | None
 ) -> None:
-    """Measure all that a queue holds. Raises RequestError where Ray cannot start."""
+    """Give each worker one network after the other; Ray restarts a worker that dies, and retries.
+
+    Raises RequestError where Ray cannot start.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(
             f"device {device!r} names one GPU, and Ray hands them out itself; use auto, cpu or cuda"
         )
-    queue.bar.set_postfix_str("waiting for Ray")
     with _cluster(address) as ray:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        device, count, cpus = shares(nodes, device, len(queue.waiting))
+        have = ray.cluster_resources()
+        on_gpu = device != "cpu" and have.get("GPU", 0) >= 1
+        if device == "cuda" and not on_gpu:
+            raise RequestError("the Ray cluster has no GPU to give; use --device cpu")
+        count = min(int(have["GPU" if on_gpu else "CPU"]), len(queue.waiting))
+        # On a cluster a worker of several CPUs may fit on no node.
+        cpus = int(have["CPU"]) // count if address is None and not on_gpu else 1
         moved = {"DYNSLICE_CACHE": str(paths.CACHE), "DYNSLICE_OUTPUT": str(paths.OUTPUT)}
-        remote = ray.remote(
-            num_gpus=int(device == "cuda"),
-            num_cpus=cpus,
-            max_restarts=-1,
-            max_task_retries=_ATTEMPTS - 1,
-            runtime_env={"env_vars": moved},
-        )(Worker)
-        given = (max(cpus, 1), os.getcwd(), settings, store, device)
-        _hand_out(queue, ray, partial(remote.remote, *given), count)
-
-
-def _hand_out(queue: WorkQueue, ray: Any, make: Callable, count: int) -> None:
-    """Give each worker that has loaded the model one measurement after the other."""
-    busy: dict[Any, tuple[Any, Job | None]] = {}  # what is awaited -> whose it is, of which job
-    idle = []
-
-    def give(worker: Any, job: Job | None) -> None:
-        if job is None:
-            awaited = worker.load.remote()
-        else:
-            queue.started(job.requests[0])
-            awaited = worker.measure.remote(job.requests[0], job.network)
-        busy[awaited] = (worker, job)
-
-    for _ in range(count):
-        give(make(), None)
-    while queue.left:
-        [done], _ = ray.wait(list(busy))
-        worker, job = busy.pop(done)
-        try:
-            error = ray.get(done)
-        except ray.exceptions.RayError as failure:
-            if isinstance(cause := getattr(failure, "cause", None), DiskError):
-                raise cause from failure
-            error = _reason(failure)
-            if job is None:
-                raise RunError(f"a worker could not load the model: {error}") from failure
-            for request in job.requests:  # a network that kills its worker is not sliced again
-                queue.finished(request, error)
-            ray.kill(worker)
-            give(make(), None)
-        else:
+        options = {"num_gpus": int(on_gpu), "num_cpus": cpus, "max_restarts": -1}
+        options |= {"max_task_retries": _RETRIES, "runtime_env": {"env_vars": moved}}
+        given = (cpus, os.getcwd(), settings, store, "cuda" if on_gpu else "cpu")
+        remote = ray.remote(**options)(Worker)
+        idle, busy = [remote.remote(*given) for _ in range(count)], {}
+        while queue.left:
+            while idle and (job := queue.take()):
+                queue.started(job.requests[0])
+                worker = idle.pop()
+                busy[worker.measure.remote(job)] = worker, job
+            [done], _ = ray.wait(list(busy))
+            worker, job = busy.pop(done)
             idle.append(worker)
-            if job is not None:
-                queue.finished(job.requests[0], error)
-                if others := job.requests[1:]:
-                    give(idle.pop(), Job(job.network, others))
-        while idle and (job := queue.take()):
-            give(idle.pop(), job)
-        while idle and not queue.waiting:  # room for a worker whose node was lost
-            ray.kill(idle.pop())
-
-
-def shares(nodes: list[dict], device: str, wanted: int) -> tuple[str, int, int]:
-    """Device, number of workers and CPUs of each, for `wanted` jobs on the nodes of a cluster.
-
-    nodes: the resources of each. One worker per GPU, else one per CPU, or with more CPUs where
-    there are fewer jobs. Raises RequestError where a GPU is wanted and there is none.
-    """
-    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
-    if device == "cuda" and not with_gpu:
-        raise RequestError("device 'cuda' is not available in the Ray cluster; use --device cpu")
-    if with_gpu and device != "cpu":
-        count = min(wanted, sum(int(node["GPU"]) for node in with_gpu))
-        return "cuda", count, min(int(n.get("CPU", 0) // n["GPU"]) for n in with_gpu)
-    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    if not cpus:
-        raise RequestError("the Ray cluster has no CPU to give; start it with --num-cpus")
-    count = min(wanted, sum(cpus))
-    return "cpu", count, min(sum(cpus) // count, *cpus)
+            try:
+                errors = ray.get(done)
+            except ray.exceptions.RayError as failure:
+                cause = getattr(failure, "cause", None) or failure
+                if isinstance(cause, DiskError):
+                    raise cause from failure
+                errors = [None if store.get(r) else _reason(cause) for r in job.requests]
+            for request, error in zip(job.requests, errors, strict=True):
+                queue.finished(request, error)
 
 
 def _reason(failure: Exception) -> str:
-    if (cause := getattr(failure, "cause", None)) is not None:
-        return in_one_line(cause)
-    text = str(failure)
-    if "worker process has died" in text:
-        return f"its worker died at each of {_ATTEMPTS} attempts; does it have memory enough?"
-    why = text.partition(" because ")[2] or text or "no reason given"
-    return f"Ray lost its worker ({why.splitlines()[0].rstrip('.')})"
-
-
-def _import_ray() -> Any:
-    """Ray. Raises RequestError where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    try:
-        import ray
-    except ImportError as error:
-        raise RequestError(
-            "executor 'ray' needs the package ray; `pip install -e '.[ray]'`, or use "
-            "--executor local"
-        ) from error
-    return ray
+    """Why a worker failed, in a sentence."""
+    if "worker process has died" in str(failure):
+        return f"its worker died at each of {_RETRIES + 1} attempts; does it have memory enough?"
+    return in_one_line(failure)
 
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected to the cluster at `address`, or to one of this process on this machine."""
-    ray = _import_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    import ray
+
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:  # its small store is enough, because nothing is sent
         options |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
