@@ -244,7 +244,7 @@ def device_line(study: Study) -> str:
     results = filter(None, map(study.store.get, study.requests()))
     provenances = [result.provenance for result in results]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
-    commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
+    commits = sorted(set(map(commit_of, provenances)))
     if not provenances:
         return "Nothing is measured yet."
     line = f"Measured on {'; '.join(devices)}, code at commit {listed(commits)}."
@@ -253,6 +253,12 @@ def device_line(study: Study) -> str:
     used = {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
     stand_ins = "; ".join(f"`{there}` stands in for {name}" for name, there in used.items())
     return f"{line} **Stand-ins**: {stand_ins}." if used else line
+
+
+def commit_of(provenance: dict) -> str:
+    """The commit in short, and whether the code that measured differs from it."""
+    changed = " with local changes" if provenance.get("dirty") else ""
+    return (provenance["commit"] or "unknown")[:10] + changed
 
 
 def lm_eval_line(study: Study) -> str:
