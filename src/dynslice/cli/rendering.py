@@ -12,20 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib
+from matplotlib import get_data_path
 
 from dynslice.core import files, interrupt, paths
 from dynslice.core.errors import RunError
 from dynslice.experiment.study import Study
 from dynslice.report.style import NONE, SAVED
-
-# The kernel of every notebook: this interpreter, with the modules that it finds.
-_KERNEL = {
-    "argv": [sys.executable, "-m", "ipykernel_launcher", "--ignore-cwd", "-f", "{connection_file}"],
-    "display_name": "Python 3",
-    "language": "python",
-}
-_OF_USERS = ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONWARNINGS")  # they change what notebooks show
 
 
 def render(
@@ -49,14 +41,13 @@ def render(
 @contextmanager
 def own_kernels() -> Iterator[None]:
     """Kernels that start in this context are this interpreter, without the settings of a user."""
-    before = dict(os.environ)
+    before, launch = dict(os.environ), [sys.executable, "-m", "ipykernel_launcher", "--ignore-cwd"]
+    spec = {"argv": [*launch, "-f", "{connection_file}"], "display_name": "Python 3"}
     with TemporaryDirectory() as folder:
-        files.write(Path(folder, "kernels", "python3", "kernel.json"), json.dumps(_KERNEL))
-        for name in _OF_USERS:
-            os.environ.pop(name, None)
-        own = {"JUPYTER_PATH": folder, "IPYTHONDIR": f"{folder}/ipython"}
-        own |= {"JUPYTER_RUNTIME_DIR": f"{folder}/runtime", "PYTHONPATH": os.pathsep.join(sys.path)}
-        own["MATPLOTLIBRC"] = f"{matplotlib.get_data_path()}/matplotlibrc"
+        files.write(Path(folder, "kernels/python3/kernel.json"), json.dumps(spec))
+        own = dict.fromkeys(("MPLBACKEND", "PYTHONSTARTUP", "PYTHONWARNINGS"), "")
+        own |= dict.fromkeys(("IPYTHONDIR", "JUPYTER_PATH", "JUPYTER_RUNTIME_DIR"), folder)
+        own |= {"MATPLOTLIBRC": get_data_path(), "PYTHONPATH": os.pathsep.join(sys.path)}
         os.environ.update(own)
         try:
             yield
@@ -103,8 +94,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
                 "command again goes on from there"
             ) from error
         executed = json.loads(unfinished.read_text(encoding="utf-8"))
-        saved = {name for name, _ in _figures(target.parent) - before}
-        check_shown(executed, saved, source.name)
+        check_shown(executed, {name for name, _ in _figures(target.parent) - before}, source.name)
         content = tidied(executed)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, target)
@@ -117,16 +107,13 @@ def _figures(rendered: Path) -> set[tuple[str, int]]:
 
 
 def check_shown(notebook: dict, saved: set[str], name: str) -> None:
-    """Raise RunError where a cell of an executed notebook does not show a figure that it saved."""
+    """Raise RunError where a cell of an executed notebook shows fewer figures than it saved."""
     for cell in notebook["cells"]:
-        figures = [figure for figure in SAVED.findall("".join(cell["source"])) if figure in saved]
-        shown = [
-            output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-        ]
-        if len(shown) < len(figures):
+        figures = saved.intersection(SAVED.findall("".join(cell["source"])))
+        if len(figures) > sum("image/png" in x.get("data", {}) for x in cell.get("outputs", [])):
             raise RunError(
-                f"notebook {name} does not show figure {figures[-1]!r}; check the matplotlib "
-                "backend of its kernel (%matplotlib inline shows figures)"
+                f"notebook {name} does not show figure {min(figures)!r}; use the matplotlib "
+                "backend inline in it"
             )
 
 

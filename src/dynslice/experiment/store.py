@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +24,8 @@ METHOD_VERSION = 1
 # What a run rewrites in a checkout; it does not make the code that measured dirty.
 _GENERATED = ("data/record", "data/results", "figures", "notebooks/rendered")
 _GENERATED += ("README.md", "docs/deviations.md")
-_IGNORED = ("--exclude=__pycache__", "--exclude=*.egg-info")  # in src
-# Of a user, by which git would see less or start a daemon.
+_IGNORED = ("--exclude=__pycache__", "--exclude=*.egg-info")  # in src, whatever a user ignores
+# Against those of a user by which git would see less, or start a daemon.
 _SETTINGS = ("--no-replace-objects", "-c", "core.fsmonitor=false", "-c", "core.ignoreStat=false")
 _SETTINGS += ("-c", "core.splitIndex=false")
 
@@ -133,40 +133,33 @@ def provenance(device) -> dict:
 
 @cache
 def _checkout() -> dict:
-    """Commit of the code that runs, and whether the code differs from it, read once at the start.
+    """Commit of the code that runs, and whether it differs; read once: a run keeps what it started.
 
-    Both are None where no git repository has this package at src/dynslice in its last commit.
+    Both are None where no git repository has this package as src/dynslice in its last commit.
     """
-    unknown = {"commit": None, "dirty": None}
+    root = paths.PACKAGE.parents[1]
+    # What the environment or the index of the checkout say can hide changes, or another repository.
+    here = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", *_SETTINGS, "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, env=here, check=True)
+        return os.fsdecode(done.stdout.removesuffix(b"\n"))
+
     try:
         with TemporaryDirectory() as scratch:
-            git = partial(_git, Path(scratch, "index"))
-            top = Path(git("rev-parse", "--show-toplevel"), "src", "dynslice")
-            if top.resolve() != paths.PACKAGE:  # the repository of something around it
-                return unknown
-            commit = git("rev-parse", "HEAD")
+            here["GIT_INDEX_FILE"] = str(Path(scratch, "index"))
+            commit, _ = git("rev-parse", "HEAD", "HEAD:src/dynslice").split()
+            if Path(git("rev-parse", "--show-toplevel"), "src/dynslice").resolve() != paths.PACKAGE:
+                return {"commit": None, "dirty": None}
             git("read-tree", commit)
-            git("ls-files", "--error-unmatch", str(top / "__init__.py"))
             code = ("--", ".", *(f":!{path}" for path in _GENERATED))
             changed = git("diff", "--name-only", "--no-renames", "--ignore-submodules=none", *code)
             changed += git("ls-files", "--others", "--exclude-standard", *code)
-            # Next to the code nothing is ignored, whatever the settings of a user say.
             changed += git("ls-files", "--others", *_IGNORED, "--", "src")
     except (OSError, subprocess.CalledProcessError):
-        return unknown
+        return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}
-
-
-def _git(index: Path, *arguments: str) -> str:
-    """What git says of the checkout, with no other repository or index named by the environment.
-
-    index: a new file; the marks in the index of the checkout can hide changes.
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    environment["GIT_INDEX_FILE"] = str(index)
-    command = ["git", *_SETTINGS, "-C", str(paths.PACKAGE.parents[1]), *arguments]
-    done = subprocess.run(command, capture_output=True, env=environment, check=True)
-    return os.fsdecode(done.stdout.removesuffix(b"\n"))
 
 
 @cache

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 from dynslice.core import paths
@@ -127,12 +126,11 @@ def parameters(variables: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str
     None keeps the value of the profile, or the default. Text (from `papermill -p`) is read by the
     type of its parameter.
     """
-    plain = (str, int, float, list, dict)
+    plain = (str, int, float, list, tuple, set, dict)
     given = {k: v for k, v in variables.items() if isinstance(v, plain) and k[:1] != "_"}
-    given |= {k: v for k, v in variables.items() if k in Profile.model_fields and not _is_code(v)}
     for name in ("In", "Out", *_of_start_up(variables)):
         given.pop(name, None)
-    given = {k: _typed(k, v) for k, v in given.items() if v is not None}
+    given = {k: _typed(k, v) for k, v in given.items()}
     fixed = {k: given.pop(k) for k in ("profile", "from_record", "device") if k in given}
     fixed = {k: v for k, v in fixed.items() if v is not None}
     return str(fixed.pop("profile", "quick")), fixed, given
@@ -143,10 +141,6 @@ def _typed(name: str, value: Any) -> Any:
         return str(value)
     is_value = isinstance(value, str) and (value == "null" or not is_text(name))
     return parse_value(value, name) if is_value else value
-
-
-def _is_code(value: Any) -> bool:
-    return callable(value) or isinstance(value, ModuleType)
 
 
 def _of_start_up(variables: dict[str, Any]) -> list[str]:
