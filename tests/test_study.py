@@ -200,6 +200,16 @@ def test_text_of_a_profile_is_text_whatever_it_looks_like(text):
     assert parse_overrides(["revision=null", 'model="a b"']) == {"revision": None, "model": "a b"}
 
 
+def test_profiles_are_files_by_their_usual_endings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (paths.PROFILES / "smoke.yaml").read_text()
+    for name in ("mine.YAML", "mine.yml", "smoke.yml"):
+        (tmp_path / name).write_text(text)
+    assert {load("mine.YAML").name, load("mine.yml").name} == {"mine"}
+    with pytest.raises(RequestError, match=r"'smoke\.yml' has the name of a built-in profile"):
+        load("smoke.yml")
+
+
 def test_code_that_has_the_name_of_a_key_is_no_parameter():
     assert (
         Study.from_notebook({"profile": "smoke", "models": paths, "seed": len}).profile.seed == 42
