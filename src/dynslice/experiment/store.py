@@ -25,9 +25,6 @@ METHOD_VERSION = 1
 _GENERATED = ("data/record", "data/results", "figures", "notebooks/rendered")
 _GENERATED += ("README.md", "docs/deviations.md")
 _IGNORED = ("--exclude=__pycache__", "--exclude=*.egg-info")  # in src, whatever a user ignores
-# Against those of a user by which git would see less, or start a daemon.
-_SETTINGS = ("--no-replace-objects", "-c", "core.fsmonitor=false", "-c", "core.ignoreStat=false")
-_SETTINGS += ("-c", "core.splitIndex=false")
 
 _PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "tokenizers", "numpy")
 
@@ -137,12 +134,11 @@ def _checkout() -> dict:
 
     Both are None where no git repository has this package as src/dynslice in its last commit.
     """
-    root = paths.PACKAGE.parents[1]
     # What the environment or the index of the checkout say can hide changes, or another repository.
     here = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
-        command = ["git", *_SETTINGS, "-C", str(root), *arguments]
+        command = ["git", "-C", str(paths.PACKAGE.parents[1]), *arguments]
         done = subprocess.run(command, capture_output=True, env=here, check=True)
         return os.fsdecode(done.stdout.removesuffix(b"\n"))
 

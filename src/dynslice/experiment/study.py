@@ -131,7 +131,7 @@ def parameters(variables: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str
     for name in ("In", "Out", *_of_start_up(variables)):
         given.pop(name, None)
     given = {k: _typed(k, v) for k, v in given.items()}
-    fixed = {k: given.pop(k) for k in ("profile", "from_record", "device") if k in given}
+    fixed = {k: given.pop(k, None) for k in ("profile", "from_record", "device")}
     fixed = {k: v for k, v in fixed.items() if v is not None}
     return str(fixed.pop("profile", "quick")), fixed, given
 

@@ -112,11 +112,8 @@ def _read(name: str) -> str:
             f"text {name!r} is neither a corpus ({known}) nor a file or directory; check the name"
         )
     try:
-        raw = (
-            gzip.decompress(path.read_bytes())
-            if path.suffix.lower() == ".gz"
-            else path.read_bytes()
-        )
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
         text = raw.decode("utf-8-sig")  # without a byte order mark
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RequestError(f"text {name!r} is no gzip file; name it otherwise") from error
