@@ -9,7 +9,7 @@
 # satisfies pyproject.toml is active. Everything that is already there is kept, so an interrupted
 # run goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 started=$SECONDS
 
 say() { printf '\n== %s\n' "$*"; }

@@ -56,6 +56,7 @@ def one_kernel(output):
         patch.setenv("DYNSLICE_OUTPUT", str(output))
         patch.setattr(rendering, "execute", kernel.execute)
         try:
-            yield
+            with rendering.own_kernels():
+                yield
         finally:
             kernel.stop()

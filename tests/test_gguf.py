@@ -1,6 +1,7 @@
 """GGUF files as models: converted once, told apart by what they hold, refused in one sentence."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def write_gguf(path, tensors, architecture="llama", tokenizer=True, quantised=No
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     return tmp_path
+
+
+def test_an_ending_in_capitals_is_one(cache):
+    path = write_gguf(cache / "SMALL.GGUF", tensors_of())
+    assert models.is_gguf(str(path))
+    assert Path(models.resolve(str(path)), "config.json").is_file()
 
 
 def test_a_file_is_a_model(cache):

@@ -25,8 +25,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynslice.core import assets, files
+from dynslice.cli import commands, reproduce
+from dynslice.core import assets, files, paths
 from dynslice.core.errors import RequestError, RunError
+from dynslice.evaluate import harness
 from dynslice.evaluate.perplexity import perplexity
 from dynslice.inputs import checkpoints, models, texts
 from dynslice.inputs.windows import first_token, sliding_windows, token_stream, token_windows
@@ -57,8 +59,6 @@ def places(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sliced(places):
     """A slice as the command line saves it."""
-    from dynslice.cli import commands
-
     assert commands.main([*map(str, SLICE), "--out", "sliced"]) == 0
     return places / "sliced"
 
@@ -437,6 +437,60 @@ def test_a_reader_that_goes_away_is_no_failure():
     finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert finished.stdout.splitlines()[-1] == "0"
     assert finished.stderr == ""
+
+
+def ran(*command, **environment):
+    """A Python command in a process of its own."""
+    here = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent), **environment}
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(paragraphs(20), encoding="utf-8")
+    for form, shown in (([], "wrote gr\\xf6\\xdfe: "), (["--json"], '{"out": "gr\\u00f6\\u00dfe"')):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        with contextlib.redirect_stdout(terminal):
+            assert commands.main([*map(str, SLICE), "--out", "größe", *form]) == 0
+        assert terminal.buffer.getvalue().decode("ascii").startswith(shown)
+        shutil.rmtree("größe")
+
+
+def test_a_model_card_holds_a_name_in_another_encoding(ask, tmp_path):
+    text = tmp_path / os.fsdecode(b"t\xebxt.txt")
+    text.write_text(paragraphs(20), encoding="utf-8")
+    asked = [*SLICE, "--calibration", text, "--out", tmp_path / "out"]
+    assert ask(*asked)[0] == 0
+    assert "t\ufffdxt.txt" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
+def test_lists_are_read_with_spaces_round_their_commas(ask, monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness, "tasks", lambda _, __, names, **_how: asked.append(names) or {})
+    assert ask("tasks", "--model", NAME, "--tasks", " piqa , arc_easy,", "--limit", 1)[0] == 0
+    monkeypatch.setattr(reproduce, "run", lambda *_, only, **_how: asked.append(only) or ({}, []))
+    assert ask("reproduce", "--profile", "smoke", "--only", "01, 02", "03")[0] == 0
+    assert asked == [["piqa", "arc_easy"], ["01", "02", "03"]]
+
+
+@pytest.mark.parametrize("name", ["DYNSLICE_CACHE", "DYNSLICE_OUTPUT"])
+def test_an_empty_variable_is_as_good_as_none(name, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    told = ["-c", "from dynslice.core.paths import *; print(CACHE, OUTPUT)"]
+    assert ran(*told, **{name: ""}).stdout == ran(*told).stdout != ""
+
+
+def test_our_own_code_warns_of_nothing():
+    code = "import time; from dynslice.core import interrupt\nwith interrupt.handled(): pass\n"
+    done = ran("-W", "error", "-c", f"{code}time.sleep(0.3)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interpreter_without_docstrings_is_refused():
+    done = ran("-OO", "-m", "dynslice", "assets", "list")
+    assert done.returncode == 2
+    assert "needs the docstrings that python -OO leaves out; use python -O" in done.stderr
 
 
 def test_no_bar_is_written_into_a_file(dynslice):

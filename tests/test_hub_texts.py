@@ -313,8 +313,8 @@ def test_split_without_files_is_refused(tmp_path):
             RequestError, match=f"without split '{split or 'validation'}' .it has train.; add"
         ):
             texts.check(str(tmp_path), split)
-    with pytest.raises(RequestError, match="split 'dev' is unknown"):
-        texts.check(str(tmp_path), "dev")
+    with pytest.raises(RequestError, match="split 'trial' is unknown"):
+        texts.check(str(tmp_path), "trial")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=r"without split 'train' \(it has none\)"):
         texts.documents(str(tmp_path / "empty"), "train")
@@ -323,8 +323,35 @@ def test_split_without_files_is_refused(tmp_path):
 def test_two_formats_of_a_split_are_refused(tmp_path):
     write(tmp_path / "train.txt", TEXTS)
     write(tmp_path / "train.parquet", TEXTS)
-    with pytest.raises(RequestError, match=r"several formats \(parquet, txt\); leave one"):
+    with pytest.raises(RequestError, match=r"times \(train.parquet, train.txt\); leave"):
         texts.check(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("names", [("valid.txt", "dev.txt"), ("val.TXT", "val.txt")])
+def test_two_names_of_a_split_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text(name)
+    with pytest.raises(RequestError, match="holds split validation several times"):
+        texts.check(str(tmp_path), "validation")
+
+
+@pytest.mark.parametrize("ending", ["JSONL", "ndjson", "JSON", "PARQUET", "pq", "JSONL.GZ"])
+def test_files_of_rows_are_known_by_their_other_endings(tmp_path, ending):
+    usual = ".jsonl" if ending == "ndjson" else ".parquet" if ending == "pq" else f".{ending}"
+    write(made := tmp_path / f"made{usual.lower()}", TEXTS)
+    made.rename(tmp_path / f"dev.{ending}")
+    assert texts.documents(str(tmp_path / f"dev.{ending}"), None) == TEXTS
+    for split in ("dev", "val", "validation", None):
+        assert texts.documents(str(tmp_path), split) == TEXTS
+    assert texts.checked_split(str(tmp_path), "valid") == "validation"
+
+
+@pytest.mark.parametrize("ending", ["TXT", "txt.gz", "TXT.GZ"])
+def test_files_of_text_are_known_by_their_other_endings(tmp_path, ending):
+    raw = TEXTS[0].encode()
+    path = tmp_path / f"Test.{ending}"
+    path.write_bytes(gzip.compress(raw) if ending.lower().endswith("gz") else raw)
+    assert texts.documents(str(tmp_path), "test") == texts.documents(str(path), None) == TEXTS[:1]
 
 
 def test_unclear_column_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 import platform
 import re
 import sys
@@ -18,7 +19,7 @@ from notebook_kernels import one_kernel, with_parameters
 
 from dynslice.cli import commands, rendering
 from dynslice.core import paths
-from dynslice.core.errors import RequestError
+from dynslice.core.errors import RequestError, RunError
 from dynslice.experiment.estimate import Machine
 from dynslice.experiment.profile import load, percent
 from dynslice.experiment.requests import DENSE
@@ -391,3 +392,96 @@ def legends(figure):
 
 def top(figure):
     return figure.axes[-1].get_ylim()[1]
+
+
+START_UP = (
+    "lab = 3\nseed = 8\nprofile = 'quick'\nimport matplotlib\nmatplotlib.rc('lines', linewidth=9)\n"
+)
+
+
+@pytest.fixture
+def users_own(tmp_path, monkeypatch):
+    """What a user may have set up for notebooks and figures of their own."""
+    home = tmp_path / "home"
+    kernel = home / "jupyter/kernels/python3/kernel.json"
+    start_up = home / "ipython/profile_default/startup/mine.py"
+    for path, text in (
+        (kernel, json.dumps({"argv": ["/no/python"], "display_name": "p", "language": "python"})),
+        (start_up, START_UP),
+        (home / "matplotlibrc", "figure.facecolor: red\nlines.linewidth: 9\n"),
+        (home / "work/matplotlibrc", "axes.facecolor: blue\n"),
+        (home / "work/numpy.py", "raise SystemExit\n"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.chdir(home / "work")
+    for name, value in {
+        "MPLBACKEND": "Agg",
+        "MATPLOTLIBRC": home / "matplotlibrc",
+        "IPYTHONDIR": home / "ipython",
+        "PYTHONSTARTUP": start_up,
+        "PYTHONWARNINGS": "always",
+        "JUPYTER_PATH": home / "jupyter",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch):
+    """What executes a notebook that saves a figure after the line `first`."""
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    monkeypatch.setenv("DYNSLICE_OUTPUT", str(tmp_path))
+    monkeypatch.syspath_prepend(str(paths.PACKAGE.parent))
+
+    def execute(first=""):
+        cells = ["profile = None"], [first], ["import sys"], ["print(sys.executable)"]
+        cells[1].append("from dynslice.experiment.study import Study")
+        cells[1].append("study = Study.from_notebook(globals())")
+        cells[2].append("from dynslice.report import style")
+        cells[2].append("figure, axis = style.panels()")
+        cells[2].append("axis.plot([1, 2])")
+        cells[2].append('style.save_figure(figure, study, "curve")')
+        made = [
+            nbformat.v4.new_code_cell("\n".join(lines), id=f"c{i}") for i, lines in enumerate(cells)
+        ]
+        made[0].metadata["tags"] = ["parameters"]
+        metadata = nbformat.read(SOURCES[0], 4).metadata
+        source = tmp_path / "10_drawing.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=metadata), source)
+        target = paths.rendered("smoke") / source.name
+        rendering.execute(source, target, {"profile": "smoke"})
+        return json.loads(target.read_text())
+
+    return execute
+
+
+def test_what_a_user_set_up_does_not_reach_the_notebooks(drawing, request):
+    alone = drawing()
+    before = dict(os.environ)
+    request.getfixturevalue("users_own")
+    given = dict(os.environ)
+    assert drawing() == alone
+    assert given == dict(os.environ) != before
+    assert alone["cells"][-1]["outputs"][0]["text"] == [f"{sys.executable}\n"]
+    assert any("image/png" in output["data"] for output in alone["cells"][3]["outputs"])
+    assert alone["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_a_figure_that_is_not_shown_fails_the_rendering(drawing):
+    with pytest.raises(RunError, match=r"10_drawing\.ipynb does not show figure 'curve'"):
+        drawing("%matplotlib agg")
+    assert not (paths.rendered("smoke") / "10_drawing.ipynb").exists()
+
+
+@pytest.mark.usefixtures("users_own")
+def test_names_of_a_start_up_file_are_no_parameters(tmp_path, monkeypatch):
+    monkeypatch.delenv("JUPYTER_PATH")
+    monkeypatch.chdir(tmp_path)
+    cells = (
+        "profile = 'smoke'\nslice_bases = [0.05]\nseed = 8",
+        "from dynslice.experiment.study import Study, parameters",
+        "name, fixed, given = parameters(globals())\nprint(name, fixed, sorted(given.items()))",
+    )
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(made, kernel_name="python3", timeout=60).execute()
+    assert made.cells[-1].outputs[0].text == "smoke {} [('seed', 8), ('slice_bases', [0.05])]\n"

@@ -335,7 +335,7 @@ def test_a_record_names_every_commit_that_measured_for_it(results):
     assert not recorded.missing(recorded.requests())
 
 
-@pytest.mark.parametrize("change", [{"dirty": True}, {"commit": None}])
+@pytest.mark.parametrize("change", [{"dirty": True}, {"dirty": None}, {"commit": None}])
 def test_what_no_clean_commit_measured_is_no_record(results, change):
     one = results.get(Study.open("quick").requests()[0])
     results.put(replace(one, provenance={**one.provenance, **change}))

@@ -1,7 +1,9 @@
 """./run_all.sh on the smoke profile, from nothing to notebooks, and then again."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import papermill
 import yaml
@@ -67,6 +69,29 @@ def test_a_notebook_runs_alone_from_its_folder_with_other_parameters(smoke, tmp_
         progress_bar=False,
     )
     assert "dynamic, SP 50%, SB 25%" in target.read_text()
+
+
+def test_the_script_works_in_its_own_folder_wherever_that_is(tmp_path):
+    checkout = tmp_path / "check out"
+    python = checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$PWD: $*"\n')
+    python.chmod(0o755)
+    for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, checkout)
+    pins = (checkout / "requirements.lock").read_bytes() + (
+        checkout / "pyproject.toml"
+    ).read_bytes()
+    stamp = subprocess.run("cksum", input=pins, capture_output=True, check=True).stdout
+    (checkout / ".venv/.complete").write_bytes(stamp)
+    (tmp_path / "other/check out").mkdir(parents=True)
+    here = {**os.environ, "CDPATH": "other", "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    command = ["bash", "check out/run_all.sh", "--profile", "my own.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        f"{checkout}: -m dynslice reproduce --profile my own.yaml"
+    )
 
 
 def test_a_failing_request_is_one_sentence(tmp_path):

@@ -10,7 +10,7 @@ from conftest import CPU
 from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.experiment import runner, validate
-from dynslice.experiment.profile import load
+from dynslice.experiment.profile import load, parse_overrides
 from dynslice.experiment.study import Study
 from dynslice.inputs import models
 from dynslice.inputs.windows import token_stream
@@ -138,6 +138,82 @@ def test_a_notebooks_variables_become_parameters():
     assert made.profile.model == "embedded:tiny-random"
     with pytest.raises(RequestError, match="nearest valid name is 'seed'"):
         Study.from_notebook({**variables, "sed": 3})
+
+
+# What papermill and people give, and what is meant: see `papermill.cli`, which makes True, None and
+# numbers of texts that look so, and leaves true, null and lists as they are.
+MEANT = {
+    "from_record true": ({"from_record": "true"}, {"from_record": True}),
+    "from_record false": ({"from_record": "false"}, {"from_record": False}),
+    "from_record no": ({"from_record": "no"}, {"from_record": False}),
+    "from_record null": ({"from_record": "null"}, {"from_record": False}),
+    "device": ({"device": "cuda:1"}, {"device": "cuda:1"}),
+    "device null": ({"device": "null"}, {"device": "auto"}),
+    "device None": ({"device": None}, {"device": "auto"}),
+    "profile None": ({"profile": None}, {"name": "quick"}),
+    "name of digits": ({"name": 123}, {"name": "123"}),
+    "model of digits": ({"model": 7}, {"model": "7"}),
+    "model like a list": ({"model": "[7]"}, {"model": "[7]"}),
+    "revision null": ({"revision": "null"}, {"revision": None}),
+    "float": ({"figure_slice_base": 1e-3}, {"figure_slice_base": 1e-3}),
+    "list": ({"slice_bases": "[0.1]"}, {"slice_bases": [0.1]}),
+    "truth": ({"beyond_tasks": "false"}, {"beyond_tasks": False}),
+    "number or null": ({"eval_windows": "null"}, {"eval_windows": None}),
+}
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_a_parameter_is_read_by_its_type(case):
+    given, wanted = MEANT[case]
+    study = Study.from_notebook({"profile": "smoke", **given})
+    found = {**vars(study.profile), "from_record": study.from_record, "device": study.device}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+REFUSED = {
+    "from_record 1": ({"from_record": 1}, "from_record 1 is neither true nor false"),
+    "from_record maybe": ({"from_record": "maybe"}, "'maybe' is neither true nor false"),
+    "device 0": ({"device": 0}, "device '0' is unknown; use auto, cpu, cuda or cuda:N"),
+    "device true": ({"device": True}, "device True is unknown"),
+    "profile true": ({"profile": True}, "profile 'True' is unknown"),
+    "name 1.5": ({"name": 1.5}, "name = 1.5: Input should be a valid string"),
+    "tuple": ({"slice_bases": (0.05,)}, "slice_bases = .0.05,.: Input should be a valid list"),
+    "bad date": ({"seed": "2024-13-45"}, "'2024-13-45' of seed is not YAML"),
+    "empty": ({"model": ""}, "model '' has an empty name: give one"),
+    "empty within": ({"stand_ins": '{sotu: ""}'}, "stand_ins {'sotu': ''} has an empty name"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_parameter_of_another_type_is_refused(case):
+    given, sentence = REFUSED[case]
+    with pytest.raises(RequestError, match=sentence):
+        Study.from_notebook({"profile": "smoke", **given})
+
+
+@pytest.mark.parametrize("text", ["7", "1e10", "0123", "yes", "2024-13-45", "a: b", "@main", "*"])
+def test_text_of_a_profile_is_text_whatever_it_looks_like(text):
+    assert parse_overrides([f"revision={text}", f"model={text}"]) == {
+        "revision": text,
+        "model": text,
+    }
+    assert parse_overrides(["revision=null", 'model="a b"']) == {"revision": None, "model": "a b"}
+
+
+def test_profiles_are_files_by_their_usual_endings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (paths.PROFILES / "smoke.yaml").read_text()
+    for name in ("mine.YAML", "mine.yml", "smoke.yml"):
+        (tmp_path / name).write_text(text)
+    assert {load("mine.YAML").name, load("mine.yml").name} == {"mine"}
+    with pytest.raises(RequestError, match=r"'smoke\.yml' has the name of a built-in profile"):
+        load("smoke.yml")
+
+
+def test_code_that_has_the_name_of_a_key_is_no_parameter():
+    assert (
+        Study.from_notebook({"profile": "smoke", "models": paths, "seed": len}).profile.seed == 42
+    )
 
 
 def test_a_record_that_lacks_results_is_said_so(small):

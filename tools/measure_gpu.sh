@@ -10,7 +10,7 @@
 # What has been measured is kept: a second run goes on where the first one stopped. A step that
 # fails is named at the end, and does not keep the others from running.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 python=python
 [ -x .venv/bin/python ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python=.venv/bin/python
 device=cuda out=data/bench small=no failed=()

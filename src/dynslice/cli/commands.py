@@ -28,9 +28,12 @@ from dynslice.core.paths import shown_path
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an encoding that lacks a letter of a name
+            stream.reconfigure(errors="backslashreplace")
     options = options_of(arguments)
-    if not sys.stderr.isatty():  # a file is no place for bars; read when tqdm is imported
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not (sys.stderr.isatty() or os.environ.get("TQDM_DISABLE")):  # a file is no place for bars
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
         with interrupt.handled():
             result, lines = options.run(options)
@@ -53,11 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def options_of(arguments: list[str] | None = None):
     """What was typed, understood; exits with status 2 where it can't be."""
-    return parser(COMMANDS, __doc__.splitlines()[0]).parse_args(arguments)
+    made = parser(COMMANDS, (__doc__ or "").partition("\n")[0])
+    if __doc__ is None:
+        made.error("transformers needs the docstrings that python -OO leaves out; use python -O")
+    return made.parse_args(arguments)
 
 
 def assets_command(options) -> tuple[dict, list[str]]:
     """fetch, verify or list the embedded assets."""
+    options.names = common.listed(*options.names)
     if options.names and options.action != "fetch":
         raise RequestError(f"`assets {options.action}` takes no names; leave them out")
     if options.action == "fetch":
@@ -195,7 +202,7 @@ def tasks_command(options) -> tuple[dict, list[str]]:
     """Zero-shot scores of a dense or sliced model on tasks."""
     from dynslice.evaluate import harness, task_table
 
-    names, options.seed = list(filter(None, options.tasks.split(","))), options.seed or 0
+    names, options.seed = common.listed(options.tasks), options.seed or 0
     task_table.check_names(names)
     if not names:
         raise RequestError(f"--tasks names none; the tasks are {', '.join(task_table.TASKS)}")
@@ -259,6 +266,7 @@ def reproduce_command(options) -> tuple[dict, list[str]]:
             overrides.setdefault(name, value)
     how = given(options, "only", "dry_run", "from_record", "device", "executor", "address")
     how |= given(options, "verbose", "machine")
+    how["only"] = options.only and common.listed(*options.only)
     for name in ("verbose", "machine"):
         if how[name] and not options.dry_run:
             raise RequestError(f"--{name} is about a plan; give --dry-run with it")

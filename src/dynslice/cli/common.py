@@ -16,6 +16,11 @@ def given(options, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def listed(*typed: str) -> list[str]:
+    """The names in texts with commas, whether or not there are spaces round them."""
+    return [name.strip() for text in typed for name in text.split(",") if name.strip()]
+
+
 def placed(options) -> tuple[Any, Any]:
     """The device and the dtype that are asked for."""
     from dynslice.core.tensors import pick_device, pick_dtype
@@ -141,6 +146,8 @@ def recipe_of(options, result: dict) -> dict:
     names = given(options, "model", "calibration").items()
     is_here = {key: bool(x and Path(x).exists()) for key, x in names}
     recipe = {key: Path(x).resolve().name if is_here[key] else x for key, x in names}
+    # In letters that a file can hold, whatever the locale made of the bytes of a name.
+    recipe = {key: x and os.fsencode(x).decode(errors="replace") for key, x in recipe.items()}
     recipe |= given(options, "revision", "seed", "bos") | result
     del recipe["out"]
     return recipe

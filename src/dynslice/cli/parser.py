@@ -22,7 +22,7 @@ def parser(runs: dict[str, Callable], description: str) -> argparse.ArgumentPars
         sub.set_defaults(run=run)
         for group in (table["common"], *table[name]):
             for option, settings in group.items():
-                kind = {"type": _TYPES[settings["type"]]} if "type" in settings else {}
+                kind = {} if "action" in settings else {"type": _TYPES[settings.get("type")]}
                 sub.add_argument(option, **settings | kind)
     return parser
 
@@ -33,6 +33,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         sentence = " ".join(message.split())  # what was typed may have several lines
         self.exit(2, f"{self.prog}: {sentence}{removed(sentence)}; see {self.prog} --help\n")
+
+
+def _text(text: str) -> str:
+    if not text.strip():  # as a path it would be the working directory
+        raise argparse.ArgumentTypeError("the value is empty; give one, or leave the option out")
+    return text
 
 
 def _at_least(least: int, text: str, below: int = 2**63) -> int:
@@ -58,6 +64,7 @@ def _size(text: str) -> str:
 
 
 _TYPES = {
+    None: _text,
     "number": float,
     "size": _size,
     "layers": lambda text: text if text == "all" else _at_least(1, text),

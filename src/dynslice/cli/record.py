@@ -53,7 +53,7 @@ def _record_one(profile: str, chosen: dict[str, Any]) -> tuple[dict, list[str]]:
         )
     results = [study.store.get(request) for request in requests]
     commits = Counter(result.provenance["commit"] for result in results)
-    if None in commits or any(r.provenance["dirty"] for r in results):
+    if None in commits or any(r.provenance["dirty"] is not False for r in results):
         raise RequestError(
             f"the results of {profile!r} do not all come from a clean commit; commit, delete "
             f"{shown_path(study.store.folder)} and run the profile again"

@@ -4,15 +4,20 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from dynslice.core import files, interrupt
+from matplotlib import get_data_path
+
+from dynslice.core import files, interrupt, paths
 from dynslice.core.errors import RunError
 from dynslice.experiment.study import Study
-from dynslice.report.style import NONE
+from dynslice.report.style import NONE, SAVED
 
 
 def render(
@@ -33,14 +38,35 @@ def render(
             execute(path, rendered / path.name, {"profile": profile, **where, **chosen})
 
 
+@contextmanager
+def own_kernels() -> Iterator[None]:
+    """Kernels that start in this context are this interpreter, without the settings of a user."""
+    before, launch = dict(os.environ), [sys.executable, "-m", "ipykernel_launcher", "--ignore-cwd"]
+    spec = {"argv": [*launch, "-f", "{connection_file}"], "display_name": "Python 3"}
+    with TemporaryDirectory() as folder:
+        files.write(Path(folder, "kernels/python3/kernel.json"), json.dumps(spec))
+        own = dict.fromkeys(("MPLBACKEND", "PYTHONSTARTUP", "PYTHONWARNINGS"), "")
+        own |= dict.fromkeys(("IPYTHONDIR", "JUPYTER_PATH", "JUPYTER_RUNTIME_DIR"), folder)
+        own |= {"MATPLOTLIBRC": get_data_path(), "PYTHONPATH": os.pathsep.join(sys.path)}
+        os.environ.update(own)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Run a notebook by papermill; `target` appears when it is complete."""
+    """Run a notebook by papermill; `target` appears when it is complete.
+
+    Raises RunError where a cell fails, the kernel dies, or a figure that was saved is not shown.
+    """
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     # It warns of parameters that a notebook's cell does not list; the study checks them all.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with files.scratch(target.parent) as scratch, ThreadPoolExecutor(1) as thread:
+    before = _figures(target.parent)
+    with own_kernels(), files.scratch(target.parent) as scratch, ThreadPoolExecutor(1) as thread:
         unfinished = scratch / target.name
         running = thread.submit(  # in a thread no signals reach it, which it would take for itself
             papermill.execute_notebook,
@@ -62,14 +88,33 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
                 f"notebook {source.name} failed: {error.ename}: {error.evalue}; open it in "
                 "Jupyter to see the cell"
             ) from error
-        except DeadKernelError as error:
+        except RuntimeError as error:  # of a kernel that does not start, or dies
             raise RunError(
                 f"the kernel of notebook {source.name} died; is there memory enough? The same "
                 "command again goes on from there"
             ) from error
-        content = tidied(json.loads(unfinished.read_text(encoding="utf-8")))
+        executed = json.loads(unfinished.read_text(encoding="utf-8"))
+        check_shown(executed, {name for name, _ in _figures(target.parent) - before}, source.name)
+        content = tidied(executed)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, target)
+
+
+def _figures(rendered: Path) -> set[tuple[str, int]]:
+    """The figures of the profile whose notebooks are in a folder, with the times of their files."""
+    folder = paths.figures(str(rendered.relative_to(paths.rendered(""))))
+    return {(path.stem, path.stat().st_mtime_ns) for path in folder.glob("*.png")}
+
+
+def check_shown(notebook: dict, saved: set[str], name: str) -> None:
+    """Raise RunError where a cell of an executed notebook shows fewer figures than it saved."""
+    for cell in notebook["cells"]:
+        figures = saved.intersection(SAVED.findall("".join(cell["source"])))
+        if len(figures) > sum("image/png" in x.get("data", {}) for x in cell.get("outputs", [])):
+            raise RunError(
+                f"notebook {name} does not show figure {min(figures)!r}; use the matplotlib "
+                "backend inline in it"
+            )
 
 
 def tidied(notebook: dict) -> dict:

@@ -13,7 +13,6 @@ from dynslice.experiment.across import Across
 from dynslice.experiment.store import Request
 from dynslice.report import answer, pages, style
 
-SAVED = re.compile(r'save_figure\([^"]*"(\w+)"\)')  # the figures that a notebook writes
 # Code stands folded above what it shows.
 _TEMPLATE = """
 {%- extends 'basic/index.html.j2' -%}
@@ -76,7 +75,7 @@ def _pages(name: str, profile: str, made: Path) -> list[dict]:
         body = _with_local_links(back + _notebook_as_html(path), profile, made)
         text = _PAGE.format(title=escape(title[2:]), body=body)
         (made / page).write_text(text, encoding="utf-8")
-        figures = [figure for source in sources for figure in SAVED.findall(source)]
+        figures = [figure for source in sources for figure in style.SAVED.findall(source)]
         found.append(
             {"page": page, "title": title[2:], "model": model, "stem": path.stem}
             | {"figures": figures, "folder": name}

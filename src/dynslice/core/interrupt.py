@@ -62,8 +62,9 @@ def _raise(number: int, _frame) -> None:
 
 def _end(told: socket.socket, ended: threading.Event) -> None:
     """Wait for a signal (the system writes its number), then for the end, and make one."""
-    while number := told.recv(1):
-        if number[0] in (signal.SIGINT, signal.SIGTERM) and not ended.wait(PATIENCE):
-            print(SENTENCE, file=sys.stderr, flush=True)
-            kill_children()
-            os._exit(128 + number[0])
+    with told:
+        while number := told.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and not ended.wait(PATIENCE):
+                print(SENTENCE, file=sys.stderr, flush=True)
+                kill_children()
+                os._exit(128 + number[0])

@@ -17,9 +17,9 @@ PUBLISHED = ROOT / "data" / "published"
 BENCH = ROOT / "data" / "bench"
 NOTEBOOKS = ROOT / "notebooks"
 
-CACHE = Path(os.environ.get("DYNSLICE_CACHE", ROOT / "data" / "cache")).resolve()
+CACHE = Path(os.environ.get("DYNSLICE_CACHE") or ROOT / "data" / "cache").resolve()
 TASK_FILES = CACHE / "lm_eval_tasks"
-OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT", ROOT)).resolve()
+OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT") or ROOT).resolve()
 
 
 def results(profile: str) -> Path:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -166,6 +167,8 @@ class Profile(BaseModel):
         for key, values in self:
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{key} {values} names something twice: leave one of them")
+            if key != "description" and '""' in json.dumps(values):  # however deep it lies
+                raise ValueError(f"{key} {values!r} has an empty name: give one, or leave it out")
         self._check_names()
         if self.placement != "resident" and self.speed_slice_percentages:
             raise ValueError(
@@ -245,11 +248,12 @@ class Profile(BaseModel):
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
     """A profile by name or file, some keys replaced. Raises RequestError naming the mistake."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PROFILES / f"{name}.yaml"
+    is_file = name.lower().endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else paths.PROFILES / f"{name}.yaml"
     if not path.is_file():
         have = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
         raise RequestError(f"profile {name!r} is unknown; there are {have}, or give a YAML file")
-    if path.parent != paths.PROFILES and (paths.PROFILES / path.name).is_file():
+    if path.parent != paths.PROFILES and (paths.PROFILES / f"{path.stem}.yaml").is_file():
         raise RequestError(
             f"profile file {name!r} has the name of a built-in profile, whose results it would "
             "mix with; rename it"
@@ -326,11 +330,20 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str, key: str) -> Any:
-    """A value given as text, read as YAML."""
+    """A value given as text, read as YAML; where a key takes text, 7 and true are text too."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RequestError(f"value {text!r} of {key} is not YAML; quote it") from error
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates and long numbers too
+        if not is_text(key):
+            raise RequestError(f"value {text!r} of {key} is not YAML; quote it") from error
+        value = text
+    return text if is_text(key) and not isinstance(value, str | None) else value
+
+
+def is_text(key: str) -> bool:
+    """Whether a parameter of a notebook, or a profile key, takes text."""
+    field = Profile.model_fields.get(key)
+    return key in ("profile", "device") or (field and field.annotation in (str, str | None))
 
 
 def _check_key(key: Any) -> None:  # YAML has keys of other types too

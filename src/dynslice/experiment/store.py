@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dynslice.core import files, paths
 
@@ -23,6 +24,7 @@ METHOD_VERSION = 1
 # What a run rewrites in a checkout; it does not make the code that measured dirty.
 _GENERATED = ("data/record", "data/results", "figures", "notebooks/rendered")
 _GENERATED += ("README.md", "docs/deviations.md")
+_IGNORED = ("--exclude=__pycache__", "--exclude=*.egg-info")  # in src, whatever a user ignores
 
 _PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "tokenizers", "numpy")
 
@@ -128,15 +130,29 @@ def provenance(device) -> dict:
 
 @cache
 def _checkout() -> dict:
-    """Commit of the code that runs, read once: a run measures with the code it started with."""
+    """Commit of the code that runs, and whether it differs; read once: a run keeps what it started.
+
+    Both are None where no git repository has this package as src/dynslice in its last commit.
+    """
+    # What the environment or the index of the checkout say can hide changes, or another repository.
+    here = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(paths.ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(paths.PACKAGE.parents[1]), *arguments]
+        done = subprocess.run(command, capture_output=True, env=here, check=True)
+        return os.fsdecode(done.stdout.removesuffix(b"\n"))
 
     try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ".", *(f":!{p}" for p in _GENERATED))
+        with TemporaryDirectory() as scratch:
+            here["GIT_INDEX_FILE"] = str(Path(scratch, "index"))
+            commit, _ = git("rev-parse", "HEAD", "HEAD:src/dynslice").split()
+            if Path(git("rev-parse", "--show-toplevel"), "src/dynslice").resolve() != paths.PACKAGE:
+                return {"commit": None, "dirty": None}
+            git("read-tree", commit)
+            code = ("--", ".", *(f":!{path}" for path in _GENERATED))
+            changed = git("diff", "--name-only", "--no-renames", "--ignore-submodules=none", *code)
+            changed += git("ls-files", "--others", "--exclude-standard", *code)
+            changed += git("ls-files", "--others", *_IGNORED, "--", "src")
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}

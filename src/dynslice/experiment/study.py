@@ -1,15 +1,17 @@
 """A study: the measurements of one profile, and their results; only what is missing is computed."""
 
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from dynslice.core import paths
-from dynslice.core.errors import RunError
+from dynslice.core.errors import RequestError, RunError
 from dynslice.experiment.ablation import Ablations
 from dynslice.experiment.alternatives import Alternatives
 from dynslice.experiment.equal_size import EqualSize
 from dynslice.experiment.executor import run_all
-from dynslice.experiment.profile import Profile, load, parse_value
+from dynslice.experiment.profile import Profile, is_text, load, parse_value
 from dynslice.experiment.requests import Design, Point
 from dynslice.experiment.store import Request, Result, Store, unique
 
@@ -42,8 +44,12 @@ class Study:
     ) -> "Study":
         """The study of a profile, measuring for itself or reading the committed record.
 
-        Raises RequestError for an unknown profile, key or value.
+        Raises RequestError for an unknown profile, key, value or device.
         """
+        if not isinstance(from_record, bool):
+            raise RequestError(f"from_record {from_record!r} is neither true nor false; use one")
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", str(device)):
+            raise RequestError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N")
         settings = load(profile, overrides)
         folder = paths.record if from_record else paths.results
         store = Store(folder(settings.stored_as), of_record=from_record)
@@ -117,19 +123,32 @@ class Study:
 def parameters(variables: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What a notebook's parameters cell sets: profile, `from_record` and `device`, overrides.
 
-    Profile keys that are None keep the profile's value; text (from `papermill -p`) is read as YAML
-    where the key is no string.
+    None keeps the value of the profile, or the default. Text (from `papermill -p`) is read by the
+    type of its parameter.
     """
-    plain = (str, int, float, list, dict, type(None))
+    plain = (str, int, float, list, tuple, set, dict)
     given = {k: v for k, v in variables.items() if isinstance(v, plain) and k[:1] != "_"}
-    for name in ("In", "Out"):  # IPython's
+    for name in ("In", "Out", *_of_start_up(variables)):
         given.pop(name, None)
-    fixed = {name: given.pop(name) for name in ("from_record", "device") if name in given}
-    chosen = given.pop("profile", "quick")
-    return chosen, fixed, {k: _from_text(k, v) for k, v in given.items() if v is not None}
+    given = {k: _typed(k, v) for k, v in given.items()}
+    fixed = {k: given.pop(k, None) for k in ("profile", "from_record", "device")}
+    fixed = {k: v for k, v in fixed.items() if v is not None}
+    return str(fixed.pop("profile", "quick")), fixed, given
 
 
-def _from_text(name: str, value: Any) -> Any:
-    field = Profile.model_fields.get(name)
-    is_text = field is not None and field.annotation in (str, str | None) and value != "null"
-    return parse_value(value, name) if isinstance(value, str) and not is_text else value
+def _typed(name: str, value: Any) -> Any:
+    if is_text(name) and type(value) is int:  # papermill makes one of a name such as 7
+        return str(value)
+    is_value = isinstance(value, str) and (value == "null" or not is_text(name))
+    return parse_value(value, name) if is_value else value
+
+
+def _of_start_up(variables: dict[str, Any]) -> list[str]:
+    """The names that a start-up file of IPython defined and no cell sets anew."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cells = "\n".join(variables.get("In", []))
+    return [
+        name
+        for name, value in getattr(shell, "user_ns_hidden", {}).items()
+        if variables.get(name) is value and not re.search(rf"^{name}\s*=[^=]", cells, re.MULTILINE)
+    ]

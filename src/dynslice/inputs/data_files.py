@@ -15,9 +15,12 @@ from dynslice.core.errors import RequestError
 
 SPLITS = ("train", "validation", "test")
 
+ALSO = dict.fromkeys(("valid", "val", "dev"), "validation")  # as people name splits too
+_ROWS = re.compile(r"\.(jsonl|ndjson|json|(?P<parquet>parquet|pq))(\.gz)?$", re.IGNORECASE)
 _FILE = re.compile(
-    rf"(?P<split>{'|'.join(SPLITS)})(-\d+-of-\d+(-[0-9a-f]+)?)?"
-    r"\.(txt|(?P<format>jsonl|json|parquet)(\.gz)?)"
+    rf"(?P<split>{'|'.join((*SPLITS, *ALSO))})(-\d+-of-\d+(-[0-9a-f]+)?)?"
+    rf"(?P<ending>\.txt(\.gz)?|{_ROWS.pattern})",
+    re.IGNORECASE,
 )
 
 
@@ -30,12 +33,13 @@ def split_files(folder: str, split: str) -> list[Path]:
     for place in (Path(folder), Path(folder, "data")):
         for path in sorted(place.iterdir()) if place.is_dir() and not found else []:
             if (match := _FILE.fullmatch(path.name)) and path.is_file():
-                formats = found.setdefault(match["split"], {})
-                formats.setdefault(match["format"] or "txt", []).append(path)
+                name = match["split"].lower()
+                formats = found.setdefault(ALSO.get(name, name), {})
+                formats.setdefault(match["split"] + match["ending"], []).append(path)
     for name, formats in found.items():
         if len(formats) > 1:
             raise RequestError(
-                f"text {folder!r} holds split {name} in several formats "
+                f"text {folder!r} holds split {name} several times "
                 f"({', '.join(sorted(formats))}); leave one of them"
             )
     if split not in found:
@@ -50,7 +54,7 @@ def split_files(folder: str, split: str) -> list[Path]:
 
 def is_data(path: Path) -> bool:
     """Whether a file has rows, by its name, and is no text itself."""
-    return re.search(r"\.(jsonl|json|parquet)(\.gz)?$", path.name) is not None
+    return _ROWS.search(path.name) is not None
 
 
 def row_documents(files: list[Path], what: str) -> list[str]:
@@ -78,7 +82,7 @@ def rows(files: list[Path]) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
-    kind = "parquet" if ".parquet" in files[0].suffixes else "json"
+    kind = "parquet" if _ROWS.search(files[0].name)["parquet"] else "json"
     try:
         names = [str(path) for path in files]
         yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)

@@ -248,7 +248,7 @@ def resolve(name: str, revision: str | None = None) -> str:
 def _no_saved_model(name: str) -> str | None:
     """What a name that no directory has is instead, and what to do; None for one of the hub."""
     path = Path(name)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return "is a file of weights; name the directory that holds it and its config.json"
     if path.is_file():
         return "is a file, and no GGUF; name the directory of a saved model"
@@ -273,7 +273,7 @@ def is_remote(name: str) -> bool:
 
 def is_gguf(name: str) -> bool:
     """Whether a model is a GGUF file."""
-    return name.endswith(gguf.SUFFIX) and Path(name).is_file()
+    return name.lower().endswith(gguf.SUFFIX) and Path(name).is_file()
 
 
 def in_cache(name: str, revision: str | None = None) -> bool:

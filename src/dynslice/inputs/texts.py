@@ -14,7 +14,7 @@ from dynslice.core import assets, hub
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora
 from dynslice.inputs.corpora import CORPORA, HUB
-from dynslice.inputs.data_files import SPLITS, is_data, row_documents, split_files
+from dynslice.inputs.data_files import ALSO, SPLITS, is_data, row_documents, split_files
 
 
 def has_splits(text: str) -> bool:
@@ -45,8 +45,8 @@ def check(text: str, split: str | None, revision: str | None = None) -> None:
 
 
 def default_split(text: str, split: str | None, default: str = "validation") -> str | None:
-    """`split`, or for a corpus or directory the default one; files have none."""
-    return default if split is None and has_splits(text) else split
+    """`split` by its usual name, or for a corpus or directory the default; files have none."""
+    return default if split is None and has_splits(text) else ALSO.get(split, split)
 
 
 def checked_split(text: str, split: str | None, default: str = "validation") -> str | None:
@@ -63,8 +63,8 @@ def documents(text: str, split: str | None, revision: str | None = None) -> list
     revision: branch, tag or commit of a hub corpus; None takes its default one. Raises RequestError
     as `check`, and when a hub corpus cannot be had.
     """
-    check(text, split, revision)
     split = default_split(text, split)
+    check(text, split, revision)
     if text in CORPORA:
         return corpora.embedded(text)[split]
     if text in HUB:
@@ -112,7 +112,8 @@ def _read(name: str) -> str:
             f"text {name!r} is neither a corpus ({known}) nor a file or directory; check the name"
         )
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
         text = raw.decode("utf-8-sig")  # without a byte order mark
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RequestError(f"text {name!r} is no gzip file; name it otherwise") from error

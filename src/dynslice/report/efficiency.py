@@ -199,8 +199,9 @@ def bench_table(bench: dict) -> pd.DataFrame:
 def bench_prose(name: str, bench: dict) -> str:
     """What a benchmark ran on, and which of its limits it met."""
     met = [row["met"] for row in bench["rows"] if row["met"] is not None]
-    counts, where = {"met": sum(met), "count": len(met)}, bench["provenance"]
-    return style.say("bench", name=name[0].upper() + name[1:], bench=bench, where=where, **counts)
+    where = bench["provenance"]
+    told = {"where": where, "commit": style.commit_of(where), "met": sum(met), "count": len(met)}
+    return style.say("bench", name=name[0].upper() + name[1:], bench=bench, **told)
 
 
 def unmeasured_prose() -> str:

@@ -7,6 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -30,6 +31,8 @@ ASKED_SHARES = ["SP", "SB", "SB chosen on validation", "best SB in hindsight"]
 
 ROWS = 12  # of a table in a notebook, before the others are folded
 
+SAVED = re.compile(r'save_figure\([^"]*"(\w+)"\)')  # the figures that a notebook writes
+
 # What a cell says that has nothing to say; its section falls away (`cli.rendering`).
 NONE = "This profile asks for no such measurement."
 
@@ -38,6 +41,7 @@ def panels(
     rows: int = 1, columns: int = 1, height: float = 2.5, width: float = PAGE_WIDTH, **grid: Any
 ) -> tuple[plt.Figure, Any]:
     """An empty figure and its axes, in the one look of all; width and height in inches."""
+    matplotlib.rcdefaults()  # and none of a user's
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=0.8)
     plt.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 200, "axes.grid": True})
     plt.rcParams.update({"grid.linewidth": 0.4, "axes.spines.top": False, "legend.frameon": False})
@@ -244,7 +248,7 @@ def device_line(study: Study) -> str:
     results = filter(None, map(study.store.get, study.requests()))
     provenances = [result.provenance for result in results]
     devices = sorted({f"{p['device']} ({p['threads']} threads)" for p in provenances})
-    commits = sorted({(p["commit"] or "unknown")[:10] for p in provenances})
+    commits = sorted(set(map(commit_of, provenances)))
     if not provenances:
         return "Nothing is measured yet."
     line = f"Measured on {'; '.join(devices)}, code at commit {listed(commits)}."
@@ -253,6 +257,12 @@ def device_line(study: Study) -> str:
     used = {c["text"]: c["stand_in"] for c in configs if "stand_in" in c}
     stand_ins = "; ".join(f"`{there}` stands in for {name}" for name, there in used.items())
     return f"{line} **Stand-ins**: {stand_ins}." if used else line
+
+
+def commit_of(provenance: dict) -> str:
+    """The commit in short, and whether the code that measured differs from it."""
+    changed = " with local changes" if provenance.get("dirty") else ""
+    return (provenance["commit"] or "unknown")[:10] + changed
 
 
 def lm_eval_line(study: Study) -> str:
