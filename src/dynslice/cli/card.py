@@ -32,14 +32,17 @@ model = AutoModelForCausalLM.from_pretrained("DIR"{code})
 tokenizer = AutoTokenizer.from_pretrained("DIR"{code})
 ```
 
-{why}
+{why} It needs transformers 5 or newer: older versions read its rope theta as 10,000.
 
 {cited}
 """
 
 
-def model_card(recipe: dict, base: str, revision: str | None) -> str:
-    """The README.md of a slice; recipe: what `slice.json` holds, base: as the command named it."""
+def model_card(recipe: dict, width: int, base: str, revision: str | None) -> str:
+    """The README.md of a slice; recipe: what `slice.json` holds, base: as the command named it.
+
+    width: of its last layer.
+    """
     how = (
         "The residual stream of the base model was rotated and cut to fewer dimensions. "
         "`plan.json` holds the width of each layer, `slice.json` how the slice was made, with the "
@@ -54,6 +57,8 @@ def model_card(recipe: dict, base: str, revision: str | None) -> str:
     if share := recipe["mlp_neurons_dropped"]:
         shown["neurons of each MLP dropped first"] = f"{share:g} of them"
     has_code = not recipe["layout"]["plain"]
+    if not has_code and width % 32:
+        how += f" llama.cpp leaves most matrices of its width {width} in 16 bits when it quantises."
     return card("sliced", how, shown, recipe, base, revision, has_code)
 
 

@@ -2,8 +2,10 @@
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from os.path import realpath
 
 from dynslice.cli.common import dims, saved_dtype
 from dynslice.core.errors import RequestError
@@ -62,11 +64,16 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     lr = read_json(options.lr, "LR") if options.lr else None
     losses = read_json(options.sensitivity, "sensitivity") if options.sensitivity else None
     shape = _shape(options, schedule, lr or losses)
-    for values, what in ((lr, "scores of --lr"), (losses, "losses of --sensitivity")):
+    files = ((lr, f"LR scores of {options.lr}"), (losses, f"losses of {options.sensitivity}"))
+    for values, what in files:
         # A file of an earlier version says less of the shape.
         told = (values or {}).get("shape", {})
         if not isinstance(told, dict) or ModelDims.from_dict({**asdict(shape), **told}) != shape:
             raise RequestError(f"the {what} are of another model; measure them anew on this one")
+        owner = str((values or {}).get("model", options.model))
+        if options.model and realpath(owner) != realpath(options.model):  # a path has spellings
+            note = f"the {what} were measured on {owner}, this plan is for {options.model}"
+            print(f"note: {note}", file=sys.stderr)
     if "lr" in TAKES[schedule] and measured_lr is None:
         if lr is None:
             raise RequestError(

@@ -64,7 +64,8 @@ def slice_command(options) -> tuple[dict, list[str]]:
         common.write_json(folder / "plan.json", sliced.plan.to_dict())
         recipe = common.recipe_of(options, result) | {"sliced_sha256": common.hashes(options)}
         common.write_json(folder / "slice.json", recipe)
-        card = model_card(recipe, options.model, options.revision)
+        width = sliced.plan.widths[-1]
+        card = model_card(recipe, width, options.model, options.revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return result, _lines(options, result, sliced, start)
 
