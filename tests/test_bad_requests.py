@@ -73,7 +73,7 @@ BAD_REQUESTS = {
     f"{PPL} --model value-head": "has 1 weights that its config.json does not describe (first v_h",
     f"{PPL} --model head-bias": "does not describe (first lm_head.bias); merge or remove them",
     f"{PPL} --model norm-bias": "does not describe (first model.norm.bias)",
-    f"{PPL} --model adapter": "(first model.layers.0.self_attn.q_proj.lora_A.weight)",
+    f"{PPL} --model adapter": "(first model.embed_tokens.lora_A.weight)",
     f"{PPL} --model classifier": "names LlamaForSequenceClassification, which is no causal languag",
     f"{PPL} --model pointer": "model.safetensors (it is a pointer of Git LFS); run `git lfs pull`",
     f"{LR} --model cut": "the weights of model 'cut' cannot be read from model-00001-of-00004.safe",
@@ -523,7 +523,7 @@ def _make_models(folder):
     with_weights("misshapen", lambda w: w.update({WEIGHT: w[WEIGHT][:, :-8].contiguous()}))
     added = {"value-head": "v_head.weight", "head-bias": "lm_head.bias"}
     added |= {"norm-bias": "model.norm.bias"}
-    added |= {"adapter": "model.layers.0.self_attn.q_proj.lora_A.weight"}
+    added |= {"adapter": "model.embed_tokens.lora_A.weight"}
     for name, key in added.items():
         with_weights(name, lambda weights, key=key: weights.update({key: torch.ones(64)}))
     with_json("classifier", "config.json", architectures=["LlamaForSequenceClassification"])

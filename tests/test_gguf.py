@@ -183,7 +183,7 @@ def test_a_tensor_that_the_network_does_not_take_up_is_refused_by_name(name, cac
 )
 def test_a_setting_that_transformers_does_not_read_is_refused_by_name(name, value, cache):
     path = write_gguf(cache / "set.gguf", tensors_of(), settings={name: value})
-    said = f"'set.gguf' holds setting llama.{name} = {value}, which is not read from GGUF"
+    said = f"'set.gguf' holds setting llama.{name} = {value}, which nothing reads"
     with pytest.raises(RequestError, match=said):
         models.load(str(path), CPU, torch.float32)
 

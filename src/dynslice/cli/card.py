@@ -39,10 +39,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR"{code})
 
 
 def model_card(recipe: dict, width: int, base: str, revision: str | None) -> str:
-    """The README.md of a slice; recipe: what `slice.json` holds, base: as the command named it.
-
-    width: of its last layer.
-    """
+    """The README.md of a slice of a width; recipe: `slice.json`, base: as the command named it."""
     how = (
         "The residual stream of the base model was rotated and cut to fewer dimensions. "
         "`plan.json` holds the width of each layer, `slice.json` how the slice was made, with the "
@@ -58,7 +55,7 @@ def model_card(recipe: dict, width: int, base: str, revision: str | None) -> str
         shown["neurons of each MLP dropped first"] = f"{share:g} of them"
     has_code = not recipe["layout"]["plain"]
     if not has_code and width % 32:
-        how += f" llama.cpp leaves most matrices of its width {width} in 16 bits when it quantises."
+        how += f" Its width {width} is no multiple of 32: llama.cpp leaves most of it in 16 bits."
     return card("sliced", how, shown, recipe, base, revision, has_code)
 
 

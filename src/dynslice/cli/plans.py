@@ -158,14 +158,11 @@ def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
     """
     base = options.slice_base or 0.0 if options.size is None else 0.0
     check_request(shape, options.slice_percentage or 0.0, base, round_to)
+    flag = "slice_percentage" if options.size is None else "size"
     if options.size is None:
-        flag, size = (
-            "slice_percentage",
-            budget_of(shape, options.slice_percentage, round_to, layout),
-        )
+        size = budget_of(shape, options.slice_percentage, round_to, layout)
     else:
-        whole = dims(options, whole=True) if options.model else shape
-        flag, size = "size", asked_parameters(options, whole)
+        size = asked_parameters(options, dims(options, whole=True) if options.model else shape)
     least, most = size_range(shape, round_to, layout)
     if not least <= size < most:
         raise RequestError(

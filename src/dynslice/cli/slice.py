@@ -64,8 +64,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
         common.write_json(folder / "plan.json", sliced.plan.to_dict())
         recipe = common.recipe_of(options, result) | {"sliced_sha256": common.hashes(options)}
         common.write_json(folder / "slice.json", recipe)
-        width = sliced.plan.widths[-1]
-        card = model_card(recipe, width, options.model, options.revision)
+        card = model_card(recipe, sliced.plan.widths[-1], options.model, options.revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return result, _lines(options, result, sliced, start)
 

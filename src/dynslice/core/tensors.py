@@ -49,9 +49,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[safe_open]:
-    """A safetensors file, open; every one is opened here.
+    """A safetensors file, open. Raises RequestError where it cannot be read, at once or later.
 
-    what: what it holds, in words. Raises RequestError where it cannot be read, at once or later.
+    what: what the file holds, in words.
     """
     remedy = "save the model anew with transformers, or fetch that file again"
     try:

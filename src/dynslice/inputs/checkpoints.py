@@ -149,10 +149,7 @@ def check_shape(found: torch.Size, wanted: torch.Size, key: str, model: str) -> 
 
 
 def check_described(unexpected: Iterable[str], model: str, known: Iterable[str] = ()) -> None:
-    """Raise RequestError for tensors that the network has no place for, so that nobody reads them.
-
-    known: patterns of those that transformers leaves out by itself.
-    """
+    """Raise RequestError for tensors that no network takes up, but for `known` patterns of them."""
     computed = re.compile("|".join([_COMPUTED, *known]))
     if more := sorted(key for key in unexpected if not computed.search(key)):
         raise RequestError(

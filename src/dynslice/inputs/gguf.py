@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -80,13 +80,11 @@ def _check_read(path: Path, config) -> None:
     """Raise RequestError for a tensor or a setting that transformers leaves out of a network."""
     reader = GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
-    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    kind = kinds.get(architecture, MODEL_ARCH.LLAMA)  # transformers refuses what is none of them
+    kind = getattr(MODEL_ARCH, architecture.upper(), MODEL_ARCH.LLAMA)  # or refused later
     names = get_tensor_name_map(kind, config.num_hidden_layers)
     model = without_storage(lambda: AutoModelForCausalLM.from_config(config))
     taken = {names.get_name(key, (".weight", ".bias")) for key in model.state_dict()}
     left = [f"tensor {tensor.name}" for tensor in reader.tensors if tensor.name not in taken]
-
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     neutral = _NEUTRAL | dict.fromkeys(_HEAD_SIZES, size)
     read = {key for key, name in GGUF_CONFIG_MAPPING[config.model_type].items() if name}
@@ -96,18 +94,14 @@ def _check_read(path: Path, config) -> None:
             left.append(f"setting {field} = {value}")
     if left:
         raise RequestError(
-            f"GGUF file {path.name!r} holds {left[0]}, which is not read from GGUF; give the model "
-            "as safetensors"
+            f"GGUF file {path.name!r} holds {left[0]}, which nothing reads; use its safetensors"
         )
 
 
 def _with_one_table(path: Path, model: Model, weights: dict) -> dict:
     """The weights with the finer one of head and embedding for both."""
-    bits = {}
-    for tensor in GGUFReader(path).tensors:
-        if tensor.name in _TABLES:
-            weights_in_block, bytes_of_block = GGML_QUANT_SIZES[tensor.tensor_type]
-            bits[tensor.name] = 8 * bytes_of_block / weights_in_block
+    tables = [tensor for tensor in GGUFReader(path).tensors if tensor.name in _TABLES]
+    bits = {table.name: 8 * table.n_bytes / table.n_elements for table in tables}
     family = family_of(model.config)
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     finer = head if bits.get(_TABLES[0], 0) > bits[_TABLES[1]] else embedding
