@@ -19,9 +19,12 @@ from dynslice.extensions.finetuning import FineTuning, finetune
 from dynslice.inputs import models
 from dynslice.inputs.checkpoints import write
 from dynslice.inputs.windows import token_windows
-from dynslice.method.plan import final_slices
+from dynslice.method.architectures import dims_of
+from dynslice.method.layout import Layout
+from dynslice.method.plan import constant, final_slices
 from dynslice.method.redundancy import layer_redundancy
 from dynslice.method.scores import normalise
+from dynslice.method.slicing import slice_model
 from dynslice.report import alternatives
 
 
@@ -37,6 +40,47 @@ def test_dropping_nothing_changes_nothing(name, tokens):
     whole = layers.drop_layers(model, [], tokens, Compensation())
     assert torch.equal(logits(whole, tokens), wanted)
     assert torch.equal(logits(neurons.drop_neurons(model, tokens, 0.0), tokens), wanted)
+
+
+def _sliced(model, tokens, **layout):
+    plan = constant(dims_of(model.config), 0.25, 4, layout=Layout(**layout))
+    return slice_model(model, tokens, plan).model
+
+
+MAKERS = {
+    "slice": _sliced,
+    "plain": partial(_sliced, plain=True),
+    "tied": partial(_sliced, tied=True),
+    "fine-tuned": lambda model, x: finetune(_sliced(model, x), x, FineTuning(steps=1))[0],
+    "layers": lambda model, _: layers.drop_layers(model, [1]),
+    "neurons": lambda model, x: neurons.drop_neurons(model, x, 0.2),
+    "packed": lambda model, _: bits.quantize(model, [8, 4, 16]).model,
+    "rounded": lambda model, _: bits.quantize(model, [8, 4, 16]).unpacked(model),
+}
+
+
+def _changeable(model):
+    """By identity, what can be changed of a model's settings, and by address its weights."""
+    left, found = [model.config, model.generation_config], {}
+    while left:
+        part = left.pop()
+        inside = part if isinstance(part, dict) else getattr(part, "__dict__", None)
+        if inside is not None or isinstance(part, list | set):
+            found[id(part)] = part
+            left += inside.values() if inside is not None else part
+    weights = {p.untyped_storage().data_ptr(): key for key, p in model.state_dict().items()}
+    return found | weights
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_what_is_made_shares_nothing_with_the_model_that_it_is_made_of(maker, tokens):
+    model = TINY["llama"]()
+    model.config.rope_parameters["mine"] = {"deep": [1]}  # nested, as a scaled rope is
+    model.generation_config.suppress_tokens = [3]
+    made = MAKERS[maker](model, tokens)
+    assert made.generation_config.to_dict() == model.generation_config.to_dict()
+    theirs = _changeable(made)
+    assert [part for key, part in _changeable(model).items() if key in theirs] == []
 
 
 @pytest.mark.parametrize("name", TINY)

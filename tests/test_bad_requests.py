@@ -70,6 +70,15 @@ BAD_REQUESTS = {
     f"{PPL} --model lacking": f"lacks 1 weights (first {WEIGHT}); save the model anew",
     f"{PPL} --model misshapen": f"{WEIGHT} of model 'misshapen' is of shape [64, 120], its config",
     f"{PPL} --model fewer-layers": "has 9 weights that its config.json does not describe (first",
+    f"{PPL} --model value-head": "has 1 weights that its config.json does not describe (first v_h",
+    f"{PPL} --model head-bias": "does not describe (first lm_head.bias); merge or remove them",
+    f"{PPL} --model norm-bias": "does not describe (first model.norm.bias)",
+    f"{PPL} --model adapter": "(first model.embed_tokens.lora_A.weight)",
+    f"{PPL} --model classifier": "names LlamaForSequenceClassification, which is no causal languag",
+    f"{PPL} --model pointer": "model.safetensors (it is a pointer of Git LFS); run `git lfs pull`",
+    f"{LR} --model cut": "the weights of model 'cut' cannot be read from model-00001-of-00004.safe",
+    f"{DROP} --layers 1 --model cut": "cannot be read from model-00001-of-00004.safetensors",
+    f"{QUANTIZE} --bits 8 --model cut": "cannot be read from model-00001-of-00004.safetensors",
     f"{PPL} --model truncated": "the weights of model 'truncated' cannot be read from model.safe",
     f"{PPL} --model elsewhere": "it names files in other folders",
     f"{PPL} --model lost-shard": "model-00001-of-00004.safetensors is missing",
@@ -85,6 +94,10 @@ BAD_REQUESTS = {
     f"{SLICE} --model lacking --slice-percentage 0.2 --out new --stream": f"no weight '{WEIGHT}'",
     f"{SLICE} --model misshapen --slice-percentage 0.2 --out new --stream": "is of shape [64, 120]",
     f"{SLICE} --model fewer-layers --slice-percentage 0.2 --out new --stream": "has 9 weights that",
+    f"{SLICE} --model value-head --slice-percentage 0.2 --out new --stream": "(first v_head.weight",
+    f"{SLICE} --model head-bias --slice-percentage 0.2 --out new --stream": "(first lm_head.bias)",
+    f"{SLICE} --model classifier --slice-percentage 0.2 --out new --stream": "no causal language",
+    f"{SLICE} --model cut --slice-percentage 0.2 --out new --stream": "cannot be read from model-0",
     f"{SLICE} --model pickle --slice-percentage 0.2 --out new --stream": "has no safetensors",
     f"{SLICE} --model elsewhere --slice-percentage 0.2 --out new --stream": "in other folders",
     f"{PPL} --model ''": EMPTY,
@@ -301,6 +314,7 @@ BAD_REQUESTS = {
     f"{SLICE} --plan altered-plan.json --out new": "its layers give 150592: it was altered",
     f"{SLICE} --plan sp-plan.json --out new": "the plan says slice_percentage 0.3, its layers give",
     f"{SLICE} --plan base-plan.json --out new": "has slice_base 7, which fits no plan; make",
+    f"{SLICE} --plan odd-plan.json --out new": "the plan has schedule 'mine', which fits no plan",
     f"{SLICE} --plan round-plan.json --out new": "round_to 7 does not divide the hidden size 64",
     f"{SLICE} --plan null-plan.json --out new": "the plan has widths None, which fits no plan",
     f"{SLICE} --plan shape-plan.json --out new": "has shape.layers 4.0, which fits no plan",
@@ -502,6 +516,16 @@ def _make_models(folder):
     with_weights("hot", lambda w: [x.mul_(1000) for name, x in w.items() if "_proj" in name])
     with_weights("lacking", lambda weights: weights.pop(WEIGHT))
     with_weights("misshapen", lambda w: w.update({WEIGHT: w[WEIGHT][:, :-8].contiguous()}))
+    added = {"value-head": "v_head.weight", "head-bias": "lm_head.bias"}
+    added |= {"norm-bias": "model.norm.bias"}
+    added |= {"adapter": "model.embed_tokens.lora_A.weight"}
+    for name, key in added.items():
+        with_weights(name, lambda weights, key=key: weights.update({key: torch.ones(64)}))
+    with_json("classifier", "config.json", architectures=["LlamaForSequenceClassification"])
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (copy("pointer") / "model.safetensors").write_text(pointer)
+    first = copy("cut", "shards") / "model-00001-of-00004.safetensors"
+    first.write_bytes(first.read_bytes()[:-100])
     whole = (copy("truncated") / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(whole[:-100])
     copy("no-weights", lacking="model.safetensors")
@@ -568,6 +592,7 @@ def _make_plans(folder):
         "sp-plan": {"slice_percentage": 0.3},
         "base-plan": {"slice_base": 7},
         "round-plan": {"round_to": 7},
+        "odd-plan": {"schedule": "mine"},
         "null-plan": {"widths": None},
         "groups-plan": {"layout": {**sound["layout"], "basis_groups": [2, 2]}},
         "group-plan": {"layout": {**sound["layout"], "basis_groups": "all"}},

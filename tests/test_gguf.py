@@ -37,8 +37,11 @@ def tensors_of(head=None, seed=0):
     return found if head is None else {**found, "output.weight": head}
 
 
-def write_gguf(path, tensors, architecture="llama", tokenizer=True, quantised=None):
-    """A GGUF file of tensors; quantised: {name: type} of those that are not float32."""
+def write_gguf(path, tensors, architecture="llama", tokenizer=True, quantised=None, settings=()):
+    """A GGUF file of tensors; quantised: {name: type} of those that are not float32.
+
+    settings: more of the architecture, {name: value}.
+    """
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(SIZES["hidden"])
@@ -58,6 +61,9 @@ def write_gguf(path, tensors, architecture="llama", tokenizer=True, quantised=No
         writer.add_token_merges(["a b", "b a"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    for name, value in dict(settings).items():
+        adders.get(type(value), writer.add_string)(f"{architecture}.{name}", value)
     for name, tensor in tensors.items():
         kind = (quantised or {}).get(name)
         if kind is None:
@@ -149,6 +155,53 @@ def test_a_file_without_some_weights_is_refused_not_filled_with_random_ones(cach
     with pytest.raises(RequestError, match=r"'thin.gguf' lacks weight 'model.layers.1\..*complete"):
         models.load(str(of_a_layer_too_few(cache)), CPU, torch.float32)
     assert not any((cache / "cache").rglob("*.safetensors"))
+
+
+D = SIZES["hidden"]
+UNREAD = {
+    "rope_freqs.weight": {"rope_freqs.weight": np.linspace(1, 8, 8, dtype="f4")},
+    "blk.0.attn_q.bias": {"blk.0.attn_q.bias": np.ones(D, "f4")},
+    "output.bias": {"output.bias": np.ones(SIZES["vocabulary"], "f4")},
+    "blk.2.attn_norm.weight": {"blk.2.attn_norm.weight": np.ones(D, "f4")},
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_tensor_that_the_network_does_not_take_up_is_refused_by_name(name, cache):
+    path = write_gguf(cache / "more.gguf", {**tensors_of(), **UNREAD[name]})
+    with pytest.raises(RequestError, match=f"'more.gguf' holds tensor {name}, which .*safetensors"):
+        models.load(str(path), CPU, torch.float32)
+    assert not any((cache / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope.scaling.type", "linear"),
+        ("rope.scaling.factor", 4.0),
+        ("rope.scaling.yarn_log_multiplier", 0.5),
+        ("attention.key_length", 8),
+        ("attention.sliding_window", 16),
+        ("attention.causal", False),
+        ("attention.clamp_kqv", 8.0),
+        ("logit_scale", 0.5),
+        ("expert_count", 4),
+    ],
+)
+def test_a_setting_that_transformers_does_not_read_is_refused_by_name(name, value, cache):
+    path = write_gguf(cache / "set.gguf", tensors_of(), settings={name: value})
+    said = f"'set.gguf' holds setting llama.{name} = {value}, which nothing reads"
+    with pytest.raises(RequestError, match=said):
+        models.load(str(path), CPU, torch.float32)
+
+
+def test_settings_that_change_nothing_are_taken(cache):
+    head = SIZES["hidden"] // SIZES["heads"]
+    agreed = {"attention.key_length": head, "attention.value_length": head, "expert_count": 0}
+    agreed |= {"attention.causal": True, "rope.scaling.type": "none", "rope.freq_base": 5e5}
+    path = write_gguf(cache / "agreed.gguf", tensors_of(), settings=agreed)
+    model, _ = models.load(str(path), CPU, torch.float32)
+    assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 
 
 def no_gguf(folder):

@@ -17,6 +17,7 @@ import huggingface_hub
 import peft
 import pytest
 import torch
+import transformers
 from conftest import CPU, TINY
 from huggingface_hub import ModelCard, ModelCardData
 from lm_eval.models.huggingface import HFLM
@@ -32,6 +33,7 @@ from dynslice.evaluate import harness
 from dynslice.evaluate.perplexity import perplexity
 from dynslice.inputs import checkpoints, models, texts
 from dynslice.inputs.windows import first_token, sliding_windows, token_stream, token_windows
+from dynslice.method import modeling_sliced
 from dynslice.method.architectures import dims_of
 from dynslice.method.plan import constant
 from dynslice.method.redundancy import layer_redundancy
@@ -391,6 +393,69 @@ def test_a_slice_has_a_model_card_and_names_what_was_sliced(sliced):
         assert files.sha256(source / name) == digest
     assert f"{facts['parameters']:,}" in card.text
     assert files.damage(sliced) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.25, "Its width 48 is no multiple of 32"), (0.5, None)]
+)
+def test_a_plain_card_names_a_width_that_8_bits_do_not_divide(share, said, ask, tmp_path):
+    """llama.cpp quantises blocks of 32 weights in a row."""
+    command = ["slice", "--model", NAME, "--plain", "--slice-percentage", share, *CALIBRATION]
+    assert ask(*command, "--out", tmp_path / "out")[0] == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "transformers 5 or newer" in card
+    assert said in card if said else "16 bits" not in card
+
+
+def test_the_modelling_file_refuses_a_transformers_that_misreads_the_rope(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    code = Path(modeling_sliced.__file__).read_text(encoding="utf-8")
+    with pytest.raises(ImportError, match="transformers 5 or newer"):
+        exec(compile(code, "modeling_sliced.py", "exec"), {"__name__": "modeling_sliced"})
+
+
+@pytest.mark.parametrize("rest", [None, torch.float32], ids=["bf16", "norms in float32"])
+@pytest.mark.parametrize("how", [(), ("--stream",)], ids=["", "streamed"])
+def test_a_slice_has_the_dtype_of_the_tensors_where_the_config_names_none(rest, how, ask, tmp_path):
+    model, tokenizer = models.load(NAME, CPU, torch.bfloat16)
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(rest if rest and "norm" in name else torch.bfloat16)
+    checkpoints.save(model, tokenizer, tmp_path / "half")
+    path = tmp_path / "half" / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config))
+    (path.parent / files.CHECKSUMS).unlink()
+    command = ["slice", "--model", path.parent, "--slice-percentage", 0.25, *CALIBRATION, *how]
+    assert ask(*command, "--out", tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out" / "slice.json").read_text())["dtype"] == "bfloat16"
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("kind", ["lr", "sensitivity"])
+def test_values_of_another_model_are_said_to_be_so(kind, ask, tmp_path, monkeypatch):
+    for name in ("mine", "other"):
+        shutil.copytree("half", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    text = ["--text", Path(__file__).parent / "prose.py", "--window", 64]
+    measure = ["lr", *text, "--max-tokens", 200]
+    if kind == "sensitivity":
+        (tmp_path / "text.txt").write_text(paragraphs(9), encoding="utf-8")
+        measure = ["sensitivity", *text, "--windows", 1, "--calibration", "text.txt"]
+        measure += ["--slice-percentage", 0.25]
+    assert ask(*measure, "--model", "mine", "--out", "it.json")[0] == 0
+    plan = ["plan", "--slice-percentage", 0.25, "--schedule", kind, f"--{kind}", "it.json"]
+    for same in ("mine", "./mine", "mine/", tmp_path / "mine", "other/../mine"):
+        assert ask(*plan, "--model", same)[::2] == (0, "")
+    status, _, said = ask(*plan, "--model", "other")
+    what = "LR scores" if kind == "lr" else "losses"
+    note = f"note: the {what} of it.json were measured on mine, this plan is for other\n"
+    assert (status, said) == (0, note)
+    slice_ = ["slice", *plan[1:], "--calibration", text[1], "--windows", 2, "--window", 64]
+    status, _, said = ask(*slice_, "--model", "other", "--out", "out")
+    assert status == 0
+    assert said.count(note) == 1
 
 
 def test_the_licence_of_the_base_model_is_passed_on(ask, tmp_path):

@@ -56,7 +56,7 @@ def plan_of(model, widths=WIDTHS, groups=None, **layout):
         ends = sorted(ends)
         groups = groups and tuple(b - a for a, b in zip([0, *ends], ends, strict=False))
     layout = Layout(basis_groups=groups, **layout)
-    return of_places("test", shape, widths, 1, layout)
+    return of_places("search", shape, widths, 1, layout)
 
 
 def check_equal(got, expected, of=1e-4):
@@ -304,15 +304,15 @@ LLAMA = dims_of(TINY["llama"]().config)
 APART = dims_of(TINY["mistral"]().config)
 BAD_LAYOUTS = {
     "too few places": (
-        lambda: of_places("x", LLAMA, [32] * 6, 1, Layout(basis_groups=(2, 2))),
+        lambda: of_places("first", LLAMA, [32] * 6, 1, Layout(basis_groups=(2, 2))),
         "count 4 places, the model has 6; make the plan from the same model",
     ),
     "too many places": (
-        lambda: of_places("x", LLAMA, [32] * 6, 1, Layout(basis_groups=(8,))),
+        lambda: of_places("first", LLAMA, [32] * 6, 1, Layout(basis_groups=(8,))),
         "count 8 places, the model has 6",
     ),
     "plain of several widths": (
-        lambda: of_places("x", LLAMA, WIDTHS, 1, Layout(plain=True)),
+        lambda: of_places("first", LLAMA, WIDTHS, 1, Layout(plain=True)),
         "a plain checkpoint has one hidden size; slice all layers equally",
     ),
     "plain and tied": (lambda: Layout(plain=True, tied=True), "a plain checkpoint has one basis"),
@@ -321,7 +321,7 @@ BAD_LAYOUTS = {
         "a plain checkpoint has one basis",
     ),
     "tied where it is apart": (
-        lambda: of_places("x", APART, [32] * 6, 1, Layout(tied=True)),
+        lambda: of_places("first", APART, [32] * 6, 1, Layout(tied=True)),
         "has a head apart from its embedding",
     ),
 }
@@ -347,14 +347,14 @@ BROKEN = [
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)
 def test_a_plan_file_with_a_broken_layout_is_refused(change, message):
-    values = of_places("x", LLAMA, WIDTHS, 1, Layout(basis_groups=(4, 2))).to_dict()
+    values = of_places("first", LLAMA, WIDTHS, 1, Layout(basis_groups=(4, 2))).to_dict()
     values["layout"] |= change
     with pytest.raises(RequestError, match=message):
         SlicePlan.from_dict(values)
 
 
 def test_a_plan_file_that_unties_its_layout_was_altered():
-    values = of_places("x", LLAMA, WIDTHS, 1, Layout(tied=True)).to_dict()
+    values = of_places("first", LLAMA, WIDTHS, 1, Layout(tied=True)).to_dict()
     values["layout"]["tied"] = False
     with pytest.raises(RequestError, match=r"the plan says parameters \d+, its layers give"):
         SlicePlan.from_dict(values)

@@ -1,11 +1,13 @@
 """Slicing a model that is never in memory as a whole."""
 
+import errno
 import json
 import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from conftest import CPU, TIED, TINY
+from safetensors.torch import load_file, save_file
 
 from dynslice.core.errors import RequestError
 from dynslice.core.tensors import tokens_per_batch
+from dynslice.extensions import bits
 from dynslice.extensions.compensation import Compensation
 from dynslice.inputs import models
 from dynslice.method import streaming
@@ -117,16 +121,81 @@ def test_model_without_safetensors_is_refused(tokens, tmp_path):
         models.slice_saved(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
 
 
-def test_truncated_weights_are_named(tokens, tmp_path):
-    model = TINY["llama"]()
+def _forbidden(path, monkeypatch):
+    """Whoever runs the tests may be allowed to read everything."""
+    usual = Path.open
+
+    def open_(self, *how, **named):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self, *how, **named)
+
+    monkeypatch.setattr(Path, "open", open_)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+DAMAGE = {
+    "cut": (lambda path, _: path.write_bytes(path.read_bytes()[:-40]), "save the model anew"),
+    "header": (lambda path, _: path.write_bytes(path.read_bytes()[:20]), "save the model anew"),
+    "empty": (lambda path, _: path.write_bytes(b""), "save the model anew"),
+    "pointer": (lambda path, _: path.write_bytes(POINTER), "a pointer of Git LFS.; run `git lfs"),
+    "forbidden": (_forbidden, "Permission denied.; let it be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("table", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_damaged_weights_are_named(table, damage, tokens, tmp_path, monkeypatch):
+    model = TINY["llama-biases"]()
     plan = constant(dims_of(model.config), 0.25)
     source = saved(model, tmp_path / "dense")
-    shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(RequestError, match=f"weights in {shard.name} cannot be read"):
+    index = json.loads((tmp_path / "dense/model.safetensors.index.json").read_text())
+    shard = tmp_path / "dense" / index["weight_map"][table]
+    make, remedy = DAMAGE[damage]
+    make(shard, monkeypatch)
+    said = f"the weights of model .* cannot be read from {shard.name} .*{remedy}"
+    with pytest.raises(RequestError, match=said):
         models.slice_saved(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
-    with pytest.raises(RequestError, match=r"the weights of model .* cannot be loaded"):
+    with pytest.raises(RequestError, match=said):
         models.load(source, CPU, torch.float32)
+
+
+def _as_it_is(model, _, folder):
+    return saved(model, folder)
+
+
+def _cut(model, tokens, folder):
+    return saved(slice_model(model, tokens, constant(dims_of(model.config), 0.25)).model, folder)
+
+
+def _packed(model, _, folder):
+    folder.mkdir()
+    tokenizer = models.load_tokenizer("embedded:tiny-random")
+    bits.quantize(model, [8, 8, 8]).save(tokenizer, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("make", [_as_it_is, _cut, _packed])
+def test_a_tensor_that_nothing_reads_is_refused_and_what_is_computed_is_not(make, tokens, tmp_path):
+    model = TINY["llama"]()
+    source, plan = make(model, tokens, tmp_path / "it"), constant(dims_of(model.config), 0.25)
+
+    def load():
+        if make is _as_it_is:
+            models.slice_saved(tmp_path / "out", source, tokens, plan, CPU, torch.float32)
+        return models.load(source, CPU, torch.float32)[0]
+
+    wanted = load().state_dict()
+    shard = sorted((tmp_path / "it").glob("*.safetensors"))[0]
+    weights = load_file(shard)
+    computed = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in range(3)}
+    save_file({**weights, **computed}, shard, metadata={"format": "pt"})
+    found = load().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    save_file({**weights, "score.weight": torch.ones(2, 48)}, shard, metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=r"not describe \(first score.weight\)"):
+        load()
 
 
 @pytest.mark.parametrize("room", [None, 0, 2 * 24 * 48 * 4])

@@ -32,14 +32,14 @@ model = AutoModelForCausalLM.from_pretrained("DIR"{code})
 tokenizer = AutoTokenizer.from_pretrained("DIR"{code})
 ```
 
-{why}
+{why} It needs transformers 5 or newer: older versions read its rope theta as 10,000.
 
 {cited}
 """
 
 
-def model_card(recipe: dict, base: str, revision: str | None) -> str:
-    """The README.md of a slice; recipe: what `slice.json` holds, base: as the command named it."""
+def model_card(recipe: dict, width: int, base: str, revision: str | None) -> str:
+    """The README.md of a slice of a width; recipe: `slice.json`, base: as the command named it."""
     how = (
         "The residual stream of the base model was rotated and cut to fewer dimensions. "
         "`plan.json` holds the width of each layer, `slice.json` how the slice was made, with the "
@@ -54,6 +54,8 @@ def model_card(recipe: dict, base: str, revision: str | None) -> str:
     if share := recipe["mlp_neurons_dropped"]:
         shown["neurons of each MLP dropped first"] = f"{share:g} of them"
     has_code = not recipe["layout"]["plain"]
+    if not has_code and width % 32:
+        how += f" Its width {width} is no multiple of 32: llama.cpp leaves most of it in 16 bits."
     return card("sliced", how, shown, recipe, base, revision, has_code)
 
 

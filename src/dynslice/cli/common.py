@@ -44,11 +44,13 @@ def saved_dtype(options) -> Any:
     """The dtype in which a slice is saved: what is asked for, or that of the model."""
     from dynslice.core.tensors import DTYPES
     from dynslice.inputs import models
+    from dynslice.inputs.checkpoints import stored_dtype
 
     asked, (_, computed) = options.save_dtype, placed(options)
     if asked != "auto" or not options.model:
         return DTYPES.get(asked, computed)
-    return models.load_config(options.model, options.revision).dtype or computed
+    stated, source = config_of(options, whole=True).dtype, (options.model, options.revision)
+    return stated or stored_dtype(models.weights_folder(*source), options.model)
 
 
 def config_of(options, whole: bool = False) -> Any:

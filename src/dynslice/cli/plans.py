@@ -2,8 +2,10 @@
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from os.path import realpath
 
 from dynslice.cli.common import dims, saved_dtype
 from dynslice.core.errors import RequestError
@@ -60,9 +62,8 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
     schedule = _schedule(options)
     lr = read_json(options.lr, "LR") if options.lr else None
     shape = _shape(options, schedule, lr)
-    told = (lr or {}).get("shape", {})  # a file of an earlier version says less of the shape
-    if not isinstance(told, dict) or ModelDims.from_dict({**asdict(shape), **told}) != shape:
-        raise RequestError("the scores of --lr are of another model; measure them on this one")
+    if lr is not None:
+        _check_owner(options, lr, shape)
     if "lr" in TAKES[schedule] and measured_lr is None:
         if lr is None:
             raise RequestError(
@@ -84,6 +85,19 @@ def plan_of(options, measured_lr: Sequence[float] | None = None) -> SlicePlan:
             f"{options.size}; give a smaller base"
         )
     return plan
+
+
+def _check_owner(options, lr: dict, shape: ModelDims) -> None:
+    """Refuse LR of a model of another shape; say so where it is of another one of this shape."""
+    told = lr.get("shape", {})  # a file of an earlier version says less of the shape
+    if not isinstance(told, dict) or ModelDims.from_dict({**asdict(shape), **told}) != shape:
+        raise RequestError(
+            f"the LR scores of {options.lr} are of another model; measure them on this one"
+        )
+    owner = str(lr.get("model", options.model))
+    if options.model and realpath(owner) != realpath(options.model):  # a path has spellings
+        note = f"the LR scores of {options.lr} were measured on {owner}"
+        print(f"note: {note}, this plan is for {options.model}", file=sys.stderr)
 
 
 def _layout(options, shape: ModelDims, lr: Sequence[float] | None) -> Layout:
@@ -130,14 +144,11 @@ def _budget(options, shape: ModelDims, round_to: int, layout: Layout) -> int:
     """
     base = options.slice_base or 0.0 if options.size is None else 0.0
     check_request(shape, options.slice_percentage or 0.0, base, round_to)
+    flag = "slice_percentage" if options.size is None else "size"
     if options.size is None:
-        flag, size = (
-            "slice_percentage",
-            budget_of(shape, options.slice_percentage, round_to, layout),
-        )
+        size = budget_of(shape, options.slice_percentage, round_to, layout)
     else:
-        whole = dims(options, whole=True) if options.model else shape
-        flag, size = "size", asked_parameters(options, whole)
+        size = asked_parameters(options, dims(options, whole=True) if options.model else shape)
     least, most = size_range(shape, round_to, layout)
     if not least <= size < most:
         raise RequestError(

@@ -56,7 +56,7 @@ def slice_command(options) -> tuple[dict, list[str]]:
         common.write_json(folder / "plan.json", sliced.plan.to_dict())
         recipe = common.recipe_of(options, result) | {"sliced_sha256": common.hashes(options)}
         common.write_json(folder / "slice.json", recipe)
-        card = model_card(recipe, options.model, options.revision)
+        card = model_card(recipe, sliced.plan.widths[-1], options.model, options.revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return result, _lines(options, result, sliced, start)
 

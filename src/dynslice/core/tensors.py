@@ -1,5 +1,6 @@
 """Devices, dtypes, memory and finite values: what every part that holds tensors needs."""
 
+import copy
 import ctypes
 import gc
 import resource
@@ -9,11 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dynslice.core.errors import RequestError
+from dynslice.core.errors import RequestError, in_one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +45,26 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise RequestError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[safe_open]:
+    """A safetensors file, open. Raises RequestError where it cannot be read, at once or later.
+
+    what: what the file holds, in words.
+    """
+    remedy = "save the model anew with transformers, or fetch that file again"
+    try:
+        with path.open("rb") as start:  # safetensors does not tell these causes apart
+            if start.read(23) == b"version https://git-lfs":
+                remedy = "run `git lfs pull` where it comes from"
+                raise OSError(None, "it is a pointer of Git LFS")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        remedy = "let it be read" if isinstance(error, PermissionError) else remedy
+        cause = getattr(error, "strerror", None) or in_one_line(error)
+        raise RequestError(f"{what} cannot be read from {path.name} ({cause}); {remedy}") from error
 
 
 def free_memory() -> None:
@@ -128,7 +150,7 @@ def of_config(
     made = without_storage(lambda: type(model)(config))
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
-    made.generation_config = model.generation_config
+    made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).eval()
 
 

@@ -45,7 +45,7 @@ class FineTuning:
 def finetune(
     model: PreTrainedModel, windows: Tensor, recovery: FineTuning, seed: int = 0
 ) -> tuple[PreTrainedModel, float]:
-    """Fine-tune a sliced model on token windows [n, T]; the merged model, and the seconds.
+    """Fine-tune a sliced model in place on windows [n, T]; the merged model, and the seconds.
 
     The loss is the mean NLL of each window. The order of windows and the first adapters are sampled
     by `seed`. Raises RequestError for tokens outside the vocabulary and a loss that is not finite.

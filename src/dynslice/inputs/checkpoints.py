@@ -1,6 +1,9 @@
 """Saved models on disk: found, read weight by weight, checked and written."""
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -8,22 +11,24 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dynslice.core import files
 from dynslice.core.errors import RequestError, in_one_line
-from dynslice.core.tensors import check_weight, without_storage
+from dynslice.core.tensors import check_weight, opened, without_storage
 from dynslice.method.architectures import family_of, require_dense
 from dynslice.method.numerics import ROWS
 
 SAFE = {"trust_remote_code": False}  # code that comes with a model is never run
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What old checkpoints hold besides weights, and a network computes by itself.
+_COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|masked_bias$|causal_mask$"
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
-    """The safetensors file of each weight that a folder of model `name` holds.
+    """The safetensors file of each tensor that a folder of model `name` holds.
 
     Raises RequestError for a folder without any, and for files that are broken or lead out of it.
     """
@@ -34,21 +39,36 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
             f"model {name!r} has no safetensors, and other files of weights are not read; save it "
             "anew with transformers"
         )
+    if path.suffix == ".safetensors":
+        return dict.fromkeys(_header(path, name), path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return dict.fromkeys(file.keys(), path)
         parts = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if any(Path(file).name != file for file in parts.values()):
             raise ValueError("it names files in other folders")
         if lost := sorted(file for file in {*parts.values()} if not (folder / file).is_file()):
             raise ValueError(f"{lost[0]} is missing")
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RequestError(
             f"the weights of model {name!r} cannot be read from {path.name} "
             f"({in_one_line(error)}); save the model anew with transformers"
         ) from error
-    return {weight: folder / file for weight, file in parts.items()}
+    shards = [folder / file for file in sorted({*parts.values()})]
+    return {tensor: shard for shard in shards for tensor in _header(shard, name)}
+
+
+def _header(path: Path, name: str) -> dict:
+    """The tensors of a safetensors file of model `name`, of which kind and shape can be read."""
+    with opened(path, f"the weights of model {name!r}") as file:
+        return {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
+
+
+def stored_dtype(folder: Path, name: str) -> torch.dtype:
+    """The dtype of most weights of a saved model. Raises RequestError as `weight_files`."""
+    counts = Counter()
+    for path in {*weight_files(folder, name).values()}:
+        for tensor in _header(path, name).values():
+            counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return _DTYPES[max(_DTYPES, key=lambda kind: counts[kind])]
 
 
 def ties_head(folder: Path, name: str, config) -> bool:
@@ -62,10 +82,9 @@ def ties_head(folder: Path, name: str, config) -> bool:
     if None in tables:
         return config.tie_word_embeddings
     with ExitStack() as files:
-        both = [
-            files.enter_context(safe_open(stored[table], framework="pt")).get_slice(table)
-            for table in tables
-        ]
+        what = f"the weights of model {name!r}"
+        opens = (files.enter_context(opened(stored[table], what)) for table in tables)
+        both = [file.get_slice(table) for file, table in zip(opens, tables, strict=True)]
         if both[0].get_shape() != both[1].get_shape():
             return False
         starts = range(0, both[0].get_shape()[0], ROWS)
@@ -129,13 +148,13 @@ def check_shape(found: torch.Size, wanted: torch.Size, key: str, model: str) -> 
         )
 
 
-def check_described(unexpected: Iterable[str], model: str) -> None:
-    """Raise RequestError for weights of layers that the model's config does not describe."""
-    more = sorted(key for key in unexpected if ".layers." in f".{key}" and "inv_freq" not in key)
-    if more:
+def check_described(unexpected: Iterable[str], model: str, known: Iterable[str] = ()) -> None:
+    """Raise RequestError for tensors that no network takes up, but for `known` patterns of them."""
+    computed = re.compile("|".join([_COMPUTED, *known]))
+    if more := sorted(key for key in unexpected if not computed.search(key)):
         raise RequestError(
             f"the checkpoint of model {model!r} has {len(more)} weights that its config.json does "
-            f"not describe (first {more[0]}); save the model anew with transformers"
+            f"not describe (first {more[0]}); merge or remove them, and save the model anew"
         )
 
 
@@ -153,8 +172,9 @@ class Checkpoint:
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(device))
         # Refuses a checkpoint that lacks a weight, or has others, before any work.
-        used = {self._stored_name(key) for key, _ in self.model.named_parameters()}
-        check_described(set(stored) - used, name)
+        keys = dict(self.model.named_parameters(remove_duplicate=False))
+        known = self.model._keys_to_ignore_on_load_unexpected or ()
+        check_described(set(stored) - {*map(self._stored_name, keys)}, name, known)
 
     @contextmanager
     def use(self, path: str) -> Iterator[nn.Module]:
@@ -175,15 +195,9 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         stored = self._stored_name(name)
-        try:
-            with safe_open(self._files[stored], framework="pt") as file:
-                # A copy: products of memory that a file is mapped to round differently.
-                weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
-        except (OSError, SafetensorError) as error:
-            raise RequestError(
-                f"the weights in {self._files[stored].name} cannot be read "
-                f"({in_one_line(error)}); save the model anew"
-            ) from error
+        with opened(self._files[stored], f"the weights of model {self.name!r}") as file:
+            # A copy: products of memory that a file is mapped to round differently.
+            weight = file.get_tensor(stored).to(self.device, self.dtype, copy=True)
         check_weight(weight, stored, self.name)
         check_shape(weight.shape, self.model.get_parameter(name).shape, stored, self.name)
         return weight

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynslice.core.tensors import batches
+from dynslice.core.tensors import batches, opened
 from dynslice.method.architectures import family_of
 from dynslice.method.modeling_sliced import Block, Family, block_output, subtracts_mean
 
@@ -99,7 +99,8 @@ class Activations:
 
     def _fetch(self, kept: Tensor | Path) -> Tensor:
         if isinstance(kept, Path):
-            return load_file(kept)["x"].to(self.device, copy=True)  # the file will be replaced
+            with opened(kept, "a part of the activations") as file:
+                return file.get_tensor("x").to(self.device, copy=True)  # it will be replaced
         return kept.to(self.device, non_blocking=True)
 
     @staticmethod

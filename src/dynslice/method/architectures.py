@@ -1,5 +1,7 @@
 """What is known of a decoder family, and why a model cannot be sliced."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -132,7 +134,7 @@ def empty_sliced(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
             maps_embedding=plan.maps_embedding,
         )
     sliced = without_storage(lambda: model_class(config))  # the weights it takes are all there are
-    sliced.generation_config = model.generation_config
+    sliced.generation_config = copy.deepcopy(model.generation_config)
     return sliced
 
 
@@ -179,11 +181,12 @@ def obstacle(config: PretrainedConfig) -> str | None:
     if getattr(config, "quantization_config", None) and not is_packed(config):
         return "its weights are quantised, and folding and rotating needs plain ones"
     model_type = config.model_type.removeprefix("sliced_")
-    if model_type == "opt":
-        return _obstacle_in_opt(config)
-    if model_type in FAMILIES:
-        return None
-    return _obstacle_in_layers(config) or "its layout is no row of the family table"
+    if model_type not in FAMILIES:
+        return _obstacle_in_layers(config) or "its layout is no row of the family table"
+    named = getattr(config, "architectures", None) or ["ForCausalLM"]
+    if not any(str(name).endswith("ForCausalLM") for name in named):
+        return f"its config.json names {named[0]}, which is no causal language model"
+    return _obstacle_in_opt(config) if model_type == "opt" else None
 
 
 def _obstacle_in_opt(config: PretrainedConfig) -> str | None:

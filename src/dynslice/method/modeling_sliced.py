@@ -28,6 +28,9 @@ import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError("a slice needs transformers 5 or newer: older ones misread its rope theta")
+
 
 @dataclass(frozen=True)
 class Branch:

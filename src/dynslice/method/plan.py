@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from dynslice.method.scores import normalise
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Schedule = Literal["constant", "dynamic", "lr", "entropic", "first", "embedding"]
 
 ORIGINAL = -1  # in `SlicePlan.bases`: the stream keeps the coordinates of the dense model
 
@@ -70,7 +71,7 @@ class SlicePlan:
     gives the stream before attention widths of its own, the first of which is the embedding's.
     """
 
-    schedule: str
+    schedule: Literal[_Schedule, "single", "shuffled"]
     slice_percentage: float
     slice_base: _Share
     round_to: _Positive
