@@ -3,11 +3,15 @@
 import pytest
 import torch
 from prose import paragraphs
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from dynslice.core import assets
 from dynslice.core.errors import RequestError
 from dynslice.inputs import corpora, models, texts
-from dynslice.inputs.windows import consecutive_windows, token_stream, token_windows
+from dynslice.inputs.windows import consecutive_windows, first_token, token_stream, token_windows
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,23 @@ def test_seed_shuffles_documents(tokenizer):
     assert torch.equal(one, again)
     assert not torch.equal(one, plain)
     assert not torch.equal(one, two)
+
+
+def of_words(words, begins):
+    """A tokenizer that gives nothing for a word it lacks, unless it has <unk>."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<s>" if "<unk>" in words else None))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begins:
+        backend.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("words", [["<s>", "b"], ["<s>", "<unk>", "b"]], ids=str)
+def test_a_tokenizer_without_the_letter_tells_whether_it_begins_texts(words, begins):
+    """The second gives BOS for what it does not know."""
+    assert first_token(of_words(words, begins)) == (0 if begins else None)
 
 
 def test_blocks_are_consecutive_and_the_last_short_one_is_dropped():

@@ -1,17 +1,19 @@
 """Damaged files: each is detected and named, set aside or made again, and never used."""
 
+import errno
 import gzip
 import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from prose import paragraphs
 
 from dynslice.cli import commands
-from dynslice.core import assets, paths
-from dynslice.core.errors import RequestError, RunError
+from dynslice.core import assets, files, paths
+from dynslice.core.errors import DiskError, RequestError, RunError
 from dynslice.core.files import read_json
 from dynslice.core.tensors import DTYPES, pick_device
 from dynslice.evaluate import harness
@@ -338,6 +340,8 @@ def test_published_numbers(damage, tmp_path, monkeypatch, record_property):
 
 # Copies of data sets
 
+TASK_CACHES = (harness.items_of, harness._task_manager, harness._own_folder)
+
 
 def reworded(path: Path) -> None:
     """Data that can be read, and say something else."""
@@ -351,20 +355,65 @@ def test_damaged_copy_of_a_data_set_changes_no_score(damage, cache, monkeypatch,
     model, tokenizer = models.load(TINY, pick_device("cpu"), DTYPES["float32"])
 
     def scores():
-        harness.items_of.cache_clear()
-        harness._task_manager.cache_clear()
+        for kept in TASK_CACHES:
+            kept.cache_clear()
         return harness.tasks(model, tokenizer, ["piqa"], 4)["piqa"]
 
     try:
         sound = scores()
+        harness.write_task_files()  # as others read them, who share copies
         settings = yaml.safe_load((cache / "lm_eval_tasks" / "piqa.yaml").read_text())
-        assert str(cache) in settings["dataset_kwargs"]["cache_dir"]
+        assert settings["dataset_kwargs"]["cache_dir"] == str(cache / "datasets")
+        datasets.load_dataset(settings["dataset_path"], **settings["dataset_kwargs"])
         copies = [p for p in (cache / "datasets").rglob("*.arrow") if p.stat().st_size > 100]
         assert copies
         for path in copies:
             damage(path)
         assert scores() == sound
     finally:
-        harness.items_of.cache_clear()
-        harness._task_manager.cache_clear()
+        for kept in TASK_CACHES:
+            kept.cache_clear()
     record_property("corruptions caught", 1)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("away"), OSError(errno.ENOSPC, "full"), KeyError("text")], ids=repr
+)
+def test_shared_copies_are_left_alone_whatever_fails(error, cache, monkeypatch):
+    """Another process may be reading them."""
+    shared = cache / "datasets" / "arrow" / "copy.arrow"
+    shared.parent.mkdir(parents=True)
+    shared.write_text("read by another")
+
+    class Manager:
+        def load(self, _names):
+            raise error
+
+    harness._own_folder.cache_clear()
+    monkeypatch.setattr(harness, "_task_manager", Manager)
+    with pytest.raises((DiskError, type(error))):
+        harness.load("piqa")
+    harness._own_folder.cache_clear()
+    assert shared.read_text() == "read by another"
+
+
+# Checksums of other tools
+
+FOREIGN = {
+    "a list": '[{"file": "config.json", "sha256": "%s"}]',
+    "nested": '{"files": {"config.json": "%s"}}',
+    "with the algorithm": '{\n "config.json": "sha256:%s"\n}',
+    "of paths": '{\n "original/config.json": "%s"\n}',
+    "in another form": '{"config.json": "%s"}',
+    "of other files": '{\n  "consolidated.00.pth": "%s"\n}',
+    "no JSON": "%s  config.json",
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_checksums_of_another_tool_seal_nothing(form, made, tmp_path):
+    folder = Path(shutil.copytree(models.resolve(TINY), tmp_path / "model"))
+    assert files.is_sound(folder)
+    (folder / "checksums.json").write_text(FOREIGN[form] % ("0" * 64))
+    assert not files.is_sound(folder)
+    assert models.load_config(str(folder)).hidden_size == 64

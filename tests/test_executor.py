@@ -140,9 +140,9 @@ def test_what_needs_a_failed_lr_fails_with_it_and_the_rest_is_measured(small, mo
     assert len(lost) < len(requests)
 
 
-def test_only_what_was_asked_for_is_counted_and_its_lr_comes_along(small):
+def test_the_lr_that_a_plan_needs_comes_along_and_counts(small):
     dynamic = next(p for p in small.points() if p.schedule == "dynamic")
-    assert small.ensure([small.slice_request(dynamic)]) == 1
+    assert small.ensure([small.slice_request(dynamic)]) == 2
     assert small.store.get(small.lr_request()) is not None
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import pandas as pd
 import pytest
 from datasets import Dataset
 from huggingface_hub import constants, errors
@@ -15,7 +16,7 @@ from dynslice.core.errors import RequestError
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, texts
 from dynslice.inputs.corpora import HUB
-from dynslice.inputs.data_files import SPLITS
+from dynslice.inputs.data_files import SPLITS, column_of
 from dynslice.inputs.windows import token_stream
 
 TEXTS = ["One day.", "Two days later,\nit rained.", "The end."]
@@ -359,6 +360,38 @@ def test_unclear_column_is_refused(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(RequestError, match=r"no column 'text'.* \(columns: title, body\); name"):
         texts.documents(str(tmp_path), "test")
+
+
+LATE = {
+    "null at first": [{"id": 1, "text": None}, {"id": 2, "text": "a b"}],
+    "not in the first rows": [{"id": 1}, {"id": 2}, {"id": 3, "text": "a b"}],
+    "of another name": [{"id": 1, "body": None}, {"id": 2}, {"id": 3, "body": "a b"}],
+    "after another one of strings": [{"url": "x"}] * 3 + [{"url": "y", "text": "a b"}],
+    "of some rows": [{"id": 1, "text": "a b"}, {"id": 2}],
+}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json.gz", ".parquet"])
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("case", LATE)
+def test_a_column_is_found_wherever_it_begins(case, is_sharded, ending, tmp_path):
+    shards = [[row] for row in LATE[case]] if is_sharded else [LATE[case]]
+    for i, rows in enumerate(shards):
+        path = tmp_path / f"test-{i:05}-of-{len(shards):05}{ending}"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        if ending == ".parquet":
+            pd.DataFrame(rows).to_parquet(path)
+        elif ending == ".json.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        else:
+            path.write_text(lines)
+    assert texts.documents(str(tmp_path), "test") == ["a b"]
+
+
+def test_a_column_that_no_row_has_is_refused():
+    with pytest.raises(RequestError, match=r"no column 'text' of strings \(columns: id, url\)"):
+        list(column_of([{"id": 1}, {"url": "x"}], "text", "text 'c4'"))
+    assert list(column_of([], "text", "text 'c4'")) == []
 
 
 BROKEN = {"test.parquet": b"PAR1", "test.json": b"{", "test.json.gz": b"no gzip"}

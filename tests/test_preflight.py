@@ -12,6 +12,7 @@ from dynslice.cli import reproduce
 from dynslice.core import assets, hub, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.experiment import preflight
+from dynslice.experiment.agenda import WorkQueue
 from dynslice.experiment.estimate import MACHINES, Estimator, Machine, text_tokens
 from dynslice.experiment.kinds import task_tokens
 from dynslice.experiment.study import Study
@@ -171,6 +172,19 @@ def test_dry_run_of_every_profile_lists_each_measurement(profile, monkeypatch):
         if run["missing"]:
             assert run["seconds"] > 0
             assert run["memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("only", ["02", "04"])
+def test_a_plan_counts_what_a_run_counts(only, monkeypatch, tmp_path):
+    """The LR that a plan rests on too, which no notebook of these asks for."""
+    monkeypatch.setattr(Machine, "measured", lambda *_: MACHINE)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    facts, lines = reproduce.run("smoke", {}, [only], dry_run=True, device="cpu")
+    study = Study.open("smoke", device="cpu")
+    every = {request.key: request for request in study.requests()}
+    queue = WorkQueue([every[key] for key in facts["missing"]], study.store)
+    assert queue.bar.total == len(facts["missing"]) == len(facts["measurements"])
+    assert f"{queue.bar.total} of {queue.bar.total} measurements are missing" in lines
 
 
 @pytest.mark.parametrize("profile", ["quick", "standard", "full"])

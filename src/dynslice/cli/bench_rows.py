@@ -186,7 +186,7 @@ def streamed_rows(subject: Subject, windows: Tensor, widths: SlicePlan) -> list[
     On a GPU, whose allocator tells the peak; the resident set of a CPU's process tells less.
     """
     device, dtype, window = subject.device, subject.dtype, windows.shape[1]
-    with files.scratch(paths.CACHE) as scratch:
+    with files.scratch(files.room(paths.CACHE)) as scratch:
         source, out = scratch / "dense", scratch / "sliced"
         model = subject.load()
         config = model.config

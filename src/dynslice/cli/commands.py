@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
@@ -22,7 +24,14 @@ from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
 from dynslice.core import assets, files, interrupt, paths
-from dynslice.core.errors import RequestError, RunError, in_one_line, without_secrets
+from dynslice.core.errors import (
+    DiskError,
+    RequestError,
+    RunError,
+    in_one_line,
+    trouble,
+    without_secrets,
+)
 from dynslice.core.paths import shown_path
 
 
@@ -32,12 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # an encoding that lacks a letter of a name
             stream.reconfigure(errors="backslashreplace")
     options = options_of(arguments)
-    if not (sys.stderr.isatty() or os.environ.get("TQDM_DISABLE")):  # a file is no place for bars
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
-        with interrupt.handled():
+        with interrupt.handled(), _bars_on_terminals_only():
             result, lines = options.run(options)
-            print(json.dumps(result) if options.json else "\n".join(lines), flush=True)
+            with files.explained(Path("standard output")):
+                print(json.dumps(result) if options.json else "\n".join(lines), flush=True)
     except BrokenPipeError:  # whoever read the output wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -45,13 +53,30 @@ def main(arguments: list[str] | None = None) -> int:
         print(interrupt.SENTENCE, file=sys.stderr)
         return interrupt.status(stop)
     except Exception as error:
-        known = isinstance(error, (RequestError, RunError, OSError, MemoryError))
-        if known or type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be loaded
-            print(f"dynslice: {in_one_line(error)}", file=sys.stderr)
+        said = trouble(error)
+        if said or isinstance(error, (RequestError, RunError, OSError)):
+            print(f"dynslice: {said or in_one_line(error)}", file=sys.stderr)
         else:  # a bug
             print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
+        return 2 if isinstance(error, RequestError) and not said else 1
     return 0
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """For a while no library draws bars into a file, even where it asks tqdm for them."""
+    if getattr(sys.stderr, "isatty", bool)():  # there may be no stderr
+        yield
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # of processes that this one starts
+    from tqdm import tqdm
+
+    make = tqdm.__init__
+    tqdm.__init__ = lambda bar, *given, **how: make(bar, *given, **{**how, "disable": True})
+    try:
+        yield
+    finally:
+        tqdm.__init__ = make
 
 
 def options_of(arguments: list[str] | None = None):
@@ -76,8 +101,12 @@ def assets_command(options) -> tuple[dict, list[str]]:
         result = {"fetched": fetched}
         lines = [f"fetched {', '.join(fetched)}" if fetched else "all of it is there already"]
         if "benchmarks" in names:
-            result["task_files"] = str(tasks := _task_files())
-            lines.append(f"task files for lm-eval's --include_path: {shown_path(tasks)}")
+            what = "task files for lm-eval's --include_path"
+            try:
+                result["task_files"] = str(tasks := _task_files())
+                lines.append(f"{what}: {shown_path(tasks)}")
+            except DiskError as error:  # of a cache that is shared and closed
+                lines.append(f"no {what}: {error}")
         return result, lines
     if options.action == "verify":
         problems = assets.verify()

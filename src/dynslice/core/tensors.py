@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
@@ -74,6 +75,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # glibc keeps what was freed until it is told
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory_of_machine(root: Path = Path("/")) -> int:
+    """Bytes that this process may have: the machine's, or less by its limits or control groups.
+
+    root: of the file system, where the groups (version 1 or 2) are read, with all above them.
+    """
+    limits = [psutil.virtual_memory().total, resource.getrlimit(resource.RLIMIT_AS)[0]]
+    listed, mount = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    for line in listed.read_text().splitlines() if listed.is_file() else []:
+        _, controllers, group = line.split(":", 2)
+        top = mount / "memory" if "memory" in controllers.split(",") else mount
+        own = top / group.lstrip("/")
+        for place in (own, *own.parents):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                with suppress(OSError, ValueError):  # none there, or "max"
+                    limits.append(int((place / name).read_text()))
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
 def synchronise(device: torch.device) -> None:

@@ -3,10 +3,10 @@
 Imported where tasks run, because loading lm-eval takes seconds that only they need.
 """
 
+import atexit
 import logging
 import math
-import shutil
-import sys
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,15 +22,16 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynslice.core import paths
-from dynslice.core.errors import in_one_line
-from dynslice.core.files import write
+from dynslice.core import files, paths
+from dynslice.core.errors import DiskError
 from dynslice.core.tensors import check_finite, evaluating
 from dynslice.evaluate import task_table
 from dynslice.evaluate.task_table import TASKS, check_data, check_subset, data_files, local_files
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 TASK_FILES = paths.TASK_FILES
+_kept = ExitStack()
+atexit.register(_kept.close)
 
 
 def tasks(
@@ -169,21 +170,22 @@ def _build_once(task: Task) -> None:
     task.build_all_requests = build_and_keep
 
 
-def write_task_files() -> Path:
+def write_task_files(folder: Path | None = None) -> Path:
     """Write the task YAMLs that point lm-eval's official definitions at the fetched data.
 
     They keep the official names, so `lm_eval --include_path` with this folder runs the same tasks
-    as `dynslice tasks`. Tasks of the hub are written when they are loaded. Returns the folder.
+    as `dynslice tasks`. Tasks of the hub are written when they are loaded. folder: by default the
+    one in the cache. Returns it. Raises DiskError where it cannot be written.
     """
-    TASK_FILES.mkdir(parents=True, exist_ok=True)
+    folder = folder or TASK_FILES
     for name, row in TASKS.items():
-        if row.folder is not None and name != "mmlu" and (files := local_files(row.folder)):
-            _write_task_file(name, OFFICIAL / row.definition, files, row.settings)
+        if row.folder is not None and name != "mmlu" and (found := local_files(row.folder)):
+            _write_task_file(folder, name, OFFICIAL / row.definition, found, row.settings)
     mmlu = TASKS["mmlu"]
     for definition in sorted((OFFICIAL / mmlu.definition).glob("mmlu_*.yaml")):
-        files = local_files(f"{mmlu.folder}/{definition.stem.removeprefix('mmlu_')}")
-        _write_task_file(definition.stem, definition, files, {})
-    return TASK_FILES
+        found = local_files(f"{mmlu.folder}/{definition.stem.removeprefix('mmlu_')}")
+        _write_task_file(folder, definition.stem, definition, found, {})
+    return folder
 
 
 def load(name: str) -> dict:
@@ -193,58 +195,54 @@ def load(name: str) -> dict:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    row, files = TASKS[name], data_files(name)
+    row, found, own = TASKS[name], data_files(name), _own_folder()
     if row.hub is not None:
-        TASK_FILES.mkdir(parents=True, exist_ok=True)
-        _write_task_file(name, OFFICIAL / row.definition, files, row.settings)
+        settings = (name, OFFICIAL / row.definition, found, row.settings)
+        _write_task_file(own / "tasks", *settings)
         _task_manager.cache_clear()  # it lists the files when it is made
-    copies = paths.CACHE / "datasets"
-    try:
-        loaded = _task_manager().load([name])
-    except Exception as error:  # of datasets and Arrow, each its own
-        if not copies.is_dir():
-            raise
-        print(f"{copies.name} is made anew: {in_one_line(error)}", file=sys.stderr)
-        shutil.rmtree(copies, ignore_errors=True)
-        loaded = _task_manager().load([name])
-    if row.hub is None:
-        for task in loaded["tasks"].values():  # from the verified files; lm-eval reads copies
-            files = task.config.dataset_kwargs["data_files"].items()
-            verified = {split: datasets.Dataset.from_file(path) for split, [path] in files}
-            task.dataset = datasets.DatasetDict(verified)
-    return loaded
+        with suppress(DiskError):  # that is for others; the cache may be closed
+            _write_task_file(TASK_FILES, *settings)
+    with files.explained(own):
+        return _task_manager().load([name])
+
+
+@cache
+def _own_folder() -> Path:
+    """Task files and lm-eval's copies of data, of this process alone: nobody else alters them."""
+    return _kept.enter_context(files.scratch(files.room(paths.CACHE / "datasets")))
 
 
 @cache
 def _task_manager() -> TaskManager:
-    write_task_files()
     # lm-eval compiles the template of a task anew for each item, which takes longer than the rest.
     lm_eval.utils.env.from_string = cache(lm_eval.utils.env.from_string)
     # Only what is needed: lm-eval takes many seconds to read all of its thousands of tasks. The
     # groups of MMLU are the official ones, their subjects come from our files, which win.
     official = OFFICIAL / TASKS["mmlu"].definition
-    return TaskManager(include_defaults=False, include_path=[str(official), str(TASK_FILES)])
+    ours = write_task_files(_own_folder() / "tasks")
+    return TaskManager(include_defaults=False, include_path=[str(official), str(ours)])
 
 
 def _write_task_file(
-    name: str, definition: Path, files: dict[str, list[Path]], settings: dict
+    folder: Path, name: str, definition: Path, found: dict[str, list[Path]], settings: dict
 ) -> None:
-    kind = next(iter(files.values()))[0].suffix.removeprefix(".")
-    splits = {split: [str(path) for path in paths_] for split, paths_ in files.items()}
+    kind = next(iter(found.values()))[0].suffix.removeprefix(".")
+    splits = {split: [str(path) for path in paths_] for split, paths_ in found.items()}
+    copies = paths.CACHE / "datasets" if folder == TASK_FILES else folder.with_name("copies")
     settings = {
         "include": str(definition),
         "task": name,
         "dataset_path": kind,
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": splits, "cache_dir": str(paths.CACHE / "datasets")},
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(copies)},
         "training_split": None,
-        "validation_split": "validation" if "validation" in files else None,
-        "test_split": "test" if "test" in files else None,
+        "validation_split": "validation" if "validation" in found else None,
+        "test_split": "test" if "test" in found else None,
         **settings,
     }
-    text, path = yaml.safe_dump(settings), TASK_FILES / f"{name}.yaml"
+    text, path = yaml.safe_dump(settings), folder / f"{name}.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write(path, text)  # others may be reading
+        files.write(path, text)  # others may be reading
 
 
 def sample_items(tasks: dict[str, Task], limit: int, seed: int = 0) -> dict[str, list[int]]:

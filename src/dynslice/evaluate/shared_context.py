@@ -84,6 +84,12 @@ class SharedContextLM(HFLM):
         self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         """requests: ((context, continuation), context tokens, continuation tokens)."""
+        for texts, *parts in requests:
+            if not all(parts):
+                raise RequestError(
+                    f"the tokenizer gives no token for {texts[parts.index([])]!r} of a task; use "
+                    "the one that belongs to the model, or leave the task out"
+                )
         tokens = ([*context, *continuation] for _, context, continuation in requests)
         check_token(self.model.config, max(map(max, tokens), default=0))
         lengths = (len(context) + len(continuation) for _, context, continuation in requests)
@@ -122,8 +128,6 @@ class SharedContextLM(HFLM):
 
         Raises RequestError where the continuation alone is longer.
         """
-        assert context
-        assert continuation
         if len(continuation) > self.max_length:
             raise RequestError(
                 f"a continuation of {len(continuation)} tokens is longer than the "

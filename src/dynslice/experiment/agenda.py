@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dynslice.core.errors import WRITING, DiskError, RunError, disk_trouble, in_one_line
+from dynslice.core.errors import LASTING, DiskError, RunError, disk_trouble, in_one_line
 from dynslice.experiment.plan_specs import PlanSpec, plan_spec
 from dynslice.experiment.store import Request, Store, unique
 
@@ -157,7 +157,7 @@ def attempt(runner: Any, request: Request, network: dict | None) -> str | None:
     except DiskError:
         raise
     except Exception as error:  # whatever a library raises, the other measurements go on
-        if sentence := disk_trouble(error, runner.store.folder, WRITING):
+        if sentence := disk_trouble(error, runner.store.folder, LASTING):
             raise DiskError(sentence) from error
         reason = in_one_line(error)
     from dynslice.core.tensors import free_memory

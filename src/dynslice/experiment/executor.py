@@ -50,7 +50,7 @@ def run_all(
     executor: str = "local",
     address: str | None = None,
 ) -> int:
-    """Measure what the store lacks, and the LR which that needs; how many were asked for.
+    """Measure what the store lacks, and the LR which that needs; how many that were.
 
     executor: `local`, in this process; or `ray`, at `address` or on this machine. Raises
     RequestError where that cannot start, RunError at the end when measurements failed.
@@ -64,7 +64,7 @@ def run_all(
     finally:
         queue.bar.close()
     queue.check()
-    return len(missing)
+    return queue.bar.total
 
 
 def _run_here(queue: WorkQueue, settings: Profile, store: Store, device: str) -> None:

@@ -5,13 +5,12 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 from huggingface_hub import constants
 
 from dynslice.core import assets, hub, paths
 from dynslice.core.errors import RequestError
-from dynslice.core.tensors import pick_device
+from dynslice.core.tensors import memory_of_machine, pick_device
 from dynslice.evaluate.task_table import TASKS
 from dynslice.experiment.agenda import by_network, describe, jobs
 from dynslice.experiment.estimate import Estimate, Estimator, Machine
@@ -196,7 +195,7 @@ def _room_obstacles(settings: Profile, forecast: Forecast, workers: int) -> list
         spread = range(torch.cuda.device_count()) if settings.placement == "spread" else [device]
         have = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in spread)
     else:
-        have = psutil.virtual_memory().total
+        have = memory_of_machine()
     if needed * workers > have:
         other = {"resident": "streamed", "streamed": "spread"}.get(settings.placement)
         instead = f"--set placement={other}, or " if other else ""

@@ -64,7 +64,7 @@ class Networks:
         tensors.free_memory()
         # Its files stay until the next slice: accelerate may read weights from them.
         self._files.close()
-        folder = self._files.enter_context(files.scratch(paths.CACHE / "sliced"))
+        folder = self._files.enter_context(files.scratch(files.room(paths.CACHE / "sliced")))
         budget = streaming.Budget(*self.settings.memory_budgets)
         source = (self.settings.model, windows, plan, self.device, self.dtype, self.revision)
         outcome = models.slice_saved(folder, *source, budget=budget, start=compensation)

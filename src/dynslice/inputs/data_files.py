@@ -7,11 +7,10 @@ row); it may be in shards and in a folder `data`, as in a snapshot of a hub repo
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dynslice.core.errors import RequestError
+from dynslice.core.errors import LASTING, DiskError, RequestError, disk_trouble
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,49 +59,69 @@ def is_data(path: Path) -> bool:
 def row_documents(files: list[Path], what: str) -> list[str]:
     """The rows of data files that are not empty: their column `text`, or the only one of strings.
 
-    what: the text in words. Raises RequestError when a file cannot be read or it is not clear which
-    column is meant.
+    Rows may lack it. what: the text in words. Raises RequestError when a file cannot be read or it
+    is not clear which column is meant.
     """
-    read = iter(rows(files))
-    first = next(read, None)
-    if first is None:
+    kinds: dict[str, set[type]] = {}
+    for row in rows(files, whole=True):
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value))
+        if "text" in kinds:
+            break
+    if not kinds:
         raise RequestError(f"{what} has no rows; fill its files")
-    strings = [name for name, value in first.items() if isinstance(value, str)]
-    if "text" not in first and len(strings) != 1:
+    strings = [name for name, found in kinds.items() if {str} <= found <= {str, type(None)}]
+    if "text" not in kinds and len(strings) != 1:
         raise RequestError(
             f"{what} has no column 'text', and not exactly one of strings (columns: "
-            f"{', '.join(first)}); name the one to read 'text'"
+            f"{', '.join(kinds)}); name the one to read 'text'"
         )
-    column = "text" if "text" in first else strings[0]
-    return [text for text in column_of(chain([first], read), column, what) if text.strip()]
+    column = "text" if "text" in kinds else strings[0]
+    return [text for text in column_of(rows(files, whole=True), column, what) if text.strip()]
 
 
-def rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows of data files of one format, one after the other; only what is asked for is read."""
+def rows(files: list[Path], whole: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of data files of one format, one after the other; only what is asked for is read.
+
+    whole: a file at once, up to 2 GiB, so that columns may begin anywhere in one of JSON.
+    """
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
     kind = "parquet" if _ROWS.search(files[0].name)["parquet"] else "json"
-    try:
-        names = [str(path) for path in files]
-        yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
-    except Exception as error:  # of datasets, Arrow, gzip and json, each its own
-        shown = f"{files[0].name} and {len(files) - 1} more" if files[1:] else files[0].name
-        raise RequestError(
-            f"{shown} in {str(files[0].parent)!r} cannot be read as {kind}; replace the file"
-        ) from error
+    for path in files:  # alone, since each may have other columns
+        given = {"data_files": str(path), "split": "train", "streaming": True}
+        if whole and kind == "json":
+            size = path.stat().st_size * (32 if path.suffix.lower() == ".gz" else 1)
+            given["chunksize"] = min(max(size, 2**20), 2**31)
+        try:
+            yield from datasets.load_dataset(kind, **given)
+        except Exception as error:  # of datasets, Arrow, gzip and json, each its own
+            if sentence := disk_trouble(error, path, LASTING):
+                raise DiskError(sentence) from error
+            raise RequestError(
+                f"{path.name} in {str(path.parent)!r} cannot be read as {kind}; replace the file"
+            ) from error
 
 
 def column_of(read: Iterable[dict[str, Any]], column: str, what: str) -> Iterator[str]:
-    """The texts of a column, "" for empty ones; what: whose rows, in the words of an error."""
+    """The texts of a column, "" for rows without; what: whose rows, in the words of an error.
+
+    Raises RequestError at a value that is no string, and at the end where no row had the column.
+    """
+    columns: dict[str, None] = {}
     for row in read:
-        text = row.get(column)
-        if column not in row or not isinstance(text, str | None):
-            raise RequestError(
-                f"{what} has no column {column!r} of strings (columns: {', '.join(row)}); use "
-                "another revision or file"
-            )
+        columns |= dict.fromkeys(row)
+        if not isinstance(text := row.get(column), str | None):
+            break
         yield text or ""
+    else:
+        if column in columns or not columns:
+            return
+    raise RequestError(
+        f"{what} has no column {column!r} of strings (columns: {', '.join(columns)}); use "
+        "another revision or file"
+    )
 
 
 def once(texts: Iterable[str]) -> Iterator[str]:

@@ -50,7 +50,8 @@ def first_token(tokenizer: PreTrainedTokenizerBase, bos: str = "auto") -> int | 
     token = tokenizer.bos_token_id
     if bos == "always" and token is None:
         raise RequestError("bos 'always' needs a tokenizer with such a token; use auto or never")
-    is_added = token is not None and tokenizer("a")["input_ids"][0] == token
+    # Of an empty text: one without a token for a letter would give nothing, or BOS, for that.
+    is_added = token is not None and tokenizer("")["input_ids"][:1] == [token]
     return token if bos == "always" or (bos == "auto" and is_added) else None
 
 
