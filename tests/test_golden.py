@@ -20,7 +20,7 @@ def studies():
             yield Study.open(path.stem, **chosen)
 
 
-@pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
+@pytest.mark.parametrize("study", [*studies()], ids=lambda study: study.name)
 def test_a_study_asks_for_what_it_asked_for(study):
     """Keys of results: whoever has measured a profile need not measure it again."""
     keys = sorted(request.key for request in study.requests())
