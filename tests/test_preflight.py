@@ -156,9 +156,11 @@ def test_a_run_stops_at_the_first_obstacle_before_any_work(no_hub, monkeypatch):
     monkeypatch.setattr(Study, "ensure", lambda *_: pytest.fail("work began"))
     with pytest.raises(RequestError, match=r"^model 'meta-llama/.* could not be had from the hub"):
         reproduce.run("paper", {}, device="cpu")
+    with pytest.raises(RequestError, match=r"the stand-in that `./run_all.sh --profile rehearsal`"):
+        reproduce.run("rehearsal", {}, device="cpu")
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "full", "rehearsal"])
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "full"])
 def test_dry_run_of_every_profile_lists_each_measurement(profile, monkeypatch):
     assets.fetch()
     monkeypatch.setattr(Machine, "measured", lambda *_: MACHINE)
@@ -287,4 +289,4 @@ def test_one_models_failure_does_not_keep_the_next_from_running(monkeypatch):
     monkeypatch.setattr(reproduce, "_run_one", fail)
     with pytest.raises(RunError, match=r"tiny-llama-3: a measure.*\n.*tiny-mistral: a measure"):
         reproduce.run("rehearsal", {}, device="cpu")
-    assert ran == ["embedded:tiny-llama-3", "embedded:tiny-mistral"]
+    assert ran == ["rehearsal/tiny-llama-3", "rehearsal/tiny-mistral"]

@@ -72,7 +72,8 @@ def forecast(
     is_here = not is_remote(model) or models.in_cache(model, revision)
     obstacles = []
     if missing and not is_here and (reason := hub.model_refusal(model, revision)):
-        obstacles.append(f"model {model!r} {reason}")
+        hint = f"; {profile.model_hint}" if profile.model_hint else ""
+        obstacles.append(f"model {model!r} {reason}{hint}")
     obstacles += _data_obstacles(missing)
     whole = models.unfetched(model)
     if not missing or whole or (model == SMOLLM2 and not assets.are_there()):
