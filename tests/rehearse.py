@@ -21,6 +21,7 @@ from dynslice.inputs.checkpoints import quiet
 # Which embedded text fills which text of the hub.
 FILLED_BY = {"wikitext2": "wikipedia", "ptb": "wikipedia", "c4": "wikipedia", "alpaca": "mmlu"}
 FILLED_BY |= {"pg19": "sotu"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the models are too small for more
 SECONDS = 3600  # in which a rehearsal is over, on any machine
 
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
         with hub_stand_in.serving(root, SECONDS) as hub:
             child = subprocess.Popen(
                 [sys.executable, "-m", "dynslice", *arguments],
-                env={**os.environ, **hub_stand_in.environment(hub, home)},
+                env={**ONE_THREAD, **os.environ, **hub_stand_in.environment(hub, home)},
                 process_group=0,  # a terminal tells this process alone, which passes it on
             )
             status = child.wait()
