@@ -172,26 +172,19 @@ def machine():
     return Machine.measured(CPU, torch.float32)
 
 
-def start_all(output, *arguments, **environment):
-    """Start the script in the environment of the tests, which it finds to be complete."""
+def run_all(output, *arguments):
+    """Run the script in the environment of the tests, which it finds to be complete."""
     environment = {
         **os.environ,
         "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DYNSLICE_OUTPUT": str(output),
         "DYNSLICE_CACHE": str(paths.CACHE),
-        **environment,
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [paths.ROOT / "run_all.sh", *arguments]
-    return subprocess.Popen(command, env=environment, cwd=output, **pipes)
-
-
-def run_all(output, *arguments):
-    """Run the script to its end."""
-    with start_all(output, *arguments) as run:
-        stdout, stderr = run.communicate()
-    return SimpleNamespace(returncode=run.returncode, stdout=stdout, stderr=stderr)
+    script = paths.ROOT / "run_all.sh"
+    return subprocess.run(
+        [script, *arguments], capture_output=True, text=True, env=environment, cwd=output
+    )
 
 
 def measured(stdout):

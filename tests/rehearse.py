@@ -34,8 +34,8 @@ def make_repositories(root: Path) -> None:
         hub_stand_in.write_text(root, name, corpora.embedded(source))
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command as a child, which gets the signals of this process; its exit status."""
+def main(command: list[str]) -> int:
+    """Run a command as a child, which gets the signals of this process; its exit status."""
     child = None
 
     def pass_on(number: int, _frame) -> None:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         make_repositories(root)
         with hub_stand_in.serving(root, SECONDS) as hub:
             child = subprocess.Popen(
-                [sys.executable, "-m", "dynslice", *arguments],
+                command,
                 env={**ONE_THREAD, **os.environ, **hub_stand_in.environment(hub, home)},
                 process_group=0,  # a terminal tells this process alone, which passes it on
             )
@@ -59,4 +59,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main([sys.executable, "-m", "dynslice", *sys.argv[1:]]))
