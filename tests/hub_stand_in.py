@@ -126,14 +126,16 @@ class Hub:
         self.token: str | None = None  # the only valid one; None takes any
         self.stopped = threading.Event()
         self._lock = threading.Lock()
-        self._commits: dict[tuple[str, str], Snapshot] = {}  # by repository and commit
+        self._commits: dict[tuple[Path, str], Snapshot] = {}  # by repository and commit
         self._heads: dict[Path, tuple[tuple, Snapshot]] = {}  # by folder, with how it looked
         self._sockets: set[socket.socket] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
-        self._port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self._port}"
-        self.cdn = f"http://localhost:{self._port}/cdn"  # another host name, so no token goes there
+        self._server.handle_error = lambda *_: None  # clients may leave at any moment
+        port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.cdn = f"http://localhost:{port}/cdn"  # another host name, so no token goes there
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
@@ -158,24 +160,23 @@ class Hub:
     def has(self, kind: str, repository: str) -> bool:
         """Whether there is a repository of that name, at any revision."""
         here = self.folder(kind, repository)
-        return here.is_dir() or any(here.parent.glob(f"{here.name}@*"))
+        return here.is_dir() or bool(self._branches(here))
 
     def snapshot(self, kind: str, repository: str, revision: str) -> Snapshot | None:
         """The files at a branch, tag or commit; None where there is none."""
         with self._lock:
-            for place in [self.folder(kind, repository), *self._branches(kind, repository)]:
-                if place.is_dir():
-                    head = self._read(place)
-                    self._commits[f"{kind}/{repository}", head.commit] = head
-            if (place := self.folder(kind, repository, revision)).is_dir():
-                return self._read(place)
-            return self._commits.get((f"{kind}/{repository}", revision))
+            main = self.folder(kind, repository)
+            heads = {place: self._read(place) for place in (main, *self._branches(main))}
+            self._commits |= {(main, head.commit): head for head in heads.values() if head}
+            asked = heads.get(self.folder(kind, repository, revision))
+            return asked or self._commits.get((main, revision))
 
-    def _branches(self, kind: str, repository: str) -> Iterator[Path]:
-        here = self.folder(kind, repository)
-        return here.parent.glob(f"{here.name}@*")
+    def _branches(self, main: Path) -> list[Path]:
+        return list(main.parent.glob(f"{main.name}@*"))
 
-    def _read(self, folder: Path) -> Snapshot:
+    def _read(self, folder: Path) -> Snapshot | None:
+        if not folder.is_dir():
+            return None
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         look = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
         if folder not in self._heads or self._heads[folder][0] != look:
@@ -189,10 +190,6 @@ class Hub:
             self.requests.append(f"{method} {path}")
             plain = unquote(path)
             return next((rule for rule in self.rules if rule.applies(method, plain, token)), None)
-
-
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    return type("Handler", (_Handler,), {"hub": hub})
 
 
 class _Refused(Exception):
@@ -240,8 +237,6 @@ class _Handler(BaseHTTPRequestHandler):
             named = {"X-Error-Code": code, "X-Error-Message": message} | self.rule.headers
             headers = {name: value for name, value in named.items() if value}
             self._send(status, json.dumps({"error": message or code}).encode(), headers)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
 
     do_HEAD = do_POST = do_GET
 
@@ -254,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         if len(parts) < 2 or not self.hub.has(kind, "/".join(parts[:2])):
             raise _Refused(401, "RepoNotFound", "Repository not found")
-        self.kind, self.repository, rest = kind, "/".join(parts[:2]), parts[2:]
+        self.at, rest = (kind, "/".join(parts[:2])), parts[2:]
         what = rest[0] if rest else "revision"
         if is_api and what == "auth-check":
             return self._json({})
@@ -263,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         at = rest[1] if rest[1:] else "main"
         if at == "refs":  # a reference that is not quoted has slashes
             at, rest = "/".join(rest[1:4]), [what, "", *rest[4:]]
-        snapshot = self.hub.snapshot(self.kind, self.repository, at)
+        snapshot = self.hub.snapshot(*self.at, at)
         if snapshot is None:
             raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {at}")
         path, query = "/".join(rest[2:]), parse_qs(split.query)
@@ -272,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         if is_api and what == "tree":
             return self._tree(snapshot, path, query.get("recursive") == ["true"])
         if is_api and what == "paths-info":
-            asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
+            asked = parse_qs(self.body.decode())["paths"]
             return self._json([snapshot.entry(name) for name in asked if name in snapshot.files])
         if is_api and what == "commits":
             return self._commits(snapshot)
@@ -281,55 +276,41 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Refused(404, None, "Not found")
 
     def _info(self, snapshot: Snapshot, asked: list[str] | None) -> None:
-        head, _, _ = snapshot.files.get("README.md", b"").decode()[4:].partition("\n---")
+        readme = snapshot.files.get("README.md", b"").decode()
+        card = re.match(r"---\n(.*?)\n---\n", readme, re.DOTALL)
         known = {"sha": snapshot.commit, "private": False, "gated": False, "disabled": False}
         known |= {"tags": [], "downloads": 0, "likes": 0, "lastModified": DATE}
-        known["cardData"] = yaml.safe_load(head) or {}
-        listed = [snapshot.entry(path) for path in snapshot.files]
-        known["siblings"] = [{"rfilename": e["path"], "size": e["size"]} for e in listed]
+        known["cardData"] = yaml.safe_load(card[1]) if card else {}
+        files = snapshot.files.items()
+        known["siblings"] = [{"rfilename": path, "size": len(data)} for path, data in files]
         chosen = {key: known[key] for key in asked or known if key in known}
-        self._json({"_id": "0", "id": self.repository, **chosen})
+        self._json({"_id": "0", "id": self.at[1], **chosen})
 
     def _tree(self, snapshot: Snapshot, below: str, is_recursive: bool) -> None:
         start = f"{below}/" if below else ""
         inside = [path for path in snapshot.files if path.startswith(start)]
         if not inside:
             raise _Refused(404, "EntryNotFound", f"{below} does not exist")
-        parents = [Path(path).parents for path in inside]
-        folders = {str(parent) for some in parents for parent in some if str(parent) != "."}
+        folders = {str(parent) for path in inside for parent in Path(path).parents}
         listed = [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
         listed += [snapshot.entry(path) for path in inside]
-        depth = start.count("/")
-        self._json(
-            [
-                e
-                for e in listed
-                if e["path"].startswith(start) and (is_recursive or e["path"].count("/") == depth)
-            ]
-        )
+        depth = start.count("/") if not is_recursive else None
+        listed = [e for e in listed if e["path"] != "." and e["path"].startswith(start)]
+        self._json([e for e in listed if depth in (None, e["path"].count("/"))])
 
     def _commits(self, snapshot: Snapshot) -> None:
-        main = self.hub.snapshot(self.kind, self.repository, "main")
+        main = self.hub.snapshot(*self.at, "main")
         ids = dict.fromkeys(s.commit for s in (snapshot, main) if s)
         common = {"title": "", "message": "", "date": DATE, "authors": []}
         self._json([{"id": commit, **common} for commit in ids])
 
     def _discussions(self) -> None:
-        found = []
-        if self.hub.snapshot(self.kind, self.repository, "refs/pr/1"):
-            of = {"name": self.repository, "type": self.kind.removesuffix("s")}
-            found = [
-                {
-                    "num": 1,
-                    "title": BOT_TITLE,
-                    "status": "open",
-                    "isPullRequest": True,
-                    "author": {"name": BOT},
-                    "createdAt": DATE,
-                    "repo": of,
-                }
-            ]
-        self._json({"discussions": found, "count": len(found), "start": 0})
+        kind, name = self.at
+        found = {"num": 1, "title": BOT_TITLE, "status": "open", "isPullRequest": True}
+        found |= {"author": {"name": BOT}, "createdAt": DATE}
+        found |= {"repo": {"name": name, "type": kind.removesuffix("s")}}
+        every = [found] if self.hub.snapshot(kind, name, "refs/pr/1") else []
+        self._json({"discussions": every, "count": len(every), "start": 0})
 
     def _file(self, snapshot: Snapshot, path: str) -> None:
         if path not in snapshot.files:
