@@ -34,11 +34,6 @@ _CAUSES = {
         "is not asked while HF_HUB_OFFLINE is set",
         "unset it and connect to the network",
     ),
-    "gated": (
-        {"GatedRepoError", 403},
-        "gives it only to accounts that may read it",
-        "accept its terms on its page, and log in with `hf auth login` (or set HF_TOKEN)",
-    ),
     "revision": (
         {"RevisionNotFoundError"},
         "has no revision {revision!r} of it",
@@ -48,6 +43,11 @@ _CAUSES = {
         {"RemoteEntryNotFoundError", "_NoFiles"},
         "has no files {wanted} of it at revision {revision!r}",
         "name another revision",
+    ),
+    "gated": (
+        {"GatedRepoError", 403},
+        "gives it only to accounts that may read it",
+        "accept its terms on its page, and log in with `hf auth login` (or set HF_TOKEN)",
     ),
     "token": (
         {"401 with a token"},

@@ -34,8 +34,8 @@ _INSTEAD = {
     "that model for transformers, or convert it with the script that transformers has for it",
     r".*\.safetensors": "has only weights that transformers does not load by themselves ({}); save "
     "the ones that you mean as model.safetensors, next to config.json",
-    r".*\.(bin|pth?|h5|msgpack)": "has no safetensors, and other files of weights ({}) are not "
-    "read; save it anew with transformers",
+    r".*\.(bin|pth?|h5|msgpack)": "has no safetensors, and other files of weights are not read "
+    "({}); save it anew with transformers",
 }
 
 
@@ -43,7 +43,8 @@ def no_weights(names: list[str]) -> str | None:
     """What a model of these files has in place of safetensors; None where it has them."""
     if {*_WEIGHTS} & {*names}:
         return None
-    return next(_others(names), "has no safetensors; save it anew with transformers")
+    none = "has no safetensors, and other files of weights are not read; save it anew with "
+    return next(_others(names), f"{none}transformers")
 
 
 def _others(names: list[str]) -> Iterator[str]:
