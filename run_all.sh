@@ -3,6 +3,7 @@
 #
 #   ./run_all.sh                       set up, fetch the assets, run the quick profile
 #   ./run_all.sh --profile NAME ...    the same with any options of `dynslice reproduce`
+#   ./run_all.sh --profile rehearsal   the profile `paper` on tiny models, from a stand-in for the hub
 #   ./run_all.sh --test                set up, fetch the assets, run all tests
 #
 # The environment is .venv with the exact pins of requirements.lock, unless an environment that
@@ -122,4 +123,9 @@ if [ "${1:-}" = "--test" ]; then
     exit "$status"
 fi
 say "3/3 measurements, notebooks, figures"
+case " $* " in # its models and texts come from a hub of its own
+    *" --profile rehearsal "* | *" --profile=rehearsal "*)
+        exec "$python" tests/rehearse.py reproduce "$@"
+        ;;
+esac
 exec "$python" -m dynslice reproduce "$@"

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import constants, errors
 
+from dynslice.core import hub
 from dynslice.core.errors import RequestError
 from dynslice.experiment.study import Study
 from dynslice.inputs import corpora, texts
@@ -31,16 +32,17 @@ def nothing_remembered():
 
 @pytest.fixture(params=["told to be offline", "no such host"])
 def offline(request, tmp_path, monkeypatch):
-    """No network, and an empty cache of the hub."""
+    """No network, and an empty cache of the hub; what is said of it."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     if request.param == "told to be offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        return
+        return "is not asked while HF_HUB_OFFLINE is set; unset it and connect to the network"
 
     def unknown(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    return "could not be reached; connect to the network"
 
 
 @pytest.fixture
@@ -137,8 +139,8 @@ def test_unreachable_hub_is_one_sentence(name, offline):
         texts.documents(name, "test")
     assert time.perf_counter() - start < 3
     assert str(refusal.value) == (
-        f"text '{name}' is dataset {HUB[name].repository} of the Hugging Face hub, which could not "
-        "be reached; connect to the network, or give a local file or directory in its place"
+        f"text '{name}' is dataset {HUB[name].repository} of the Hugging Face hub, which {offline}, "
+        "or give a local file or directory in its place"
     )
     assert texts.commit_of(name) is None
 
@@ -177,14 +179,11 @@ def http(kind, status):
 
 
 REFUSALS = {
-    "gated": (http(errors.GatedRepoError, 403), "gives no access .* `hf auth login`"),
-    "unauthorised": (http(errors.RepositoryNotFoundError, 401), "gives no access"),
-    "no revision": (
-        http(errors.RevisionNotFoundError, 404),
-        "no revision 'v9' on the hub; name a branch",
-    ),
+    "gated": (http(errors.GatedRepoError, 403), "may read it; accept its terms .*`hf auth login`"),
+    "unauthorised": (http(errors.RepositoryNotFoundError, 401), "this account can see; check the"),
+    "no revision": (http(errors.RevisionNotFoundError, 404), "no revision 'v9' of it; name a"),
     "no file": (http(errors.RemoteEntryNotFoundError, 404), "has no files .* at revision 'v9'"),
-    "broken": (http(errors.HfHubHTTPError, 503), "could not be reached"),
+    "broken": (http(errors.HfHubHTTPError, 503), r"fails now \(status 503\); try again later"),
     "cut off": (OSError("https://hub/x?token=hf_secret"), "could not be reached"),
 }
 
@@ -200,6 +199,7 @@ def test_refusal_of_the_hub_is_one_sentence_without_secrets(name, case, monkeypa
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "PAUSES", (0, 0))
     with pytest.raises(RequestError, match=message) as refusal:
         texts.documents(name, "train", "v9")
     assert HUB[name].repository in str(refusal.value)
@@ -226,7 +226,7 @@ def test_cached_shard_needs_no_network(tmp_path, monkeypatch):
     assert texts.documents("c4", "train") == TEXTS
     assert texts.commit_of("c4") == "c" * 40
     assert texts.commit_of("c4", "c" * 40) == "c" * 40
-    with pytest.raises(RequestError, match="could not be reached"):
+    with pytest.raises(RequestError, match="is not asked while HF_HUB_OFFLINE is set"):
         texts.documents("c4", "train", "other")
     assert texts.commit_of("c4", "other") is None
 
@@ -236,22 +236,6 @@ def test_cached_conversion_needs_no_network(tmp_path, monkeypatch):
     Dataset.from_dict({"sentence": TEXTS}).to_parquet(path)
     assert texts.documents("ptb", "test") == ["\n\n".join(TEXTS)]
     assert texts.commit_of("ptb") == "c" * 40
-
-
-def test_commit_is_that_of_the_hub(monkeypatch):
-    asked = []
-
-    class Info:
-        sha = "d" * 40
-
-    def info(_api, repository, revision, **_):
-        asked.append((repository, revision))
-        return Info
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
-    assert texts.commit_of("ptb") == texts.commit_of("c4", "v1") == "d" * 40
-    assert asked == [("ptb-text-only/ptb_text_only", "refs/convert/parquet"), ("allenai/c4", "v1")]
-    assert texts.commit_of("sotu") is None
 
 
 @pytest.mark.parametrize("name", ["sotu", "text.txt"])

@@ -49,9 +49,11 @@ def remembered(count):
 @pytest.fixture
 def no_hub(monkeypatch):
     """No network, and no local cache of the hub."""
-    away = "could not be had from the hub: connect to the network"
-    monkeypatch.setattr(hub, "model_refusal", lambda *_: away)
-    monkeypatch.setattr(hub, "snapshot", lambda *_: None)
+
+    def refuse(name, *_):
+        raise RequestError(f"model {name!r} could not be had from the hub: connect to the network")
+
+    monkeypatch.setattr(hub, "model", refuse)
     monkeypatch.setattr(corpora, "obstacle", lambda text, *_: f"text {text!r} is away")
 
 
@@ -127,10 +129,10 @@ def test_too_little_memory_and_disk_are_said_with_what_to_do(no_hub, monkeypatch
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        ("GatedRepoError", "is gated on the hub: accept its licence there and log in"),
-        ("RepositoryNotFoundError", "is no model of the hub that this account can see"),
-        ("RevisionNotFoundError", "has no revision 'v9' on the hub"),
-        (None, "could not be had from the hub: connect to the network"),
+        ("GatedRepoError", ", which gives it only to accounts that may read it: accept its terms"),
+        ("HfHubHTTPError", ", which gives it only to accounts that may read it"),
+        ("RevisionNotFoundError", ", which has no revision 'v9' of it: name a branch"),
+        (None, ": connect to the network, or give the directory of a downloaded model"),
     ],
 )
 def test_the_hubs_refusals_are_told_apart_without_its_words(error, sentence, monkeypatch):
@@ -144,11 +146,11 @@ def test_the_hubs_refusals_are_told_apart_without_its_words(error, sentence, mon
         response = httpx.Response(403, request=request)
         raise getattr(huggingface_hub.errors, error)("token=hf_secret", response=response)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
-    hub.model_refusal.cache_clear()
-    said = hub.model_refusal("somebody/some-model", "v9")
-    hub.model_refusal.cache_clear()
-    assert said.startswith(sentence)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(RequestError) as refusal:
+        hub.model("somebody/some-model", "v9")
+    said = str(refusal.value)
+    assert said.startswith(f"model 'somebody/some-model' could not be had from the hub{sentence}")
     assert "hf_secret" not in said
 
 
@@ -157,9 +159,11 @@ def test_a_run_stops_at_the_first_obstacle_before_any_work(no_hub, monkeypatch):
     monkeypatch.setattr(Study, "ensure", lambda *_: pytest.fail("work began"))
     with pytest.raises(RequestError, match=r"^model 'meta-llama/.* could not be had from the hub"):
         reproduce.run("paper", {}, device="cpu")
+    with pytest.raises(RequestError, match=r"the stand-in that `./run_all.sh --profile rehearsal`"):
+        reproduce.run("rehearsal", {}, device="cpu")
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "full", "rehearsal"])
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "full"])
 def test_dry_run_of_every_profile_lists_each_measurement(profile, monkeypatch):
     assets.fetch()
     monkeypatch.setattr(Machine, "measured", lambda *_: MACHINE)
@@ -217,7 +221,6 @@ def test_dry_run_of_the_paper_offline_prints_the_whole_plan(ask, tmp_path, monke
     monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub.model_refusal.cache_clear()
     command = ("reproduce", "--profile", "paper", "--device", "cpu")
     status, stdout, _ = ask(*command, "--dry-run", "--json")
     assert status == 0
@@ -227,7 +230,6 @@ def test_dry_run_of_the_paper_offline_prints_the_whole_plan(ask, tmp_path, monke
         assert any("could not be had from the hub" in o for o in run["obstacles"])
 
     status, stdout, stderr = ask(*command)
-    hub.model_refusal.cache_clear()
     assert (status, stdout) == (2, "")
     [sentence] = stderr.strip().splitlines()
     assert sentence.startswith("dynslice: model 'meta-llama/Meta-Llama-3-8B' could not be had")
@@ -249,8 +251,9 @@ def test_the_machines_yardsticks_are_measured():
     assert 0.3 < machine.share <= 1
 
 
-def test_tasks_of_the_hub_are_in_the_way_without_it(monkeypatch):
-    monkeypatch.setattr(hub, "is_away", lambda *_: True)
+def test_tasks_of_the_hub_are_in_the_way_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     study = Study.open("smoke", device="cpu", tasks={"gsm8k_cot": 2})
     found = preflight.forecast(study, study.design.task_requests(), machine=MACHINE)
     assert [o for o in found.obstacles if o.startswith("task 'gsm8k_cot' is dataset")]
@@ -279,7 +282,7 @@ def test_no_more_workers_are_counted_than_there_are_networks(monkeypatch):
 
 
 def test_a_configuration_alone_is_no_downloaded_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr(hub, "model", lambda *_: (tmp_path, ["config.json"]))
     (tmp_path / "config.json").write_text("{}")
     assert not models.in_cache("somebody/model")
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
@@ -301,4 +304,4 @@ def test_one_models_failure_does_not_keep_the_next_from_running(monkeypatch):
     monkeypatch.setattr(reproduce, "_run_one", fail)
     with pytest.raises(RunError, match=r"tiny-llama-3: a measure.*\n.*tiny-mistral: a measure"):
         reproduce.run("rehearsal", {}, device="cpu")
-    assert ran == ["embedded:tiny-llama-3", "embedded:tiny-mistral"]
+    assert ran == ["rehearsal/tiny-llama-3", "rehearsal/tiny-mistral"]

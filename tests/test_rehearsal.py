@@ -1,17 +1,22 @@
-"""The profile `paper` rehearsed: its notebooks and code on stand-ins, and a user's own model."""
+"""The profile `paper` rehearsed on a stand-in for the hub, and a user's own model."""
 
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import hub_stand_in
 import pytest
+import rehearse
 import yaml
+from conftest import run_all
 from notebook_kernels import one_kernel
 from prose import paragraphs
 
@@ -20,11 +25,11 @@ from dynslice.experiment.estimate import Machine
 from dynslice.experiment.profile import load
 from dynslice.experiment.store import Store
 from dynslice.experiment.study import Study
-from dynslice.inputs import models
+from dynslice.inputs import corpora, models
 
 MODELS = ("tiny-llama-3", "tiny-mistral")
 # Those that the profile asks something for, and one for all models.
-NOTEBOOKS = sorted(path.name for path in paths.NOTEBOOKS.glob("0[1-6]*.ipynb"))
+NOTEBOOKS = sorted(path.name for path in paths.NOTEBOOKS.glob("0[1-7]*.ipynb"))
 ACROSS = "08_models.ipynb"
 SECONDS = 180  # that a run of both models may take
 
@@ -34,7 +39,19 @@ def quick_to_plan(machine, monkeypatch):
     monkeypatch.setattr(Machine, "measured", lambda *_: machine)
 
 
-def rehearse(folder, ask, *options):
+@pytest.fixture
+def hub(tmp_path):
+    """The stand-in of the rehearsal, to which this process is connected with an empty cache."""
+    assets.fetch()
+    rehearse.make_repositories(tmp_path / "served")
+    with (
+        hub_stand_in.serving(tmp_path / "served") as hub,
+        hub_stand_in.connected(hub, tmp_path / "home"),
+    ):
+        yield hub
+
+
+def reproduced(folder, ask, *options):
     """Run the profile in this process: what it says of each model, and how long it took."""
     start = time.perf_counter()
     with one_kernel(folder):
@@ -49,83 +66,163 @@ def check_rendered(folder, name, notebooks):
     rendered = sorted((folder / "notebooks/rendered/rehearsal" / name).glob("*.ipynb"))
     assert [path.name for path in rendered] == notebooks
     for notebook in rendered:
-        assert f"embedded:{name}" in notebook.read_text()
+        assert f"rehearsal/{name}" in notebook.read_text()
         for cell in json.loads(notebook.read_text())["cells"]:
             for output in cell.get("outputs", []):
                 assert output["output_type"] != "error"
                 assert output.get("name") != "stderr", output.get("text")
-    said = (rendered[1].read_text()).replace("\\n", " ")
-    assert "`wikipedia` stands in for wikitext2" in said
-    for stem in ("layer_redundancy", "perplexity", "slice_base_sweep"):
+    for stem in ("perplexity", "slice_base_sweep"):
         assert (folder / "figures/rehearsal" / name / f"{stem}.pdf").stat().st_size > 100
 
 
 def check_rendered_across(folder, names):
     """The notebook about all models stands above their folders and names each of them."""
     text = (folder / "notebooks/rendered/rehearsal" / ACROSS).read_text()
-    assert all(f"embedded:{name}" in text for name in names)
+    assert all(f"rehearsal/{name}" in text for name in names)
     assert (folder / "figures/rehearsal/models.pdf").stat().st_size > 100
 
 
-def check_stand_ins(folder, name, requests):
-    """Every request of a study has its result, of the texts that stand in."""
-    source = Path(models.resolve(f"embedded:{name}"))
-    assert len(list(source.glob("model-*.safetensors"))) > 1
+def check_from_hub(folder, name, requests, commits):
+    """Every request has its result, which names the commits of what the hub served."""
     store = Store(folder / "data/results/rehearsal" / name)
     results = [store.get(request) for request in requests]
     assert None not in results
-    texts = {r.config["text"]: r.config["stand_in"] for r in results if "text" in r.config}
-    assert texts == {"wikitext2": "wikipedia", "alpaca": "mmlu", "c4": "wikipedia"} | {
-        "ptb": "wikipedia",
-        "pg19": "sotu",
-    }
+    assert not any("stand_in" in result.config for result in results)
+    read = {}
+    for result in results:
+        read |= result.provenance.get("hub_commits", {})
+    assert f"rehearsal/{name}" in read
+    assert read.items() <= commits.items()
+    return set(read)
 
 
-def test_rehearsal_runs_the_paper_on_stand_ins_and_streams_sharded_models(
-    ask, quick_to_plan, tmp_path
+def commits_of(hub):
+    """The commits at which the models and texts of the rehearsal are served."""
+    found = {name: hub.commit("models", name) for name in load("rehearsal").models}
+    for name in rehearse.FILLED_BY:
+        text = corpora.HUB[name]
+        found[name] = hub.commit("datasets", text.repository, text.revision or "main")
+    return found
+
+
+# One task in the place of six, and slicing layer by layer from what was downloaded.
+ONE_TASK = ("--set", "tasks={piqa: 2}")
+STREAMED = ("--set", "placement=streamed", "--set", "host_memory_gib=0.25")
+STREAMED += ("--set", "speed_slice_percentages=[]", "--set", "lr_compare_texts=[]")
+
+
+def test_rehearsal_runs_the_paper_from_a_hub_and_streams_sharded_models(
+    ask, hub, quick_to_plan, tmp_path
 ):
-    """The first model wholly, the second to its perplexities; the rest of it by `-m long`."""
-    assets.fetch()
-    first, seconds = rehearse(tmp_path, ask, "--set", f"model=embedded:{MODELS[0]}")
-    assert first[0]["measured"] == first[0]["measurements"] > 50
-    both, more = rehearse(tmp_path, ask, "--only", "01", "02")
-    assert [run["profile"] for run in both] == [f"rehearsal/{name}" for name in MODELS]
-    assert both[0]["measured"] == 0
-    assert both[1]["measured"] == both[1]["measurements"] > 10
+    """The second model wholly, the first streamed to its perplexities; all of it by `-m long`."""
+    first, second = (("--set", f"model=rehearsal/{name}") for name in MODELS)
+    [plan], _ = reproduced(tmp_path, ask, *second, *ONE_TASK, "--dry-run")
+    assert (plan["obstacles"], len(plan["missing"])) == ([], len(plan["measurements"]))
+    assert not any("safetensors" in request for request in hub.requests)
+    [whole], seconds = reproduced(tmp_path, ask, *second, *ONE_TASK)
+    assert whole["measured"] == whole["measurements"] > 50
+    [streamed], more = reproduced(tmp_path, ask, *first, *STREAMED, "--only", "02")
+    assert streamed["profile"] == f"rehearsal/{MODELS[0]}"
+    assert streamed["measured"] == streamed["measurements"] > 10
     assert seconds + more < SECONDS
-    check_rendered(tmp_path, MODELS[0], NOTEBOOKS)
-    check_rendered(tmp_path, MODELS[1], NOTEBOOKS[:2])
-    check_rendered_across(tmp_path, MODELS[:1])
-    assert (tmp_path / "figures/rehearsal" / MODELS[0] / "tasks.pdf").stat().st_size > 100
-    check_stand_ins(tmp_path, MODELS[0], Study.open("rehearsal").requests())
-    second = Study.open("rehearsal", model=f"embedded:{MODELS[1]}").design
-    asked = [*second.redundancy_requests(), *second.perplexity_requests()]
-    check_stand_ins(tmp_path, MODELS[1], asked)
+    assert any("/model-00002-of-" in request for request in hub.requests)
+    assert not any("discussions" in request for request in hub.requests)
+    check_rendered(tmp_path, MODELS[1], NOTEBOOKS)
+    check_rendered(tmp_path, MODELS[0], NOTEBOOKS[1:2])
+    check_rendered_across(tmp_path, MODELS[1:])
+    for stem in ("layer_redundancy", "tasks"):
+        assert (tmp_path / f"figures/rehearsal/{MODELS[1]}/{stem}.pdf").stat().st_size > 100
+    commits, tasks = commits_of(hub), {"piqa": 2}
+    study = Study.open("rehearsal", model=f"rehearsal/{MODELS[1]}", tasks=tasks)
+    read = check_from_hub(tmp_path, MODELS[1], study.requests(), commits)
+    assert read == {f"rehearsal/{MODELS[1]}", *rehearse.FILLED_BY}
+    study = Study.open("rehearsal", lr_compare_texts=[])
+    check_from_hub(tmp_path, MODELS[0], study.design.perplexity_requests(), commits)
 
 
 @pytest.mark.long
-def test_rehearsal_runs_all_of_the_paper_within_three_minutes(dynslice, tmp_path):
+def test_rehearsal_runs_all_of_the_paper_within_three_minutes(tmp_path):
     assets.fetch()
     start = time.perf_counter()
-    command = ("reproduce", "--profile", "rehearsal", "--json")
-    status, out, err = dynslice(*command, env={"DYNSLICE_OUTPUT": str(tmp_path)})
-    assert status == 0, err[-2000:]
+    run = run_all(tmp_path, "--profile", "rehearsal", "--json")
+    assert run.returncode == 0, run.stderr[-2000:]
     assert time.perf_counter() - start < SECONDS
-    for run, name in zip(json.loads(out)["models"], MODELS, strict=True):
-        assert run["measured"] == run["measurements"] > 50
+    told = json.loads(run.stdout[run.stdout.index("\n{") :])
+    for outcome, name in zip(told["models"], MODELS, strict=True):
+        assert outcome["measured"] == outcome["measurements"] > 50
         check_rendered(tmp_path, name, NOTEBOOKS)
-        check_rendered_across(tmp_path, MODELS)
-        study = Study.open("rehearsal", model=f"embedded:{name}")
-        check_stand_ins(tmp_path, name, study.requests())
+    check_rendered_across(tmp_path, MODELS)
 
 
-def test_rehearsal_is_the_paper_but_for_sizes():
+@pytest.fixture
+def handlers():
+    """Put the signal handlers of this process back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+ASK = """
+import os, signal, time, urllib.request
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/api/models/rehearsal/tiny-mistral")
+assert os.environ["HF_HOME"].startswith(os.environ["HERE"])
+"""
+TELL = "os.kill(os.getppid(), signal.{0})\ntime.sleep(60)"  # it gets the signal itself
+
+
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [(TELL.format("SIGTERM"), 143), (TELL.format("SIGINT"), 130), ("os._exit(3)", 3), ("", 0)],
+)
+def test_rehearsal_ends_as_its_command_and_leaves_nothing(
+    then, status, tmp_path, monkeypatch, handlers
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HERE", str(tmp_path))
+    if "SIGINT" in then:
+        then = "signal.signal(signal.SIGINT, signal.SIG_DFL)\n" + then
+    assert rehearse.main([sys.executable, "-c", ASK + then]) == status
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "program"),
+    [
+        (("--profile", "rehearsal", "--dry-run"), "tests/rehearse.py"),
+        (("--only", "02", "--profile=rehearsal"), "tests/rehearse.py"),
+        (("--profile", "smoke"), "-m dynslice"),
+        ((), "-m dynslice"),
+    ],
+)
+def test_run_all_rehearses_with_a_hub_of_its_own(options, program, tmp_path):
+    """What the script runs last, by an interpreter that only tells how it was called."""
+    (interpreter := tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    interpreter.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(tmp_path)}
+    command = [paths.ROOT / "run_all.sh", *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout.splitlines()[-1] == " ".join([program, "reproduce", *options])
+
+
+# What differs but for sizes: the models, and what a CPU and tiny models make of it.
+APART = {"name", "description", "model", "model_hint", "models", "dtype", "task_subset"}
+APART |= {"lr_compare_texts"}  # all texts of the hub, so that each is read
+
+
+def test_rehearsal_asks_for_all_that_the_paper_does_but_for_sizes():
     paper, rehearsal = load("paper"), load("rehearsal")
-    same = ("calibration_text", "eval_texts", "eval_split", "lr_text", "lr_split", "seed")
-    same += ("lr_last_layer", "round_to")
-    for key in same:
-        assert getattr(paper, key) == getattr(rehearsal, key)
-    assert set(paper.tasks) == set(rehearsal.tasks)
+    for key in type(paper).model_fields.keys() - APART:
+        asked, cut = getattr(paper, key), getattr(rehearsal, key)
+        if isinstance(asked, list | dict):
+            assert bool(asked) == bool(cut), key
+            names = [name for name in asked if isinstance(name, str)]
+            assert names == [name for name in cut if isinstance(name, str)], key
+        elif not isinstance(asked, float | int | None) or isinstance(asked, bool):
+            assert asked == cut, key
+    assert (paper.seed, paper.round_to) == (rehearsal.seed, rehearsal.round_to)
+    assert {*paper.lr_compare_texts} <= {*rehearsal.lr_compare_texts}
     assert len(paper.models) == len(rehearsal.models)
     sizes = (paper.calibration_windows, paper.calibration_window, paper.selection_windows)
     assert sizes == (128, 2048, 120)
@@ -149,7 +246,7 @@ def test_directories_stand_in_for_corpora(ask, quick_to_plan, tmp_path):
     settings |= {"model": "embedded:tiny-mistral"}
     pairs = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     options = [part for pair in pairs for part in ("--set", pair)]
-    [outcome], _ = rehearse(tmp_path / "out", ask, "--only", "01", "02", *options)
+    [outcome], _ = reproduced(tmp_path / "out", ask, "--only", "01", "02", *options)
     assert outcome["measured"] == outcome["measurements"]
     study = Study.open("rehearsal", **settings)
     store = Store(tmp_path / "out/data/results/rehearsal/tiny-mistral")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from dynslice.core import assets, hub
+from dynslice.core import assets
 from dynslice.inputs.models import is_remote, resolve
 
 _CITED = """\
@@ -88,9 +88,10 @@ def card(
         if has_code
         else "It is a model of the library's own class."
     )
+    commit = f", commit {recipe['commit']}" if recipe["commit"] else ""
     read = f"{recipe['windows']} windows of {recipe['window']} tokens"
     rows = {
-        "base model": f"{name} (revision {recipe['revision'] or 'none'})",
+        "base model": f"{name} (revision {revision or 'none'}{commit})",
         "licence": f"that of the base model: {licence or 'not stated there'}",
         "stored parameters": f"{recipe['parameters']:,} (before: {recipe['parameters_dense']:,})",
         **shown,
@@ -115,8 +116,6 @@ def _licence(base: str, revision: str | None) -> str | None:
     known = {**assets.manifest(), **assets.in_parts()}.get(name) if kind == "embedded" else None
     if known:
         return known.licence.split()[0].rstrip(",;").lower()
-    if is_remote(base):
-        return hub.licence_of(base, revision)
     path = Path(resolve(base, revision)) / "README.md"
     if not path.is_file():
         return None

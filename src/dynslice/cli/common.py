@@ -145,22 +145,26 @@ def new_directory(options) -> Path:
 
 def recipe_of(options, result: dict) -> dict:
     """How something was made, which is saved with it: no places of this machine, only names."""
+    from dynslice.inputs.models import commit_of
+
     names = given(options, "model", "calibration").items()
     is_here = {key: bool(x and Path(x).exists()) for key, x in names}
     recipe = {key: Path(x).resolve().name if is_here[key] else x for key, x in names}
     # In letters that a file can hold, whatever the locale made of the bytes of a name.
     recipe = {key: x and os.fsencode(x).decode(errors="replace") for key, x in recipe.items()}
     recipe |= given(options, "revision", "seed", "bos") | result
+    recipe["commit"] = commit_of(options.model, options.revision)
     del recipe["out"]
     return recipe
 
 
 def hashes(options) -> dict[str, str]:
     """The SHA-256 of each file of weights of the model."""
-    from dynslice.inputs.models import weights_folder
+    from dynslice.inputs.checkpoints import weight_files
+    from dynslice.inputs.models import resolve
 
-    folder = weights_folder(options.model, options.revision)
-    return {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    stored = weight_files(Path(resolve(options.model, options.revision)), options.model)
+    return {path.name: files.sha256(path) for path in sorted({*stored.values()})}
 
 
 def write_json(path: str | Path | None, values: dict) -> None:

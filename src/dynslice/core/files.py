@@ -171,6 +171,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what git has in place of a large one until `git lfs pull`."""
+    if not path.is_file() or path.stat().st_size > 1024:
+        return False
+    return path.read_bytes().startswith(b"version https://git-lfs")
+
+
 def content_sha256(path: Path) -> str:
     """The same, read again only when the size or time of the file has changed."""
     stat = path.stat()

@@ -3,55 +3,149 @@
 Nothing that the hub's client says is quoted: it may hold addresses with credentials.
 """
 
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub as client  # its parts are imported when they are used
 
-from dynslice.core.errors import RequestError
+from dynslice.core import files
+from dynslice.core.errors import DiskError, RequestError, disk_trouble
 
-_MODEL = {
-    "gated": "is gated on the hub: accept its licence there and log in with `hf auth login` (or "
-    "set HF_TOKEN)",
-    "no revision": "has no revision {revision!r} on the hub: name a branch, tag or commit of it",
-    "no access": "is no model of the hub that this account can see: check the name, and for a "
-    "private one log in with `hf auth login`",
-    "away": "could not be had from the hub: connect to the network, or give the directory of a "
-    "downloaded model",
+PAUSES = (1, 3)  # seconds before another try where the hub fails or breaks off
+UNANSWERED = 3  # requests in a row without an answer, after which no more are made
+
+INSTEAD = "give the directory of a downloaded model"
+
+# Of a model, what is read besides its weights. Code is not run, but belongs to the checksums.
+_SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py", "README.md")
+
+# What errors mean: of which types or status they or their causes are (httpx's by name, since it
+# goes by two), what the hub does then, and what to do about it. The first that applies counts.
+_CAUSES = {
+    "offline": (
+        {"OfflineModeIsEnabled"},
+        "is not asked while HF_HUB_OFFLINE is set",
+        "unset it and connect to the network",
+    ),
+    "revision": (
+        {"RevisionNotFoundError"},
+        "has no revision {revision!r} of it",
+        "name a branch, tag or commit of it",
+    ),
+    "files": (
+        {"RemoteEntryNotFoundError", "_NoFiles"},
+        "has no files {wanted} of it at revision {revision!r}",
+        "name another revision",
+    ),
+    "gated": (
+        {"GatedRepoError", 403},
+        "gives it only to accounts that may read it",
+        "accept its terms on its page, and log in with `hf auth login` (or set HF_TOKEN)",
+    ),
+    "token": (
+        {"401 with a token"},
+        "does not accept the access token",
+        "log in anew with `hf auth login`, or unset HF_TOKEN",
+    ),
+    "name": (
+        {"HFValidationError", 401, 404},
+        "has nothing of this name that this account can see",
+        "check the name (embedded models are called embedded:NAME), for a private one log in with "
+        "`hf auth login`",
+    ),
+    "busy": (
+        {429},
+        "limits how often it is asked (status 429)",
+        "wait some minutes, or log in with `hf auth login` for a higher limit",
+    ),
+    "server": ({"HfHubHTTPError"}, "fails now (status {status})", "try again later"),
+    "mirror": (
+        {"SSLError", "ProxyError", "UnsupportedProtocol", "FileMetadataError", "JSONDecodeError"},
+        "is not what answers here",
+        "check HF_ENDPOINT, HTTPS_PROXY and SSL_CERT_FILE",
+    ),
+    "away": ({"ConnectError", "ConnectTimeout"}, "could not be reached", "connect to the network"),
+    "slow": (
+        {"TimeoutException", "_Stalled"},
+        "does not answer within {limit:g} s",
+        "try again later, or with a larger HF_HUB_DOWNLOAD_TIMEOUT",
+    ),
+    "cut": (
+        {"NetworkError", "RemoteProtocolError", "_Damaged"},
+        "broke off, or sent a damaged file",
+        "give the same command again",
+    ),
 }
 
-_NO_ACCESS = (
-    "{what}: the hub gives no access to dataset {repository}; accept its terms there and run `hf "
-    "auth login`, or {instead}"
-)
-_DATASET = {
-    "no revision": "{what}: dataset {repository} has no revision {revision!r} on the hub; name a "
-    "branch, tag or commit of it, or leave the revision out",
-    "gated": _NO_ACCESS,
-    "no access": _NO_ACCESS,
-    "no files": "{what}: dataset {repository} has no files {files} at revision {revision!r}; name "
-    "another revision, or {instead}",
-    "away": "{what} is dataset {repository} of the Hugging Face hub, which could not be reached; "
-    "connect to the network, or {instead}",
-}
+
+class _NoFiles(Exception):
+    """No file of a repository matches."""
+
+
+class _Damaged(Exception):
+    """A file does not have the hash that the hub gives for it."""
+
+
+class _Stalled(Exception):
+    """Several requests in a row had no answer."""
+
+
+class _Partial(Exception):
+    """The cache lacks a file, and the hub cannot be asked for it."""
 
 
 @cache
-def model_refusal(name: str, revision: str | None = None) -> str | None:
-    """Why the hub does not give a model now, in words for an error; None where it does."""
-    try:
-        client.HfApi().auth_check(name)
-        client.HfApi().model_info(name, revision=revision, expand=["sha"])
-    except Exception as error:
-        return _MODEL[_meaning(error)].format(revision=revision)
-    return None
+def model(name: str, revision: str | None = None, weights: bool = True) -> tuple[Path, list[str]]:
+    """The folder of the hub's cache with all that is read of a model, and what the hub has of it.
+
+    The folder is called by the commit. It is asked for once in a process, so that a run reads one
+    commit; where the hub does not answer, that of the cache. weights: with the weights, which a
+    forecast does without. Raises RequestError or DiskError when something is not available.
+    """
+    asked = {"revision": revision, "wanted": "to read", "instead": INSTEAD}
+    with _explained(name, f"model {name!r}", "model", **asked):
+        names, away = _listed(name, revision, "model")
+        small = [file for file in names if "/" not in file and file.endswith(_SMALL)]
+        is_usual = away or not small or "config.json" in small
+        folder = _get(name, "config.json" if is_usual else small[0], away, revision=revision).parent
+        _complete(name, folder, small, away)
+        names = names or sorted(path.name for path in folder.iterdir())
+        if weights:
+            _complete(name, folder, _weights_of(folder, names, not away), away)
+    return folder, names
+
+
+def _complete(name: str, folder: Path, wanted: list[str], away: Exception | None) -> None:
+    for file in wanted:
+        if not (folder / file).is_file():
+            if away:
+                raise _Partial(file) from away
+            _get(name, file, None, revision=folder.name)
+
+
+def _weights_of(folder: Path, names: list[str], is_known: bool) -> list[str]:
+    """The files of weights that transformers would load: whole, or by the index."""
+    index = folder / "model.safetensors.index.json"
+    if "model.safetensors" in names or not (is_known or index.is_file()):
+        return ["model.safetensors"]
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        parts = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        return sorted(parts & {*names} if is_known else parts)
+    return []  # it has none, or an index that is refused where it is read
 
 
 def dataset_refusal(what: str, *asked: str | None) -> str | None:
     """What `fetch` would say now, asked without downloading; None where it would download."""
     try:
         fetch(what, *asked, download=False)
-    except RequestError as error:
+    except (RequestError, DiskError) as error:
         return str(error)
     return None
 
@@ -59,7 +153,7 @@ def dataset_refusal(what: str, *asked: str | None) -> str | None:
 def fetch(
     what: str,
     repository: str,
-    files: str,
+    wanted: str,
     revision: str | None,
     instead: str = "give a local file or directory in its place",
     download: bool = True,
@@ -68,79 +162,161 @@ def fetch(
 
     what, instead: for whom, and what else one can do, in the words of an error. download: False
     only looks into the cache where the hub does not answer. Raises RequestError when the hub cannot
-    be reached, refuses, or has no such revision or file.
+    be reached, refuses, or has no such revision or file; DiskError when its cache has no room.
     """
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        away = is_away(repository, revision)
+    asked = {"revision": revision or "main", "wanted": wanted, "instead": instead}
+    with _explained(repository, what, "dataset", **asked):
+        _, away = _listed(repository, revision, "dataset")
         if not (away or download):
             return []
-        where = {"repo_type": "dataset", "revision": revision, "local_files_only": away}
-        if "*" not in files:  # without listing the repository: C4 has very many files
-            return [Path(client.hf_hub_download(repository, files, **where))]
-        folder = Path(client.snapshot_download(repository, allow_patterns=[files], **where))
-        if found := sorted(folder.glob(files)):
-            return found
-        raise EntryNotFoundError(files)
-    except Exception as error:
-        asked = {"repository": repository, "files": files, "revision": revision or "main"}
-        sentence = _DATASET[_meaning(error)].format(what=what, instead=instead, **asked)
-        raise RequestError(sentence) from error
+        where = {"repo_type": "dataset", "revision": revision}
+        if "*" not in wanted:  # without listing the repository: C4 has very many files
+            return [_get(repository, wanted, away, **where)]
+        where |= {"allow_patterns": [wanted], "local_files_only": away is not None}
+        folder = _download(away, lambda: Path(client.snapshot_download(repository, **where)))
+        found = [_checked(path) for path in sorted(folder.glob(wanted))]
+        if not found:
+            raise away or _NoFiles
+    return found
 
 
-def is_away(repository: str, revision: str | None) -> bool:
-    """Whether the hub does not answer; asked because a download would try for half a minute."""
+def commit_of(repository: str, revision: str | None = None) -> str | None:
+    """The commit of a dataset's revision that was read last, by the hub's cache; None if none."""
+    ref = Path(client.constants.HF_HUB_CACHE, f"datasets--{repository.replace('/', '--')}", "refs")
+    if (ref := ref / (revision or "main")).is_file():
+        return ref.read_text(encoding="utf-8").strip()
+    return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
+
+
+def _listed(name: str, revision: str | None, kind: str) -> tuple[list[str], Exception | None]:
+    """The files of a model; and why the hub does not answer, where the cache may do instead."""
+    asked: dict[str, Any] = {"repo_type": kind, "revision": revision}
+    if kind == "dataset":
+        asked["expand"] = ["sha"]  # only whether it answers, since a download would try for long
     try:
-        client.HfApi().dataset_info(repository, revision=revision, expand=["sha"])
+        info = _insist(lambda: client.HfApi().repo_info(name, **asked))
     except Exception as error:
-        if _meaning(error) != "away":
+        if _cause(error)[0] == "revision":
             raise
-        return True
-    return False
+        return [], error
+    return [sibling.rfilename for sibling in getattr(info, "siblings", None) or ()], None
 
 
-def _meaning(error: Exception) -> str:
-    """Which refusal an error of the hub's client is; of the network it has a dozen types."""
-    from huggingface_hub import errors
+def _get(name: str, file: str, away: Exception | None, **where: Any) -> Path:
+    """A file in the hub's cache, downloaded unless it is there or the hub is away."""
 
-    known = {
-        errors.LocalEntryNotFoundError: "away",
-        errors.RevisionNotFoundError: "no revision",
-        errors.EntryNotFoundError: "no files",
-        errors.GatedRepoError: "gated",
-        errors.HFValidationError: "no access",
-    }
-    for kind, meaning in known.items():
-        if isinstance(error, kind):
-            return meaning
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return "no access" if status in (401, 403, 404) else "away"
+    def ask() -> Path:
+        path = client.hf_hub_download(name, file, local_files_only=away is not None, **where)
+        return _checked(Path(path))
+
+    return _download(away, ask)
 
 
-def commit_of(repository: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """The commit of a model's or dataset's revision, by the hub or its cache; None if unknown."""
-    asked = {"revision": revision, "repo_type": kind, "expand": ["sha"]}
+def _download(away: Exception | None, ask: Callable[[], Path]) -> Path:
+    """What is downloaded or cached; where the hub is away and nothing is cached, that is raised."""
     try:
-        return client.HfApi().repo_info(repository, **asked).sha
-    except Exception:  # a dozen types, from no network to no such revision
-        folder = snapshot(repository, revision, kind)
-        return folder.name if folder else None
+        return _insist(ask)
+    except client.errors.LocalEntryNotFoundError:
+        if away is None:
+            raise
+    raise away
 
 
-def licence_of(model: str, revision: str | None = None) -> str | None:
-    """The licence that the card of a model on the hub names; None if unknown."""
+def _checked(path: Path) -> Path:
+    """A file of the cache, which calls large ones by their hash; removed where that is wrong."""
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and files.sha256(blob) != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise _Damaged
+    return path
+
+
+def _limit() -> float:
+    """Seconds for which an answer is waited for."""
+    return max(client.constants.HF_HUB_ETAG_TIMEOUT, client.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def _insist(ask: Callable[[], Any]) -> Any:
+    """What the hub answers; asked again after a pause where it fails or breaks off."""
+    for pause in PAUSES:
+        try:
+            return ask()
+        except Exception as error:
+            if _cause(error)[0] not in ("busy", "server", "cut"):
+                raise
+        time.sleep(pause)
+    return ask()
+
+
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """Ask the hub for a minute or so at most, without its client's own words on the screen.
+
+    By itself the client waits for some answers for ever, repeats some requests for many minutes,
+    and waits for a busy hub as long as that says.
+    """
+    session, verbosity = client.get_session(), client.logging.get_verbosity()
+    hooks, of_thread = session.event_hooks, threading.local()
+
+    def before(request) -> None:
+        of_thread.unanswered = getattr(of_thread, "unanswered", 0) + 1
+        if of_thread.unanswered > UNANSWERED:
+            raise _Stalled
+        times = request.extensions.get("timeout", {})
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {k: min(times.get(k) or _limit(), _limit()) for k in kinds}
+
+    def after(response) -> None:
+        of_thread.unanswered = 0
+        if response.status_code == 429 or response.status_code >= 500:
+            raise client.errors.HfHubHTTPError("it fails now", response=response)
+
+    ours = {"request": before, "response": after}
+    session.event_hooks = {kind: [*hooks[kind], hook] for kind, hook in ours.items()}
+    client.logging.set_verbosity_error()
     try:
-        info = client.HfApi().model_info(model, revision=revision, expand=["cardData"])
-        return info.card_data.get("license")
-    except Exception:  # a dozen types, and a model without a card
-        return None
+        yield
+    finally:
+        client.logging.set_verbosity(verbosity)
+        session.event_hooks = hooks
 
 
-def snapshot(repository: str, revision: str | None = None, kind: str = "model") -> Path | None:
-    """The folder of a repository in the hub's local cache, if it is there."""
-    where = {"revision": revision, "repo_type": kind}
+@contextmanager
+def _explained(name: str, what: str, kind: str, instead: str, **asked: Any) -> Iterator[None]:
+    """Turn whatever the hub's client raises into one sentence: what, why, and what to do."""
     try:
-        return Path(client.snapshot_download(repository, local_files_only=True, **where))
-    except Exception:  # not there, or no name that the hub could have
-        return None
+        with _patiently():
+            yield
+    except Exception as error:
+        cause, known = _cause(error)
+        if cause == "disk":
+            raise DiskError(f"{what}: {known['disk']} (HF_HOME moves the hub's cache)") from error
+        clause, remedy = (part.format(**asked, **known) for part in _CAUSES[cause][1:])
+        if kind == "dataset":
+            said = f"{what} is dataset {name} of the Hugging Face hub, which {clause}; {remedy}"
+        elif isinstance(error, _Partial):
+            lacks = f"is in the hub's cache only in part ({error} is missing)"
+            said = f"{what} {lacks}, and the hub {clause}: {remedy}"
+        else:
+            which = "" if cause == "away" else f", which {clause}"
+            said = f"{what} could not be had from the hub{which}: {remedy}"
+        raise RequestError(f"{said}, or {instead}") from error
+
+
+def _cause(error: BaseException | None) -> tuple[str, dict[str, Any]]:
+    """Which of `_CAUSES` an error of the hub's client is, or "disk", and what is known of it."""
+    chain: list[BaseException] = []
+    marks: set[Any] = set()
+    known: dict[str, Any] = {"limit": _limit(), "status": None}
+    while error is not None and error not in chain:
+        chain.append(error)
+        if told := disk_trouble(error, Path(client.constants.HF_HUB_CACHE)):
+            return "disk", {**known, "disk": told}
+        marks |= {kind.__name__ for kind in type(error).__mro__}
+        if (response := getattr(error, "response", None)) is not None:
+            known["status"] = status = response.status_code
+            headers = getattr(response.request, "headers", {})
+            marks |= {status, f"{status} with a token" if "authorization" in headers else status}
+        error = error.__cause__ or error.__context__
+    return next((c for c, (its, *_) in _CAUSES.items() if marks & its), "away"), known

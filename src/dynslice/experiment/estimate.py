@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dynslice.core import assets, paths
-from dynslice.core.errors import RequestError
+from dynslice.core.errors import DiskError, RequestError
 from dynslice.core.tensors import DTYPES, tokens_per_batch
 from dynslice.evaluate import speed
 from dynslice.evaluate.perplexity import LOGIT_CHUNK
@@ -255,8 +255,8 @@ class Estimator:
 def config_of(name: str, revision: str | None) -> PretrainedConfig:
     """The config of a model, by its published shape where the hub can't be asked."""
     try:
-        return models.load_config(name, revision)
-    except RequestError:
+        return models.load_config(name, revision, weights=False)
+    except (RequestError, DiskError):
         if name not in OF_HUB:
             raise
         return embedded_models.config_of(OF_HUB[name])

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from dynslice.core import assets, hub, paths
-from dynslice.core.errors import RequestError
+from dynslice.core.errors import DiskError, RequestError
 from dynslice.core.tensors import memory_of_machine, pick_device
 from dynslice.evaluate.task_table import TASKS
 from dynslice.experiment.agenda import by_network, describe, jobs
@@ -68,10 +68,11 @@ def forecast(
     profile, assumed = study.profile, machine.assumed if machine else ""
     device = machine.device if assumed else pick_device("auto" if address else study.device)
     model, revision = profile.model, profile.model_revision
-    is_here = not is_remote(model) or models.in_cache(model, revision)
-    obstacles = []
-    if missing and not is_here and (reason := hub.model_refusal(model, revision)):
-        obstacles.append(f"model {model!r} {reason}")
+    is_here, obstacles = not (missing and is_remote(model)), []
+    try:
+        is_here = is_here or models.in_cache(model, revision)
+    except (RequestError, DiskError) as error:
+        obstacles.append(str(error) + f"; {profile.model_hint}" * bool(profile.model_hint))
     obstacles += _data_obstacles(missing)
     whole = models.unfetched(model)
     if not missing or whole or (model == SMOLLM2 and not assets.are_there()):

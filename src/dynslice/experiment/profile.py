@@ -55,6 +55,7 @@ class Profile(BaseModel):
     description: str
     model: str  # embedded:NAME, a directory, or a hub id
     revision: str | None = None  # of a hub model
+    model_hint: str = ""  # what to do where the hub does not give the model
     models: list[str] = []  # run the profile once for each, in folders of their own
     next_to: list[str] = []  # other profiles, whose records notebook 08 shows too
     revisions: dict[str, str] = {}  # hub model or corpus: branch, tag or commit

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,18 +28,100 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|masked_bias$|causal_mask$"
 
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+# What a model may have in place of those, and what to do then.
+_INSTEAD = {
+    r".*\.gguf": "has only GGUF files ({}); give the path of one, of a model of the hub after `hf "
+    "download`",
+    r"consolidated.*": "has only weights in its maker's own format ({}); take the repository of "
+    "that model for transformers, or convert it with the script that transformers has for it",
+    r".*\.safetensors": "has only weights that transformers does not load by themselves ({}); save "
+    "the ones that you mean as model.safetensors, next to config.json",
+    r".*\.(bin|pth?|h5|msgpack)": "has no safetensors, and other files of weights are not read "
+    "({}); save it anew with transformers",
+}
+
+
+def no_weights(names: list[str]) -> str | None:
+    """What a model of these files has in place of safetensors; None where it has them."""
+    if {*_WEIGHTS} & {*names}:
+        return None
+    none = "has no safetensors, and other files of weights are not read; save it anew with "
+    return next(_others(names), f"{none}transformers")
+
+
+def _others(names: list[str]) -> Iterator[str]:
+    """Sentences about the other kinds of weights that are among some files."""
+    for pattern, sentence in _INSTEAD.items():
+        if found := sorted(name for name in names if re.fullmatch(pattern, name)):
+            yield sentence.format(", ".join(found[:3]))
+
+
+def no_model(folder: Path, names: list[str]) -> str | None:
+    """Why a folder with these files is no sound model, and what to do; None where it is one."""
+    if "adapter_config.json" in names and "config.json" in names:
+        return (
+            "holds an adapter (adapter_config.json) and a model (config.json); merge them with "
+            "peft (merge_and_unload) and save the result, or name a copy without the adapter"
+        )
+    if "adapter_config.json" in names:
+        base = files.read_json(folder / "adapter_config.json", "adapter")
+        return (
+            f"is a LoRA adapter of {base.get('base_model_name_or_path') or 'another model'}; merge "
+            "it with peft (merge_and_unload), save the result with transformers, and name that"
+        )
+    if "config.json" not in names:
+        none = "is a directory without config.json; name that of a saved model"
+        return next(_others(names), none)
+    if pointers := [name for name in names if files.is_pointer(folder / name)]:
+        return (
+            f"has a git-LFS pointer in place of {pointers[0]}; run `git lfs pull` there, or "
+            "download the model with `hf download`"
+        )
+    if reason := files.damage(folder):
+        return (
+            f"is damaged: {reason}; slice or save it anew (or delete {files.CHECKSUMS} there, if "
+            "you changed it yourself)"
+        )
+    return _not_json(folder, "generation_config.json")
+
+
+def _not_json(folder: Path, pattern: str) -> str | None:
+    """Which of some files, if any, is broken."""
+    for path in sorted(folder.glob(pattern)):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"has a {path.name} that is not JSON ({error}); replace it"
+    return None
+
+
+def why_no_tokenizer(folder: Path) -> str:
+    """What is in the way of the tokenizer of a model, and what to do."""
+    if reason := _not_json(folder, "*token*.json"):
+        return reason
+    slow = [*folder.glob("*.model"), *folder.glob("*.tiktoken")]
+    if slow and not (folder / "tokenizer.json").is_file():
+        is_protobuf = slow[0].read_bytes()[:1] == b"\n"  # the other kind is lines of text
+        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        needed = needed if is_protobuf else {"tiktoken": "tiktoken"}
+        if lacking := " ".join(name for name, module in needed.items() if not find_spec(module)):
+            return (
+                f"has its tokenizer in {slow[0].name}, and what reads that is not installed; run "
+                f"`pip install {lacking}`"
+            )
+    return "has no tokenizer that transformers can load; save one with the model"
+
+
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
     """The safetensors file of each tensor that a folder of model `name` holds.
 
     Raises RequestError for a folder without any, and for files that are broken or lead out of it.
     """
-    path = folder / "model.safetensors"
-    path = path if path.is_file() else folder / "model.safetensors.index.json"
-    if not path.is_file():
-        raise RequestError(
-            f"model {name!r} has no safetensors, and other files of weights are not read; save it "
-            "anew with transformers"
-        )
+    if reason := no_weights([path.name for path in folder.iterdir() if path.is_file()]):
+        raise RequestError(f"model {name!r} {reason}")
+    path = next(path for file in _WEIGHTS if (path := folder / file).is_file())
     if path.suffix == ".safetensors":
         return dict.fromkeys(_header(path, name), path)
     try:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,10 +21,13 @@ from dynslice.inputs.checkpoints import (
     Checkpoint,
     check_described,
     check_shape,
+    no_model,
+    no_weights,
     quiet,
     save,
     ties_head,
     weight_files,
+    why_no_tokenizer,
 )
 from dynslice.inputs.embedded_models import EMBEDDED
 from dynslice.method.architectures import check_family, is_packed, is_sliced
@@ -59,7 +61,6 @@ def load(
             f"device {str(device)!r} names one place, and a spread network takes all GPUs; leave "
             "--device out, or do not spread it"
         )
-    source = resolve(name, revision)
     check_weights(name, revision)
     options = {}
     if spread:  # what fits into no memory is kept in the cache
@@ -68,10 +69,9 @@ def load(
     with quiet():
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
-                source,
+                resolve(name, revision),
                 config=config,
                 dtype=dtype,
-                revision=revision,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -138,56 +138,43 @@ def slice_saved(
 
     Raises RequestError as `load` and `slice_to`, and for a checkpoint that lacks a weight.
     """
-    stored = weight_files(weights_folder(name, revision), name)
+    source = resolve(name, revision)
+    stored = weight_files(Path(source), name)
     checkpoint = Checkpoint(name, load_config(name, revision), stored, device, dtype)
     with suppress(Exception):  # it is optional
-        generation = GenerationConfig.from_pretrained(resolve(name, revision), revision=revision)
-        checkpoint.model.generation_config = generation
+        checkpoint.model.generation_config = GenerationConfig.from_pretrained(source)
     tokenizer = load_tokenizer(name, revision)
     return slice_to(folder, checkpoint, tokenizer, windows, plan, dtype=save_dtype, **how)
 
 
-def weights_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model's weights, downloaded from the hub if need be. Raises RequestError."""
-    if (folder := Path(resolve(name, revision))).is_dir():
-        return folder
-    patterns = ["model*.safetensors", "model*.safetensors.index.json"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # of the network, in the middle of a download
-        raise RequestError(
-            f"the weights of model {name!r} could not be had from the hub; give the same command "
-            "again, what was downloaded is kept"
-        ) from error
-
-
 def check_weights(name: str, revision: str | None = None) -> None:
-    """Raise RequestError as `weight_files` for a model that is in a folder here."""
-    if Path(source := resolve(name, revision)).is_dir():
-        weight_files(Path(source), name)
+    """Raise RequestError as `weight_files` unless the weights of a model can be read."""
+    weight_files(Path(resolve(name, revision)), name)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model. Raises RequestError when it has none."""
+    source = resolve(name, revision)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(resolve(name, revision), revision=revision, **SAFE)
+            return AutoTokenizer.from_pretrained(source, **SAFE)
     except Exception as error:  # whatever the library says of files that are none
-        raise RequestError(
-            f"model {name!r} has no tokenizer that transformers can load; save one with the model"
-        ) from error
+        raise RequestError(f"model {name!r} {why_no_tokenizer(Path(source))}") from error
 
 
-def load_config(name: str, revision: str | None = None):
-    """The transformers config of a model, without its weights. Raises RequestError as `load`."""
+def load_config(name: str, revision: str | None = None, weights: bool = True):
+    """The transformers config of a model. Raises RequestError as `load`.
+
+    Its weights say whether head and embedding are one table; weights: see `resolve`.
+    """
     if revision is not None and not is_remote(name):
         raise RequestError(
             f"model {name!r} has no revisions, only models of the hub do; leave revision "
             f"{revision!r} out"
         )
-    source = resolve(name, revision)
+    source = resolve(name, revision, weights)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, **SAFE)
+        config = AutoConfig.from_pretrained(source, **SAFE)
     except Exception as error:  # of the library's own checks, a dozen types
         if "custom code" in str(error):
             raise RequestError(
@@ -199,50 +186,31 @@ def load_config(name: str, revision: str | None = None):
             f"({in_one_line(error)}); save the model anew"
         ) from error
     check_family(config)
-    folder = Path(source) if Path(source).is_dir() else hub.snapshot(name, revision)
     with suppress(RequestError):  # of weights that are not there, or cannot be read
-        if folder is not None and not is_sliced(config):
-            config.tie_word_embeddings = ties_head(folder, name, config)
+        if not is_sliced(config):
+            config.tie_word_embeddings = ties_head(Path(source), name, config)
     return config
 
 
-def resolve(name: str, revision: str | None = None) -> str:
-    """What `from_pretrained` can load: a directory, or the name of a model of the hub.
+def resolve(name: str, revision: str | None = None, weights: bool = True) -> str:
+    """The directory of a model, into which one of the hub is downloaded first.
 
-    Raises RequestError when `name` is neither an embedded model, the directory of a sound one, a
-    GGUF file, nor something that the hub (or its local cache) holds.
+    weights: with the weights, which a forecast does without. Raises RequestError when `name` is
+    neither an embedded model, the directory of a sound one, a GGUF file, nor something that the hub
+    (or its local cache) holds.
     """
     if name.startswith("embedded:"):
         return str(_embedded(name.removeprefix("embedded:")))
     if is_gguf(name):
         return str(_converted(Path(name)))
-    if Path(name).is_dir():
-        if adapter := _adapted(Path(name)):
-            raise RequestError(
-                f"model {name!r} is a LoRA adapter of {adapter}; merge it with peft "
-                "(merge_and_unload), save the result with transformers, and name that"
-            )
-        if not (Path(name) / "config.json").is_file():
-            raise RequestError(
-                f"model {name!r} is a directory without config.json; name that of a saved model"
-            )
-        if reason := files.damage(Path(name)):
-            raise RequestError(
-                f"model {name!r} is damaged: {reason}; slice or save it anew (or delete "
-                f"{files.CHECKSUMS} there, if you changed it yourself)"
-            )
-        return name
-    if here := _no_saved_model(name):
-        raise RequestError(f"model {name!r} {here}")
-    reason = hub.model_refusal(name, revision)
-    if reason is None:
-        return name
-    if folder := hub.snapshot(name, revision):  # downloaded before
-        return str(folder)
-    raise RequestError(
-        f"model {name!r} is no embedded model ({', '.join(EMBEDDED)}), no directory or GGUF "
-        f"file, and {reason}"
-    )
+    if (folder := Path(name)).is_dir():
+        reason = no_model(folder, [path.name for path in folder.iterdir()])
+    elif not (reason := _no_saved_model(name)):
+        folder, names = hub.model(name, revision, weights)
+        reason = no_model(folder, names) or (no_weights(names) if weights else None)
+    if reason:
+        raise RequestError(f"model {name!r} {reason}")
+    return str(folder)
 
 
 def _no_saved_model(name: str) -> str | None:
@@ -258,14 +226,6 @@ def _no_saved_model(name: str) -> str | None:
     return None
 
 
-def _adapted(folder: Path) -> str | None:
-    """The base model of a LoRA adapter that a directory holds alone; None where it holds none."""
-    path = folder / "adapter_config.json"
-    if not path.is_file() or (folder / "config.json").is_file():
-        return None
-    return files.read_json(path, "adapter").get("base_model_name_or_path") or "another model"
-
-
 def is_remote(name: str) -> bool:
     """Whether a model is one of the hub."""
     return not (name.startswith("embedded:") or Path(name).is_dir() or is_gguf(name))
@@ -277,12 +237,11 @@ def is_gguf(name: str) -> bool:
 
 
 def in_cache(name: str, revision: str | None = None) -> bool:
-    """Whether a model of the hub has been downloaded, weights included."""
-    folder = hub.snapshot(name, revision)
-    try:
-        return folder is not None and bool(weight_files(folder, name))
-    except RequestError:
-        return False
+    """Whether the weights of a hub model are here. Raises RequestError as `resolve`."""
+    folder = Path(resolve(name, revision, weights=False))
+    with suppress(RequestError):
+        return bool(weight_files(folder, name))
+    return False
 
 
 def unfetched(name: str) -> assets.InParts | None:
@@ -295,8 +254,8 @@ def unfetched(name: str) -> assets.InParts | None:
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit at which a hub model is read; None for others, and when nothing can tell."""
-    return hub.commit_of(name, revision) if is_remote(name) else None
+    """The commit at which a hub model is read, by the name of its folder; None for others."""
+    return Path(resolve(name, revision)).name if is_remote(name) else None
 
 
 def _embedded(name: str) -> Path:

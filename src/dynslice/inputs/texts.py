@@ -90,10 +90,10 @@ def source_of(config: dict) -> tuple[str, str | None, str | None]:
 
 
 def commit_of(text: str, revision: str | None = None) -> str | None:
-    """The commit at which a hub corpus is read; None for others, and when nothing can tell."""
+    """The commit at which a hub corpus was read last; None for others, and before it is read."""
     if text not in HUB:
         return None
-    return hub.commit_of(HUB[text].repository, revision or HUB[text].revision, "dataset")
+    return hub.commit_of(HUB[text].repository, revision or HUB[text].revision)
 
 
 def _is(name: str, kind: Callable[[Path], bool]) -> bool:
