@@ -27,7 +27,6 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What old checkpoints hold besides weights, and a network computes by itself.
 _COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|masked_bias$|causal_mask$"
 
-
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 # What a model may have in place of those, and what to do then.
