@@ -49,10 +49,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[safe_open]:
-    """A safetensors file, open. Raises RequestError where it cannot be read, at once or later.
-
-    what: what the file holds, in words.
-    """
+    """An open safetensors file; what: in words, what it holds. Raises RequestError if it is broken."""
     remedy = "save the model anew with transformers, or fetch that file again"
     try:
         with path.open("rb") as start:  # safetensors does not tell these causes apart
