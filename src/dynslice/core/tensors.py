@@ -49,7 +49,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[safe_open]:
-    """An open safetensors file; what: in words, what it holds. Raises RequestError if it is broken."""
+    """An open safetensors file that holds `what`. Raises RequestError where it cannot be read."""
     remedy = "save the model anew with transformers, or fetch that file again"
     try:
         with path.open("rb") as start:  # safetensors does not tell these causes apart
