@@ -198,6 +198,7 @@ def test_a_setting_that_transformers_does_not_read_is_refused_by_name(name, valu
 def test_settings_that_change_nothing_are_taken(cache):
     head = SIZES["hidden"] // SIZES["heads"]
     agreed = {"attention.key_length": head, "attention.value_length": head, "expert_count": 0}
+    agreed |= {"attention.sliding_window": 0, "rope.scaling.original_context_length": 128}
     agreed |= {"attention.causal": True, "rope.scaling.type": "none", "rope.freq_base": 5e5}
     path = write_gguf(cache / "agreed.gguf", tensors_of(), settings=agreed)
     model, _ = models.load(str(path), CPU, torch.float32)

@@ -50,10 +50,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[safe_open]:
-    """A safetensors file, open. Raises RequestError where it cannot be read, at once or later.
-
-    what: what the file holds, in words.
-    """
+    """An open safetensors file that holds `what`. Raises RequestError where it cannot be read."""
     remedy = "save the model anew with transformers, or fetch that file again"
     try:
         with path.open("rb") as start:  # safetensors does not tell these causes apart

@@ -18,8 +18,9 @@ from dynslice.method.architectures import check_family, family_of
 SUFFIX = ".gguf"
 _TABLES = ("output.weight", "token_embd.weight")  # head and embedding, as GGUF names them
 # Settings that transformers does not read, with the value that leaves a network as it is.
-_NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0}
-_NEUTRAL |= {"tensor_data_layout": "Meta AI original pth", "expert_used_count": 0}
+_NEUTRAL = {"rope.scaling.type": "none", "attention.sliding_window": 0, "attention.causal": True}
+_NEUTRAL |= {"expert_count": 0, "expert_used_count": 0}
+_NEUTRAL |= {"tensor_data_layout": "Meta AI original pth"}
 _HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
@@ -87,6 +88,7 @@ def _check_read(path: Path, config) -> None:
     left = [f"tensor {tensor.name}" for tensor in reader.tensors if tensor.name not in taken]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     neutral = _NEUTRAL | dict.fromkeys(_HEAD_SIZES, size)
+    neutral["rope.scaling.original_context_length"] = config.max_position_embeddings
     read = {key for key, name in GGUF_CONFIG_MAPPING[config.model_type].items() if name}
     for field, value in reader.fields.items():
         key, value = field.removeprefix(f"{architecture}."), value.contents()
