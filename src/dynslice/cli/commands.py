@@ -24,14 +24,7 @@ from dynslice.cli.parser import parser
 from dynslice.cli.plans import plan_of
 from dynslice.cli.slice import slice_command
 from dynslice.core import assets, files, interrupt, paths
-from dynslice.core.errors import (
-    DiskError,
-    RequestError,
-    RunError,
-    in_one_line,
-    trouble,
-    without_secrets,
-)
+from dynslice.core.errors import RequestError, RunError, disk_trouble, in_one_line, without_secrets
 from dynslice.core.paths import shown_path
 
 
@@ -53,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(interrupt.SENTENCE, file=sys.stderr)
         return interrupt.status(stop)
     except Exception as error:
-        said = trouble(error)
+        said = disk_trouble(error)
         if said or isinstance(error, (RequestError, RunError, OSError)):
             print(f"dynslice: {said or in_one_line(error)}", file=sys.stderr)
         else:  # a bug
@@ -101,12 +94,8 @@ def assets_command(options) -> tuple[dict, list[str]]:
         result = {"fetched": fetched}
         lines = [f"fetched {', '.join(fetched)}" if fetched else "all of it is there already"]
         if "benchmarks" in names:
-            what = "task files for lm-eval's --include_path"
-            try:
-                result["task_files"] = str(tasks := _task_files())
-                lines.append(f"{what}: {shown_path(tasks)}")
-            except DiskError as error:  # of a cache that is shared and closed
-                lines.append(f"no {what}: {error}")
+            result["task_files"] = str(tasks := _task_files())
+            lines.append(f"task files for lm-eval's --include_path: {shown_path(tasks)}")
         return result, lines
     if options.action == "verify":
         problems = assets.verify()

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Container
+from collections.abc import Set
 from pathlib import Path
 
 from dynslice.core import paths
@@ -41,31 +41,29 @@ class DiskError(RunError):
     """A disk that is full or may not be written: whatever follows would fail too."""
 
 
-SCRATCH = ".unfinished-"  # what the names of scratch folders start with
 _TMP, _GPU = -1, -2  # no numbers of the system
 _AGAIN = "give the same command again, what was finished is kept"
+_SMALLER = "use fewer or smaller windows, a smaller batch size, "
 _UNUSABLE = "{place} cannot be used ({cause}); name another place, or change its permissions"
-_LOST = f"the disk of {{place}} fails ({{cause}}); see that it is mounted and sound, then {_AGAIN}"
-_MEMORY = "use fewer or smaller windows, a smaller batch size, "
-_OF_MEMORY = {
-    errno.ENOMEM: f"the memory of this machine, or its limit, is used up; {_MEMORY}or a larger one",
-    _GPU: f"the GPU is out of memory; {_MEMORY}the dtype bfloat16, or the device cpu",
-}
-_OF_DISKS = {
+_SENTENCES = {
     "ENOSPC": f"the disk of {{place}} is full; free some space and {_AGAIN}",
     "EDQUOT": f"the disk quota of {{place}} is used up; free some space and {_AGAIN}",
     "EFBIG": f"a file at {{place}} exceeds the limit on file sizes; raise it and {_AGAIN}",
     "EROFS": "{place} is on a read-only file system; {elsewhere}",
     "EMFILE ENFILE": f"too many files are open; raise the limit (`ulimit -n`) and {_AGAIN}",
-    "EIO ENXIO ENODEV ESTALE ENOTCONN EREMOTEIO ESHUTDOWN EUCLEAN EBADMSG ENOMEDIUM": _LOST,
+    "EIO ENXIO ENODEV ESTALE ENOTCONN EREMOTEIO ESHUTDOWN EUCLEAN EBADMSG ENOMEDIUM": "the disk of "
+    f"{{place}} fails ({{cause}}); see that it is mounted and sound, then {_AGAIN}",
     "EACCES EPERM ENOTDIR ENAMETOOLONG ELOOP EXDEV EBUSY ETXTBSY": _UNUSABLE,
+    "ENOMEM": f"the memory of this machine, or its limit, is used up; {_SMALLER}or a larger one",
 }
-_DISK = {getattr(errno, k, 0): said for names, said in _OF_DISKS.items() for k in names.split()}
-_DISK[_TMP] = "no folder for temporary files can be written; set TMPDIR to one with room"
-LASTING = {number for number, said in _DISK.items() if said != _UNUSABLE}  # for all that follows
+_SAYS = {getattr(errno, k, 0): said for names, said in _SENTENCES.items() for k in names.split()}
+_SAYS[_TMP] = "no folder for temporary files can be written; set TMPDIR to one with room"
+_SAYS[_GPU] = f"the GPU is out of memory; {_SMALLER}the dtype bfloat16, or the device cpu"
+DISK = _SAYS.keys() - {errno.ENOMEM, _GPU}
+LASTING = {number for number in DISK if _SAYS[number] != _UNUSABLE}  # whatever follows fails too
 # How libraries tell of the system in errors of their own: safetensors, Arrow, datasets, torch.
 _QUOTED = re.compile(r"(?i)\bos error (\d+)|\[errno (\d+)\]")
-_SAID = {
+_WORDS = {
     "no space left on device": errno.ENOSPC,
     "not enough disk space": errno.ENOSPC,
     "no usable temporary directory": _TMP,
@@ -74,60 +72,53 @@ _SAID = {
 
 
 def _number_of(error: BaseException) -> int | None:
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be loaded
-        return _GPU
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch may not be loaded
+        return errno.ENOMEM if isinstance(error, MemoryError) else _GPU
+    if isinstance(error, OSError) and error.errno in _SAYS:
         return error.errno
-    said = str(error)[:10_000] if not isinstance(error, MemoryError) else "can't allocate memory"
-    for words, number in _SAID.items():
-        if words in said.lower():
-            return number
-    quoted = _QUOTED.search(said)
-    return int(quoted[1] or quoted[2]) if quoted else None
+    text = str(error)[:10_000].lower()
+    quoted = _QUOTED.search(text)
+    said = int(quoted[1] or quoted[2]) if quoted else None
+    return next((number for words, number in _WORDS.items() if words in text), said)
 
 
 def disk_trouble(
-    error: BaseException, place: Path | None = None, numbers: Container[int] = _DISK
+    error: BaseException, place: Path | None = None, numbers: Set[int] = _SAYS.keys()
 ) -> str | None:
-    """What an error says of a disk and what to do, in a sentence; None for errors of other kinds.
+    """What an error says of a disk, or of memory, and what to do; None for errors of other kinds.
 
     One that a library makes of such an error says the same; what dynslice says of a request stands
     unless the disk as a whole fails. place: what was read or written, if the error does not tell.
+    numbers: of the system, that count.
     """
-    is_ours, cause = isinstance(error, RequestError | RunError), error
+    cause = error
+    if isinstance(error, RequestError | RunError):
+        numbers = {number for number in numbers if _SAYS[number] != _UNUSABLE}
     for _ in range(20):  # a chain can be a circle
         if cause is None or isinstance(cause, DiskError):
             break
-        number = _number_of(cause)
-        if number in numbers and not (is_ours and _DISK.get(number) == _UNUSABLE):
+        if (number := _number_of(cause)) in numbers:
             named = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
             return _sentence(number, Path(named) if isinstance(named, str) else place)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return str(cause) if isinstance(cause, DiskError) else None
+    return str(cause) if cause else None
 
 
 def _sentence(number: int, place: Path | None) -> str:
-    shown, elsewhere = "a file in use", "name another place"
+    told = {"place": "a file in use", "elsewhere": "name another place"}
     if place is not None:
-        place = Path(str(place.absolute()).partition(f"/{SCRATCH}")[0])  # gone by then
-        shown = repr(os.path.relpath(place))
+        place = Path(str(place.absolute()).partition(f"/{paths.SCRATCH}")[0])  # gone by then
+        told["place"] = repr(os.path.relpath(place))
         if place.is_relative_to(paths.CACHE):
-            elsewhere = "set DYNSLICE_CACHE to another place"
-    cause = os.strerror(number).lower()
-    said = (_DISK | _OF_MEMORY)[number].format(place=shown, cause=cause, elsewhere=elsewhere)
-    return without_secrets(said)
-
-
-def trouble(error: BaseException) -> str | None:
-    """What an error says of the disk or of the memory; None for errors of other kinds."""
-    return disk_trouble(error, None, _DISK | _OF_MEMORY)
+            told["elsewhere"] = "set DYNSLICE_CACHE to another place"
+    return without_secrets(_SAYS[number].format(**told, cause=os.strerror(number).lower()))
 
 
 def in_one_line(error: BaseException) -> str:
     """What an error says; of those that dynslice does not raise itself also the type and place."""
     if isinstance(error, RequestError | RunError):
         return str(error)
-    if sentence := trouble(error):
+    if sentence := disk_trouble(error):
         return sentence
     lines = str(error).strip().splitlines() or ["no message"]
     text = without_secrets(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))

@@ -21,14 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynslice.core.errors import (
-    SCRATCH,
-    DiskError,
-    RequestError,
-    RunError,
-    disk_trouble,
-    in_one_line,
-)
+from dynslice.core.errors import DISK, DiskError, RequestError, RunError, disk_trouble, in_one_line
+from dynslice.core.paths import SCRATCH
 
 CHECKSUMS = "checksums.json"
 _LINE = re.compile(rb'^ "[^"/]+": "[0-9a-f]{64}",?$', re.MULTILINE)  # of `seal`
@@ -160,7 +154,7 @@ def explained(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors and others have their own
-        if sentence := disk_trouble(error, place):
+        if sentence := disk_trouble(error, place, DISK):
             raise DiskError(sentence) from error
         raise
 

@@ -19,6 +19,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 CACHE = Path(os.environ.get("DYNSLICE_CACHE") or ROOT / "data" / "cache").resolve()
 TASK_FILES = CACHE / "lm_eval_tasks"
+SCRATCH = ".unfinished-"  # what the names of scratch folders start with
 OUTPUT = Path(os.environ.get("DYNSLICE_OUTPUT") or ROOT).resolve()
 
 

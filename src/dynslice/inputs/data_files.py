@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dynslice.core.errors import LASTING, DiskError, RequestError, disk_trouble
+from dynslice.core.errors import RequestError
 
 SPLITS = ("train", "validation", "test")
 
@@ -97,8 +97,6 @@ def rows(files: list[Path], whole: bool = False) -> Iterator[dict[str, Any]]:
         try:
             yield from datasets.load_dataset(kind, **given)
         except Exception as error:  # of datasets, Arrow, gzip and json, each its own
-            if sentence := disk_trouble(error, path, LASTING):
-                raise DiskError(sentence) from error
             raise RequestError(
                 f"{path.name} in {str(path.parent)!r} cannot be read as {kind}; replace the file"
             ) from error
