@@ -56,7 +56,7 @@ def plan_of(model, widths=WIDTHS, groups=None, **layout):
         ends = sorted(ends)
         groups = groups and tuple(b - a for a, b in zip([0, *ends], ends, strict=False))
     layout = Layout(basis_groups=groups, **layout)
-    return of_places("search", shape, widths, 1, layout)
+    return of_places("first", shape, widths, 1, layout)
 
 
 def check_equal(got, expected, of=1e-4):

@@ -41,7 +41,7 @@ class DiskError(RunError):
     """A disk that is full or may not be written: whatever follows would fail too."""
 
 
-_TMP, _GPU = -1, -2  # no numbers of the system
+_TMP, _GPU = 10**9, 10**9 + 1  # no numbers of the system; those of name servers are negative
 _AGAIN = "give the same command again, what was finished is kept"
 _SMALLER = "use fewer or smaller windows, a smaller batch size, "
 _UNUSABLE = "{place} cannot be used ({cause}); name another place, or change its permissions"

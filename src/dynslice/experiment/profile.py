@@ -168,7 +168,9 @@ class Profile(BaseModel):
         for key, values in self:
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{key} {values} names something twice: leave one of them")
-            if key != "description" and '""' in json.dumps(values):  # however deep it lies
+            if key not in ("description", "model_hint") and '""' in json.dumps(
+                values
+            ):  # however deep it lies
                 raise ValueError(f"{key} {values!r} has an empty name: give one, or leave it out")
         self._check_names()
         if self.placement != "resident" and self.speed_slice_percentages:
