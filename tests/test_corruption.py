@@ -340,7 +340,11 @@ def test_published_numbers(damage, tmp_path, monkeypatch, record_property):
 
 # Copies of data sets
 
-TASK_CACHES = (harness.items_of, harness._task_manager, harness._own_folder)
+
+def forget_tasks():
+    """What is loaded and written once a process."""
+    for kept in (harness.items_of, harness._task_manager, harness._own_folder):
+        kept.cache_clear()
 
 
 def reworded(path: Path) -> None:
@@ -355,8 +359,7 @@ def test_damaged_copy_of_a_data_set_changes_no_score(damage, cache, monkeypatch,
     model, tokenizer = models.load(TINY, pick_device("cpu"), DTYPES["float32"])
 
     def scores():
-        for kept in TASK_CACHES:
-            kept.cache_clear()
+        forget_tasks()
         return harness.tasks(model, tokenizer, ["piqa"], 4)["piqa"]
 
     try:
@@ -371,8 +374,7 @@ def test_damaged_copy_of_a_data_set_changes_no_score(damage, cache, monkeypatch,
             damage(path)
         assert scores() == sound
     finally:
-        for kept in TASK_CACHES:
-            kept.cache_clear()
+        forget_tasks()
     record_property("corruptions caught", 1)
 
 
@@ -389,11 +391,9 @@ def test_shared_copies_are_left_alone_whatever_fails(error, cache, monkeypatch):
         def load(self, _names):
             raise error
 
-    harness._own_folder.cache_clear()
     monkeypatch.setattr(harness, "_task_manager", Manager)
     with pytest.raises((DiskError, type(error))):
         harness.load("piqa")
-    harness._own_folder.cache_clear()
     assert shared.read_text() == "read by another"
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import socket
 import time
 from pathlib import Path
@@ -369,6 +370,19 @@ def test_a_column_is_found_wherever_it_begins(case, is_sharded, ending, tmp_path
             path.write_bytes(gzip.compress(lines.encode()))
         else:
             path.write_text(lines)
+    assert texts.documents(str(tmp_path), "test") == ["a b"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_column_is_found_behind_what_is_read_at_once(ending, tmp_path):
+    """datasets reads 10 MiB of JSON at once, and takes the columns of the first ones."""
+    rows = [
+        *({"id": [random.randbytes(2**19).hex()]} for _ in range(11)),
+        {"id": [], "text": "a b"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    pack = gzip.compress if ending == ".jsonl.gz" else bytes
+    (tmp_path / f"test{ending}").write_bytes(pack(lines.encode()))
     assert texts.documents(str(tmp_path), "test") == ["a b"]
 
 
