@@ -320,6 +320,15 @@ def test_requests_are_built_and_tokenised_once_for_all_networks(subset, tiny_ran
     assert again == first
 
 
+def test_a_text_without_a_token_is_refused_by_name(tiny_random):
+    model, tokenizer = tiny_random
+    from dynslice.evaluate.shared_context import SharedContextLM
+
+    lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    with pytest.raises(RequestError, match=r"no token for 'an answer' of a task; use the one that"):
+        lm._loglikelihood_tokens([(("a question", "an answer"), [1], [])])
+
+
 # The other tasks
 
 ALL_TASKS = [
