@@ -138,8 +138,8 @@ def test_unreachable_hub_is_one_sentence(name, offline):
         texts.documents(name, "test")
     assert time.perf_counter() - start < 3
     assert str(refusal.value) == (
-        f"text '{name}' is dataset {HUB[name].repository} of the Hugging Face hub, which {offline}, "
-        "or give a local file or directory in its place"
+        f"text '{name}' is dataset {HUB[name].repository} of the Hugging Face hub, which {offline}"
+        ", or give a local file or directory in its place"
     )
     assert texts.commit_of(name) is None
 
