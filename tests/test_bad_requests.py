@@ -63,7 +63,7 @@ BAD_REQUESTS = {
     f"{PPL} --model no-tokenizer": "has no tokenizer that transformers can load; save one with",
     f"{PPL} --model list-tokenizer": "has no tokenizer that transformers can load; save one with",
     f"{PPL} --model far-tokenizer": "the vocabulary of the model has 257; save the tokenizer",
-    f"{PPL} --model pickle": "has no safetensors, and other files of weights are not read; save it",
+    f"{PPL} --model pickle": "other files of weights are not read (pytorch_model.bin); save it",
     f"{PPL} --model no-weights": "has no safetensors, and other files of weights are not read",
     f"{PPL} --model own-code": "comes with code of its own (auto_map in its config.json), which is",
     f"{PPL} --model own-tokenizer": "has no tokenizer that transformers can load",

@@ -11,15 +11,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
 from conftest import CPU, TINY
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from lm_eval.models.huggingface import HFLM
 from prose import paragraphs
 from safetensors import safe_open
@@ -471,20 +469,6 @@ def test_the_licence_of_the_base_model_is_passed_on(ask, tmp_path):
     command = ["slice", "--model", tmp_path / "half", *SLICE[3:], "--out", tmp_path / "out"]
     assert ask(*command)[0] == 0
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
-
-
-def test_the_licence_of_a_model_on_the_hub_is_asked_there(monkeypatch):
-    from dynslice.cli.card import _licence
-
-    def info(_, name, **__):
-        if name == "away/model":
-            raise ConnectionError
-        card = ModelCardData(license="mit") if name == "with/card" else None
-        return SimpleNamespace(card_data=card)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
-    found = {name: _licence(name, None) for name in ("with/card", "with/none", "away/model")}
-    assert found == {"with/card": "mit", "with/none": None, "away/model": None}
 
 
 def test_a_model_that_is_a_dot_has_the_name_of_its_folder(ask, tmp_path, monkeypatch):

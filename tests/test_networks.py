@@ -2,16 +2,18 @@
 
 from functools import partial
 
+import hub_stand_in
 import pytest
 import torch
 from conftest import CPU
 
-from dynslice.core import assets, hub, paths
+from dynslice.core import assets, paths
 from dynslice.evaluate.harness import tasks
 from dynslice.evaluate.perplexity import perplexity
 from dynslice.experiment.study import Study
-from dynslice.inputs import corpora, models, texts
+from dynslice.inputs import corpora, models
 from dynslice.inputs.checkpoints import save
+from dynslice.inputs.data_files import SPLITS
 from dynslice.method.architectures import dims_of
 from dynslice.method.plan import constant
 from dynslice.method.redundancy import layer_redundancy
@@ -94,17 +96,13 @@ def test_a_study_measures_the_same_in_every_placement(placement, resident, tmp_p
 
 
 def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypatch):
-    """The hub's answers are stood in for; what is done with them is not."""
     assets.fetch()
-    asked = []
-    folder = models.resolve("embedded:tiny-random")
     monkeypatch.setattr(paths, "OUTPUT", tmp_path)
-    monkeypatch.setattr(hub, "model_refusal", lambda *_: "cannot be reached")
-    monkeypatch.setattr(
-        hub, "snapshot", lambda name, revision=None: asked.append(revision) or folder
-    )
-    monkeypatch.setattr(hub, "commit_of", lambda *_: "c0ffee")
-    monkeypatch.setattr(texts, "commit_of", lambda text, revision: f"{text} at {revision}")
+    root, wikitext = tmp_path / "root", corpora.HUB["wikitext2"].repository
+    hub_stand_in.write_model(root / "models/somebody/tiny@v1")
+    lines = [" ".join(f"word {i}" for i in range(3000))]
+    hub_stand_in.write_text(root, "wikitext2", dict.fromkeys(SPLITS, lines))
+    (root / "datasets" / wikitext).rename(root / "datasets" / f"{wikitext}@v2")
     study = Study.open(
         "smoke",
         device="cpu",
@@ -115,13 +113,12 @@ def test_what_was_read_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypa
     )
     request = study.perplexity_request(study.points()[0], "wikitext2")
     assert (request.config["revision"], request.config["text_revision"]) == ("v1", "v2")
-    read = []
-    monkeypatch.setattr(
-        corpora, "documents", lambda *a: read.append(a) or texts.documents("wikipedia", "test")
-    )
     stood_in = Study.open("smoke", stand_ins={"sotu": "c4"}, revisions={"c4": "abc"})
     assert stood_in.design.text("sotu", "train")["text_revision"] == "abc"
-    commits = study.get(request).provenance["hub_commits"]
-    assert commits == {"somebody/tiny": "c0ffee", "wikitext2": "wikitext2 at v2"}
-    assert read == [("wikitext2", "test", "v2")]
-    assert set(asked) >= {"c0ffee"}  # loaded by its commit
+    with hub_stand_in.serving(root) as hub, hub_stand_in.connected(hub, tmp_path / "home"):
+        commits = {
+            "somebody/tiny": hub.commit("models", "somebody/tiny", "v1"),
+            "wikitext2": hub.commit("datasets", wikitext, "v2"),
+        }
+        assert study.get(request).provenance["hub_commits"] == commits
+        assert [r for r in hub.requests if "HEAD" in r and commits["somebody/tiny"] in r]

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CPU
 
 from dynslice.core import assets, paths
 from dynslice.core.errors import RequestError, RunError
@@ -115,15 +114,6 @@ def test_the_key_of_a_result_is_what_was_asked(small):
 def test_bad_parameters_are_refused(overrides, message):
     with pytest.raises(RequestError, match=message):
         Study.open("smoke", **overrides)
-
-
-def test_weights_are_there_before_a_config_is_believed(monkeypatch):
-    asked = []
-    for name in ("weights_folder", "load_config"):
-        real = getattr(models, name)
-        monkeypatch.setattr(models, name, lambda *x, of=name, do=real: asked.append(of) or do(*x))
-    runner.Networks(load("smoke", {}), CPU)
-    assert asked[:2] == ["weights_folder", "load_config"]
 
 
 def test_a_profile_can_be_given_another_name():

@@ -40,7 +40,7 @@ _CAUSES = {
         "name a branch, tag or commit of it",
     ),
     "files": (
-        {"RemoteEntryNotFoundError", "_NoFiles"},
+        {"RemoteEntryNotFoundError", "files"},
         "has no files {wanted} of it at revision {revision!r}",
         "name another revision",
     ),
@@ -73,32 +73,20 @@ _CAUSES = {
     ),
     "away": ({"ConnectError", "ConnectTimeout"}, "could not be reached", "connect to the network"),
     "slow": (
-        {"TimeoutException", "_Stalled"},
+        {"TimeoutException", "slow"},
         "does not answer within {limit:g} s",
         "try again later, or with a larger HF_HUB_DOWNLOAD_TIMEOUT",
     ),
     "cut": (
-        {"NetworkError", "RemoteProtocolError", "_Damaged"},
+        {"NetworkError", "RemoteProtocolError", "cut"},
         "broke off, or sent a damaged file",
         "give the same command again",
     ),
 }
 
 
-class _NoFiles(Exception):
-    """No file of a repository matches."""
-
-
-class _Damaged(Exception):
-    """A file does not have the hash that the hub gives for it."""
-
-
-class _Stalled(Exception):
-    """Several requests in a row had no answer."""
-
-
-class _Partial(Exception):
-    """The cache lacks a file, and the hub cannot be asked for it."""
+class _Trouble(Exception):
+    """Of our own: a cause by its name, or a file that the cache lacks while the hub is away."""
 
 
 @cache
@@ -126,7 +114,7 @@ def _complete(name: str, folder: Path, wanted: list[str], away: Exception | None
     for file in wanted:
         if not (folder / file).is_file():
             if away:
-                raise _Partial(file) from away
+                raise _Trouble(file) from away
             _get(name, file, None, revision=folder.name)
 
 
@@ -176,7 +164,7 @@ def fetch(
         folder = _download(away, lambda: Path(client.snapshot_download(repository, **where)))
         found = [_checked(path) for path in sorted(folder.glob(wanted))]
         if not found:
-            raise away or _NoFiles
+            raise away or _Trouble("files")
     return found
 
 
@@ -228,7 +216,7 @@ def _checked(path: Path) -> Path:
     if re.fullmatch("[0-9a-f]{64}", blob.name) and files.sha256(blob) != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
-        raise _Damaged
+        raise _Trouble("cut")
     return path
 
 
@@ -262,7 +250,7 @@ def _patiently() -> Iterator[None]:
     def before(request) -> None:
         of_thread.unanswered = getattr(of_thread, "unanswered", 0) + 1
         if of_thread.unanswered > UNANSWERED:
-            raise _Stalled
+            raise _Trouble("slow")
         times = request.extensions.get("timeout", {})
         kinds = ("connect", "read", "write", "pool")
         request.extensions["timeout"] = {k: min(times.get(k) or _limit(), _limit()) for k in kinds}
@@ -295,7 +283,7 @@ def _explained(name: str, what: str, kind: str, instead: str, **asked: Any) -> I
         clause, remedy = (part.format(**asked, **known) for part in _CAUSES[cause][1:])
         if kind == "dataset":
             said = f"{what} is dataset {name} of the Hugging Face hub, which {clause}; {remedy}"
-        elif isinstance(error, _Partial):
+        elif isinstance(error, _Trouble) and error.__cause__:
             lacks = f"is in the hub's cache only in part ({error} is missing)"
             said = f"{what} {lacks}, and the hub {clause}: {remedy}"
         else:
@@ -314,6 +302,7 @@ def _cause(error: BaseException | None) -> tuple[str, dict[str, Any]]:
         if told := disk_trouble(error, Path(client.constants.HF_HUB_CACHE)):
             return "disk", {**known, "disk": told}
         marks |= {kind.__name__ for kind in type(error).__mro__}
+        marks |= {*error.args} if isinstance(error, _Trouble) else set()
         if (response := getattr(error, "response", None)) is not None:
             known["status"] = status = response.status_code
             headers = getattr(response.request, "headers", {})
