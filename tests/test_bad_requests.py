@@ -75,7 +75,11 @@ BAD_REQUESTS = {
     f"{PPL} --model norm-bias": "does not describe (first model.norm.bias)",
     f"{PPL} --model adapter": "(first model.embed_tokens.lora_A.weight)",
     f"{PPL} --model classifier": "names LlamaForSequenceClassification, which is no causal languag",
-    f"{PPL} --model pointer": "model.safetensors (it is a pointer of Git LFS); run `git lfs pull`",
+    f"{PPL} --model pointer": "git-LFS pointer in place of model.safetensors; run `git lfs pull`",
+    f"{PPL} --model pointer.gguf": "'pointer.gguf' is a git-LFS pointer and not the file; run",
+    f"{PPL} --text pointer.txt": "'pointer.txt' is a git-LFS pointer and not the file; run `git",
+    f"{PPL} --text pointer.parquet": "'pointer.parquet' is a git-LFS pointer and not the file",
+    f"{SLICE} --slice-percentage 0.2 --out new --calibration pointers": "'pointers/train.txt' is a",
     f"{LR} --model cut": "the weights of model 'cut' cannot be read from model-00001-of-00004.safe",
     f"{DROP} --layers 1 --model cut": "cannot be read from model-00001-of-00004.safetensors",
     f"{QUANTIZE} --bits 8 --model cut": "cannot be read from model-00001-of-00004.safetensors",
@@ -524,6 +528,9 @@ def _make_models(folder):
     with_json("classifier", "config.json", architectures=["LlamaForSequenceClassification"])
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (copy("pointer") / "model.safetensors").write_text(pointer)
+    for name in ("pointer.gguf", "pointer.txt", "pointer.parquet", "pointers/train.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(pointer)
     first = copy("cut", "shards") / "model-00001-of-00004.safetensors"
     first.write_bytes(first.read_bytes()[:-100])
     whole = (copy("truncated") / "model.safetensors").read_bytes()

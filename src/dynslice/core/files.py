@@ -172,6 +172,14 @@ def is_pointer(path: Path) -> bool:
     return path.read_bytes().startswith(b"version https://git-lfs")
 
 
+def check_no_pointer(path: Path) -> None:
+    """Raise RequestError where git has put a pointer in place of a large file."""
+    if is_pointer(path):
+        raise RequestError(
+            f"{str(path)!r} is a git-LFS pointer and not the file; run `git lfs pull` there"
+        )
+
+
 def content_sha256(path: Path) -> str:
     """The same, read again only when the size or time of the file has changed."""
     stat = path.stat()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations import GGUF_CONFIG_MAPPING
 
 from dynslice.core.errors import RequestError, in_one_line
+from dynslice.core.files import check_no_pointer
 from dynslice.core.tensors import without_storage
 from dynslice.inputs.checkpoints import quiet
 from dynslice.method.architectures import check_family, family_of
@@ -32,6 +33,7 @@ def convert(path: Path, is_tied: bool = False) -> tuple[Model, Tokenizer]:
     transformers cannot read, one without a tokenizer, a family that can't be sliced, and a tensor
     or a setting that transformers leaves out.
     """
+    check_no_pointer(path)
     with tempfile.TemporaryDirectory() as folder:  # other files beside it would be read too
         (Path(folder) / path.name).symlink_to(path.resolve())
         source = {"pretrained_model_name_or_path": folder, "gguf_file": path.name}

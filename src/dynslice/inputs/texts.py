@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dynslice.core import assets, hub
 from dynslice.core.errors import RequestError
+from dynslice.core.files import check_no_pointer
 from dynslice.inputs import corpora
 from dynslice.inputs.corpora import CORPORA, HUB
 from dynslice.inputs.data_files import ALSO, SPLITS, is_data, row_documents, split_files
@@ -35,12 +36,10 @@ def check(text: str, split: str | None, revision: str | None = None) -> None:
     if has_splits(text):
         if split is not None and split not in SPLITS:
             raise RequestError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
-        files_of(text, split)
     elif split is not None and _is(text, Path.is_file):
         raise RequestError(f"text {text!r} is a file and has no splits; leave --split out")
-    elif _is(text, Path.is_file) and is_data(Path(text)):
-        return  # its rows are read where they are used
-    else:
+    found = files_of(text, split)
+    if not (has_splits(text) or (found and is_data(found[0]))):  # rows are read when they are used
         _read(text)
 
 
@@ -80,8 +79,12 @@ def files_of(text: str, split: str | None) -> list[Path]:
     if text in CORPORA or text in HUB:
         return []
     if has_splits(text):
-        return split_files(text, default_split(text, split))
-    return [Path(text)] if _is(text, Path.is_file) else []
+        found = split_files(text, default_split(text, split))
+    else:
+        found = [Path(text)] if _is(text, Path.is_file) else []
+    for path in found:
+        check_no_pointer(path)
+    return found
 
 
 def source_of(config: dict) -> tuple[str, str | None, str | None]:
