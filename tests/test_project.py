@@ -1,5 +1,6 @@
 """The face of the project: pins, README, notebooks, the record."""
 
+import ast
 import json
 import os
 import re
@@ -66,6 +67,24 @@ def test_notebook_sources_are_clean_and_take_parameters(path):
     known = {*Profile.model_fields, "profile", "from_record", "device"}
     names = re.findall(r"^(\w+) =", "".join(tagged[0]["source"]), flags=re.M)
     assert set(names) <= known
+
+
+# What `from_notebook` takes for a parameter where a name is bound to it.
+PLAIN = (ast.Constant, ast.JoinedStr, ast.List, ast.ListComp, ast.Dict, ast.DictComp, ast.Tuple)
+
+
+@pytest.mark.parametrize("path", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_no_name_of_a_notebook_is_taken_for_a_parameter_when_it_is_run_again(path):
+    """In one kernel: names of loops, texts and lists begin with an underscore."""
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] != "code" or "parameters" in cell["metadata"].get("tags", []):
+            continue
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            is_plain = isinstance(node, ast.For) or isinstance(getattr(node, "value", 0), PLAIN)
+            if isinstance(node, ast.For | ast.Assign) and is_plain:
+                targets = [node.target] if isinstance(node, ast.For) else node.targets
+                names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+                assert all(name.startswith("_") for name in names), names
 
 
 @pytest.mark.parametrize("name", RECORDED)
