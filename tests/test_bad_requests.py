@@ -111,8 +111,8 @@ BAD_REQUESTS = {
     f"{SLICE} --calibration ''": EMPTY,
     f"{PLAN} --lr ''": EMPTY,
     f"{SMOKE} --set 'model=\"\"'": "model '' has an empty name: give one, or leave it out",
-    f"{PPL} --model 'two\nlines'": "could not be had from the hub",
-    f"{PPL} --model größe": "model 'größe' could not be had from the hub",
+    f"{PPL} --model 'two\nlines'": "is not available from the hub",
+    f"{PPL} --model größe": "model 'größe' is not available from the hub",
     f"{PPL} --model embedded:../../x": "embedded model '../../x' is unknown; there are",
     f"{PPL} --model https://me:secret@hub/x": "model 'https://***@hub/x' could not be",
     f"{PPL} --revision v1": "has no revisions, only models of the hub do; leave revision 'v1' out",
@@ -690,7 +690,7 @@ def test_long_text_in_place_of_a_name_is_refused(ask):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("ppl --model nobody/no-such-model --text text.txt", "could not be had from the hub"),
+        ("ppl --model nobody/no-such-model --text text.txt", "is not available from the hub"),
         (f"{SLICE} --slice-percentage 2 --out new", "slice percentage 2.0 is outside"),
     ],
 )

@@ -51,7 +51,7 @@ def no_hub(monkeypatch):
     """No network, and no local cache of the hub."""
 
     def refuse(name, *_):
-        raise RequestError(f"model {name!r} could not be had from the hub: connect to the network")
+        raise RequestError(f"model {name!r} is not available from the hub: connect to the network")
 
     monkeypatch.setattr(hub, "model", refuse)
     monkeypatch.setattr(corpora, "obstacle", lambda text, *_: f"text {text!r} is away")
@@ -96,7 +96,7 @@ def test_a_model_of_the_hub_is_planned_by_its_published_shape(no_hub):
     # Dense and sliced network in float16, and some gigabytes to work with.
     assert 4 * parameters < found.memory_bytes < 5 * parameters
     assert found.memory_bytes <= found.gpu_memory_bytes < 6 * parameters
-    assert found.obstacles[0].startswith(f"model {PAPER[0]!r} could not be had from the hub")
+    assert found.obstacles[0].startswith(f"model {PAPER[0]!r} is not available from the hub")
     assert "text 'wikitext2' is away" in found.obstacles
 
 
@@ -150,14 +150,14 @@ def test_the_hubs_refusals_are_told_apart_without_its_words(error, sentence, mon
     with pytest.raises(RequestError) as refusal:
         hub.model("somebody/some-model", "v9")
     said = str(refusal.value)
-    assert said.startswith(f"model 'somebody/some-model' could not be had from the hub{sentence}")
+    assert said.startswith(f"model 'somebody/some-model' is not available from the hub{sentence}")
     assert "hf_secret" not in said
 
 
 def test_a_run_stops_at_the_first_obstacle_before_any_work(no_hub, monkeypatch):
     monkeypatch.setattr(assets, "fetch", list)
     monkeypatch.setattr(Study, "ensure", lambda *_: pytest.fail("work began"))
-    with pytest.raises(RequestError, match=r"^model 'meta-llama/.* could not be had from the hub"):
+    with pytest.raises(RequestError, match=r"^model 'meta-llama/.* is not available from the hub"):
         reproduce.run("paper", {}, device="cpu")
     with pytest.raises(RequestError, match=r"the stand-in that `./run_all.sh --profile rehearsal`"):
         reproduce.run("rehearsal", {}, device="cpu")
@@ -227,12 +227,12 @@ def test_dry_run_of_the_paper_offline_prints_the_whole_plan(ask, tmp_path, monke
     for run, model in zip(json.loads(stdout)["models"], PAPER, strict=True):
         assert run["model"] == model
         assert len(run["estimates"]) == len(run["measurements"]) > 100
-        assert any("could not be had from the hub" in o for o in run["obstacles"])
+        assert any("is not available from the hub" in o for o in run["obstacles"])
 
     status, stdout, stderr = ask(*command)
     assert (status, stdout) == (2, "")
     [sentence] = stderr.strip().splitlines()
-    assert sentence.startswith("dynslice: model 'meta-llama/Meta-Llama-3-8B' could not be had")
+    assert sentence.startswith("dynslice: model 'meta-llama/Meta-Llama-3-8B' is not available")
 
 
 def test_sizes_that_nobody_knows_are_none_not_zero():

@@ -288,7 +288,7 @@ def _explained(name: str, what: str, kind: str, instead: str, **asked: Any) -> I
             said = f"{what} {lacks}, and the hub {clause}: {remedy}"
         else:
             which = "" if cause == "away" else f", which {clause}"
-            said = f"{what} could not be had from the hub{which}: {remedy}"
+            said = f"{what} is not available from the hub{which}: {remedy}"
         raise RequestError(f"{said}, or {instead}") from error
 
 

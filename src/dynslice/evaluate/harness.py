@@ -59,7 +59,7 @@ def tasks(
     "subject:index", in the order of the subjects' names), and contexts_cut where some are longer
     than the model has positions. A generation task has metrics and
     metrics_stderr by name, metric (the main one), and its score of each item instead.
-    Raises RequestError for an unknown task or subset, a limit below 1, and data that cannot be had.
+    Raises RequestError for an unknown task or subset, a limit below 1, and missing data.
     """
     task_table.check_names(names)
     check_subset(subset, limit)
@@ -191,7 +191,7 @@ def write_task_files(folder: Path | None = None) -> Path:
 def load(name: str) -> dict:
     """A task (with its subjects and their groups, for MMLU) as lm-eval's TaskManager gives it.
 
-    Raises RequestError when its data cannot be had.
+    Raises RequestError when its data are not available.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()

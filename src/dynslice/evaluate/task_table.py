@@ -80,7 +80,7 @@ def chance(names: Iterable[str]) -> float | None:
 def data_files(name: str) -> dict[str, list[Path]]:
     """The data files of a task by split, downloaded where need be (not of MMLU's subjects apart).
 
-    Raises RequestError when they have not been fetched, or cannot be had from the hub.
+    Raises RequestError when they have not been fetched, or are not available from the hub.
     """
     row = TASKS[name]
     if row.hub is not None:

@@ -177,7 +177,7 @@ def facts(study: Study, requests: list[Request], found: Forecast) -> dict:
 
 
 def _data_obstacles(missing: list[Request]) -> list[str]:
-    """Texts and tasks of the hub that can't be had now."""
+    """Texts and tasks of the hub that are not available now."""
     read = {texts.source_of(part) for request in missing for part in texts_of(request.config)}
     found = [
         corpora.obstacle(text, texts.default_split(text, split), revision)

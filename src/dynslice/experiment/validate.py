@@ -1,4 +1,4 @@
-"""Whether a profile asks for what can be had, before anything heavy starts."""
+"""Whether a profile asks for what is available, before anything heavy starts."""
 
 from pathlib import Path
 

@@ -57,7 +57,7 @@ def documents(name: str, split: str, revision: str | None = None) -> list[str]:
 
 
 def obstacle(name: str, split: str | None, revision: str | None = None) -> str | None:
-    """Why a corpus of the hub can't be had now, asked without downloading; None for other texts."""
+    """Why a corpus of the hub is not available, asked without downloading; None for others."""
     return hub.dataset_refusal(*_asked(name, split, revision)) if name in HUB else None
 
 

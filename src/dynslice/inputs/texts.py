@@ -60,7 +60,7 @@ def documents(text: str, split: str | None, revision: str | None = None) -> list
     """The documents of a split of a corpus or directory, or of a file, which may be only one.
 
     revision: branch, tag or commit of a hub corpus; None takes its default one. Raises RequestError
-    as `check`, and when a hub corpus cannot be had.
+    as `check`, and when a hub corpus is not available.
     """
     split = default_split(text, split)
     check(text, split, revision)
