@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CPU
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from dynslice.cli import reproduce
 from dynslice.core import assets, hub, paths
@@ -287,9 +288,9 @@ def test_a_configuration_alone_is_no_downloaded_model(tmp_path, monkeypatch):
     assert not models.in_cache("somebody/model")
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    (tmp_path / "model-1.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-1.safetensors")
     assert not models.in_cache("somebody/model")
-    (tmp_path / "model-2.safetensors").touch()
+    save_file({"b": torch.zeros(1)}, tmp_path / "model-2.safetensors")
     assert models.in_cache("somebody/model")
 
 
