@@ -6,7 +6,6 @@ from math import prod
 import pytest
 import torch
 from conftest import TIED, TINY
-from dynslice.evaluate.place_losses import place_losses
 from gpu_device import CPU, GPU, Walk
 
 from dynslice.core import tensors
@@ -90,14 +89,6 @@ def test_every_recipe(walk, tokens, layout, is_compensated):
     with walk:
         found = perplexity(made, tokens)["nll"]
     assert found == pytest.approx(wanted, abs=1e-3)
-
-
-def test_losses_by_place(walk, tokens):
-    model, here = on_gpu(walk, TINY["llama"]()), TINY["llama"]()
-    plan = constant(dims_of(model.config), 0.25, 1)
-    with walk:
-        losses = [place_losses(m, tokens, tokens, plan, [0.1, 0.4])["plan"] for m in (model, here)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("host", [None, 20_000])

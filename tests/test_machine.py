@@ -5,6 +5,8 @@ import os
 import pty
 import resource
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -17,7 +19,7 @@ from test_faults import can_mount
 
 from dynslice.cli import commands
 from dynslice.core import assets, errors, paths, tensors
-from dynslice.core.errors import DiskError, RequestError
+from dynslice.core.errors import DiskError, RequestError, disk_trouble
 from dynslice.experiment import agenda
 from dynslice.experiment.store import Request, Store
 from dynslice.inputs import models, texts
@@ -286,3 +288,20 @@ def test_a_cache_that_may_only_be_read(tmp_path):
     of_tasks, of_models = ended.stderr.strip().splitlines()
     assert "lm_eval_tasks' is on a read-only file system; set DYNSLICE_CACHE" in of_tasks
     assert "tiny-mistral' is on a read-only file system; set DYNSLICE_CACHE" in of_models
+
+
+def test_numbers_of_other_makers_are_none_of_the_disks():
+    """TLS, name servers and a firewall have numbers that errors of a disk have too."""
+    tls = made_from(OSError("no"), ssl.SSLCertVerificationError(1, "certificate verify failed"))
+    names = made_from(OSError("no"), socket.gaierror(5, "no address"))
+    assert disk_trouble(tls) is None
+    assert disk_trouble(names) is None
+    network = type("NetworkError", (Exception,), {})("as clients of HTTP call it")
+    firewall = made_from(network, PermissionError(errno.EPERM, "not permitted"))
+    assert disk_trouble(firewall) is None
+
+
+def test_a_chain_of_errors_that_is_a_circle_is_no_trouble_of_a_disk():
+    first, second = ValueError("plain words"), KeyError("others")
+    first.__cause__, second.__cause__ = second, first
+    assert disk_trouble(first) is None

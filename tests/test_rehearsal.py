@@ -61,9 +61,10 @@ def reproduced(folder, ask, *options):
     return outcome.get("models", [outcome]), time.perf_counter() - start
 
 
-def check_rendered(folder, name, notebooks):
+def check_rendered(folder, run, notebooks):
     """The notebooks of a model: all of them, of this model, without errors, with their figures."""
-    rendered = sorted((folder / "notebooks/rendered/rehearsal" / name).glob("*.ipynb"))
+    rendered = sorted((folder / "notebooks/rendered" / run["profile"]).glob("*.ipynb"))
+    name = run["profile"].rpartition("/")[2]
     assert [path.name for path in rendered] == notebooks
     for notebook in rendered:
         assert f"rehearsal/{name}" in notebook.read_text()
@@ -72,14 +73,15 @@ def check_rendered(folder, name, notebooks):
                 assert output["output_type"] != "error"
                 assert output.get("name") != "stderr", output.get("text")
     for stem in ("perplexity", "slice_base_sweep"):
-        assert (folder / "figures/rehearsal" / name / f"{stem}.pdf").stat().st_size > 100
+        assert (folder / "figures" / run["profile"] / f"{stem}.pdf").stat().st_size > 100
 
 
-def check_rendered_across(folder, names):
+def check_rendered_across(folder, runs):
     """The notebook about all models stands above their folders and names each of them."""
-    text = (folder / "notebooks/rendered/rehearsal" / ACROSS).read_text()
-    assert all(f"rehearsal/{name}" in text for name in names)
-    assert (folder / "figures/rehearsal/models.pdf").stat().st_size > 100
+    profile = runs[0]["profile"].partition("/")[0]
+    text = (folder / "notebooks/rendered" / profile / ACROSS).read_text()
+    assert all(f"rehearsal/{run['profile'].rpartition('/')[2]}" in text for run in runs)
+    assert (folder / "figures" / profile / "models.pdf").stat().st_size > 100
 
 
 def check_from_hub(folder, name, requests, commits):
@@ -122,16 +124,16 @@ def test_rehearsal_runs_the_paper_from_a_hub_and_streams_sharded_models(
     [whole], seconds = reproduced(tmp_path, ask, *second, *ONE_TASK)
     assert whole["measured"] == whole["measurements"] > 50
     [streamed], more = reproduced(tmp_path, ask, *first, *STREAMED, "--only", "02")
-    assert streamed["profile"] == f"rehearsal/{MODELS[0]}"
+    assert streamed["profile"].endswith(f"/{MODELS[0]}")
     assert streamed["measured"] == streamed["measurements"] > 10
     assert seconds + more < SECONDS
     assert any("/model-00002-of-" in request for request in hub.requests)
     assert not any("discussions" in request for request in hub.requests)
-    check_rendered(tmp_path, MODELS[1], NOTEBOOKS)
-    check_rendered(tmp_path, MODELS[0], NOTEBOOKS[1:2])
-    check_rendered_across(tmp_path, MODELS[1:])
+    check_rendered(tmp_path, whole, NOTEBOOKS)
+    check_rendered(tmp_path, streamed, NOTEBOOKS[1:2])
+    check_rendered_across(tmp_path, [whole])
     for stem in ("layer_redundancy", "tasks"):
-        assert (tmp_path / f"figures/rehearsal/{MODELS[1]}/{stem}.pdf").stat().st_size > 100
+        assert (tmp_path / "figures" / whole["profile"] / f"{stem}.pdf").stat().st_size > 100
     commits, tasks = commits_of(hub), {"piqa": 2}
     study = Study.open("rehearsal", model=f"rehearsal/{MODELS[1]}", tasks=tasks)
     read = check_from_hub(tmp_path, MODELS[1], study.requests(), commits)
@@ -150,8 +152,9 @@ def test_rehearsal_runs_all_of_the_paper_within_three_minutes(tmp_path):
     told = json.loads(run.stdout[run.stdout.index("\n{") :])
     for outcome, name in zip(told["models"], MODELS, strict=True):
         assert outcome["measured"] == outcome["measurements"] > 50
-        check_rendered(tmp_path, name, NOTEBOOKS)
-    check_rendered_across(tmp_path, MODELS)
+        assert outcome["profile"] == f"rehearsal/{name}"
+        check_rendered(tmp_path, outcome, NOTEBOOKS)
+    check_rendered_across(tmp_path, told["models"])
 
 
 @pytest.fixture

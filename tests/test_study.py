@@ -321,3 +321,23 @@ def test_a_changed_profile_may_have_any_name_but_that_of_a_built_in_one():
     for name in ("quick", "standard"):
         with pytest.raises(RequestError, match="is that of a profile without these changes"):
             load("quick", {"seed": 1, "name": name})
+
+
+def test_a_file_cannot_take_the_name_of_a_built_in_profile(tmp_path):
+    text = (paths.PROFILES / "quick.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(f"name: quick\n{text}")
+    with pytest.raises(RequestError, match="name 'quick' is that of a profile without these"):
+        load(str(tmp_path / "own.yaml"))
+    (tmp_path / "own.yaml").write_text(text)
+    own = str(tmp_path / "own.yaml")
+    assert load(own, {"seed": 1}).command == f"./run_all.sh --profile {own} --set seed=1"
+    named = load("quick", {"seed": 1, "name": "mine"}).command
+    assert named == "./run_all.sh --profile quick --set name=mine --set seed=1"
+
+
+def test_a_model_that_a_profile_does_not_name_is_a_change():
+    assert load("paper", {"model": load("paper").models[1]}).folder == "paper"
+    assert (
+        load("paper", {"model": "somebody/else"}).folder
+        == "paper+model=somebody-else-" + (load("paper", {"model": "somebody/else"}).folder[-6:])
+    )

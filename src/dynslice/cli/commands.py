@@ -61,6 +61,7 @@ def _bars_on_terminals_only() -> Iterator[None]:
     if getattr(sys.stderr, "isatty", bool)():  # there may be no stderr
         yield
         return
+    before = os.environ.get("TQDM_DISABLE", "")
     os.environ["TQDM_DISABLE"] = "1"  # of processes that this one starts
     from tqdm import tqdm
 
@@ -70,6 +71,7 @@ def _bars_on_terminals_only() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = make
+        os.environ["TQDM_DISABLE"] = before
 
 
 def options_of(arguments: list[str] | None = None):

@@ -49,8 +49,9 @@ def saved_dtype(options) -> Any:
     asked, (_, computed) = options.save_dtype, placed(options)
     if asked != "auto" or not options.model:
         return DTYPES.get(asked, computed)
-    stated, source = config_of(options, whole=True).dtype, (options.model, options.revision)
-    return stated or stored_dtype(models.weights_folder(*source), options.model)
+    if stated := config_of(options, whole=True).dtype:
+        return stated
+    return stored_dtype(Path(models.resolve(options.model, options.revision)), options.model)
 
 
 def config_of(options, whole: bool = False) -> Any:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import socket
+import ssl
 import traceback
 from collections.abc import Set
 from pathlib import Path
@@ -32,7 +34,7 @@ class RunError(_InOneLine, RuntimeError):
 
 def removed(text: str) -> str:
     """What replaces a removed name that a text holds, to add to a refusal; "" where it has none."""
-    if not re.search(r"\b(sensitivity|search)", text):
+    if not re.search(r"'(--)?(sensitivity|search)|--sensitivity|\b(sensitivity|search)_", text):
         return ""
     return "; the schedules sensitivity and search were removed (docs/method.md), use lr or first"
 
@@ -41,7 +43,7 @@ class DiskError(RunError):
     """A disk that is full or may not be written: whatever follows would fail too."""
 
 
-_TMP, _GPU = 10**9, 10**9 + 1  # no numbers of the system; those of name servers are negative
+_TMP, _GPU = 10**9, 10**9 + 1  # no numbers of the system
 _AGAIN = "give the same command again, what was finished is kept"
 _SMALLER = "use fewer or smaller windows, a smaller batch size, "
 _UNUSABLE = "{place} cannot be used ({cause}); name another place, or change its permissions"
@@ -54,9 +56,11 @@ _SENTENCES = {
     "EIO ENXIO ENODEV ESTALE ENOTCONN EREMOTEIO ESHUTDOWN EUCLEAN EBADMSG ENOMEDIUM": "the disk of "
     f"{{place}} fails ({{cause}}); see that it is mounted and sound, then {_AGAIN}",
     "EACCES EPERM ENOTDIR ENAMETOOLONG ELOOP EXDEV EBUSY ETXTBSY": _UNUSABLE,
-    "ENOMEM": f"the memory of this machine, or its limit, is used up; {_SMALLER}or a larger one",
+    "ENOMEM": f"the memory of this machine, or its limit, is used up; {_SMALLER}or a larger "
+    "machine",
 }
-_SAYS = {getattr(errno, k, 0): said for names, said in _SENTENCES.items() for k in names.split()}
+_NAMED = [(name, said) for names, said in _SENTENCES.items() for name in names.split()]
+_SAYS = {getattr(errno, name): said for name, said in _NAMED if hasattr(errno, name)}
 _SAYS[_TMP] = "no folder for temporary files can be written; set TMPDIR to one with room"
 _SAYS[_GPU] = f"the GPU is out of memory; {_SMALLER}the dtype bfloat16, or the device cpu"
 DISK = _SAYS.keys() - {errno.ENOMEM, _GPU}
@@ -74,6 +78,8 @@ _WORDS = {
 def _number_of(error: BaseException) -> int | None:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch may not be loaded
         return errno.ENOMEM if isinstance(error, MemoryError) else _GPU
+    if isinstance(error, ssl.SSLError | socket.gaierror):
+        return None  # numbers of their own
     if isinstance(error, OSError) and error.errno in _SAYS:
         return error.errno
     text = str(error)[:10_000].lower()
@@ -97,11 +103,13 @@ def disk_trouble(
     for _ in range(20):  # a chain can be a circle
         if cause is None or isinstance(cause, DiskError):
             break
+        if {kind.__name__ for kind in type(cause).__mro__} & {"NetworkError", "TimeoutException"}:
+            return None  # of a client of HTTP; what is below it is the network's
         if (number := _number_of(cause)) in numbers:
             named = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
             return _sentence(number, Path(named) if isinstance(named, str) else place)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return str(cause) if cause else None
+    return str(cause) if isinstance(cause, DiskError) else None
 
 
 def _sentence(number: int, place: Path | None) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub as client  # its parts are imported when they are used
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import _http as http
 
 from dynslice.core import files
 from dynslice.core.errors import DiskError, RequestError, disk_trouble
@@ -57,8 +59,7 @@ _CAUSES = {
     "name": (
         {"HFValidationError", 401, 404},
         "has nothing of this name that this account can see",
-        "check the name (embedded models are called embedded:NAME), for a private one log in with "
-        "`hf auth login`",
+        "check the name, and for a private one log in with `hf auth login`",
     ),
     "busy": (
         {429},
@@ -91,22 +92,22 @@ class _Trouble(Exception):
 
 @cache
 def model(name: str, revision: str | None = None, weights: bool = True) -> tuple[Path, list[str]]:
-    """The folder of the hub's cache with all that is read of a model, and what the hub has of it.
+    """The folder of the hub's cache with all that is read of a model, and what the hub lists of it.
 
-    The folder is called by the commit. It is asked for once in a process, so that a run reads one
-    commit; where the hub does not answer, that of the cache. weights: with the weights, which a
-    forecast does without. Raises RequestError or DiskError when something is not available.
+    The folder is called by the commit, which is asked for once in a process. Where the hub does not
+    answer, it lists nothing, and the commit is that of the cache. weights: with the weights, which
+    a forecast does without. Raises RequestError or DiskError when something is not available.
     """
-    asked = {"revision": revision, "wanted": "to read", "instead": INSTEAD}
+    asked = {"revision": revision or "main", "wanted": "to read", "instead": INSTEAD}
     with _explained(name, f"model {name!r}", "model", **asked):
         names, away = _listed(name, revision, "model")
         small = [file for file in names if "/" not in file and file.endswith(_SMALL)]
         is_usual = away or not small or "config.json" in small
         folder = _get(name, "config.json" if is_usual else small[0], away, revision=revision).parent
         _complete(name, folder, small, away)
-        names = names or sorted(path.name for path in folder.iterdir())
         if weights:
-            _complete(name, folder, _weights_of(folder, names, not away), away)
+            here = names or [path.name for path in folder.iterdir()]
+            _complete(name, folder, _weights_of(folder, here, not away), away)
     return folder, names
 
 
@@ -170,7 +171,7 @@ def fetch(
 
 def commit_of(repository: str, revision: str | None = None) -> str | None:
     """The commit of a dataset's revision that was read last, by the hub's cache; None if none."""
-    ref = Path(client.constants.HF_HUB_CACHE, f"datasets--{repository.replace('/', '--')}", "refs")
+    ref = Path(constants.HF_HUB_CACHE, f"datasets--{repository.replace('/', '--')}", "refs")
     if (ref := ref / (revision or "main")).is_file():
         return ref.read_text(encoding="utf-8").strip()
     return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
@@ -204,7 +205,7 @@ def _download(away: Exception | None, ask: Callable[[], Path]) -> Path:
     """What is downloaded or cached; where the hub is away and nothing is cached, that is raised."""
     try:
         return _insist(ask)
-    except client.errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         if away is None:
             raise
     raise away
@@ -222,7 +223,7 @@ def _checked(path: Path) -> Path:
 
 def _limit() -> float:
     """Seconds for which an answer is waited for."""
-    return max(client.constants.HF_HUB_ETAG_TIMEOUT, client.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    return max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def _insist(ask: Callable[[], Any]) -> Any:
@@ -244,8 +245,8 @@ def _patiently() -> Iterator[None]:
     By itself the client waits for some answers for ever, repeats some requests for many minutes,
     and waits for a busy hub as long as that says.
     """
-    session, verbosity = client.get_session(), client.logging.get_verbosity()
-    hooks, of_thread = session.event_hooks, threading.local()
+    verbosity, of_thread = client.logging.get_verbosity(), threading.local()
+    usual = getattr(http, "_GLOBAL_CLIENT_FACTORY", http.default_client_factory)
 
     def before(request) -> None:
         of_thread.unanswered = getattr(of_thread, "unanswered", 0) + 1
@@ -258,16 +259,21 @@ def _patiently() -> Iterator[None]:
     def after(response) -> None:
         of_thread.unanswered = 0
         if response.status_code == 429 or response.status_code >= 500:
-            raise client.errors.HfHubHTTPError("it fails now", response=response)
+            raise errors.HfHubHTTPError("it fails now", response=response)
 
-    ours = {"request": before, "response": after}
-    session.event_hooks = {kind: [*hooks[kind], hook] for kind, hook in ours.items()}
+    def hooked() -> Any:
+        session = usual()
+        hooks = {"request": before, "response": after}.items()
+        session.event_hooks = {kind: [*session.event_hooks[kind], hook] for kind, hook in hooks}
+        return session
+
+    client.set_client_factory(hooked)  # the client makes another session after some errors
     client.logging.set_verbosity_error()
     try:
         yield
     finally:
         client.logging.set_verbosity(verbosity)
-        session.event_hooks = hooks
+        client.set_client_factory(usual)
 
 
 @contextmanager
@@ -277,6 +283,8 @@ def _explained(name: str, what: str, kind: str, instead: str, **asked: Any) -> I
         with _patiently():
             yield
     except Exception as error:
+        if isinstance(error, TypeError | AttributeError | NameError | AssertionError):
+            raise  # a bug
         cause, known = _cause(error)
         if cause == "disk":
             raise DiskError(f"{what}: {known['disk']} (HF_HOME moves the hub's cache)") from error
@@ -299,7 +307,7 @@ def _cause(error: BaseException | None) -> tuple[str, dict[str, Any]]:
     known: dict[str, Any] = {"limit": _limit(), "status": None}
     while error is not None and error not in chain:
         chain.append(error)
-        if told := disk_trouble(error, Path(client.constants.HF_HUB_CACHE)):
+        if told := disk_trouble(error, Path(constants.HF_HUB_CACHE)):
             return "disk", {**known, "disk": told}
         marks |= {kind.__name__ for kind in type(error).__mro__}
         marks |= {*error.args} if isinstance(error, _Trouble) else set()

@@ -118,13 +118,17 @@ def _run_by_ray(
         on_gpu = device != "cpu" and have.get("GPU", 0) >= 1
         if device == "cuda" and not on_gpu:
             raise RequestError("the Ray cluster has no GPU to give; use --device cpu")
-        count = min(int(have["GPU" if on_gpu else "CPU"]), len(queue.waiting))
-        # On a cluster a worker of several CPUs may fit on no node.
-        cpus = int(have["CPU"]) // count if address is None and not on_gpu else 1
+        slots, cpus = int(have.get("GPU" if on_gpu else "CPU", 0)), int(have.get("CPU", 0))
+        if slots < 1:
+            raise RequestError("the Ray cluster has no CPU to give; start it with --num-cpus")
+        count = min(slots, len(queue.waiting))
+        threads = max(1, cpus // count)
+        # On a cluster a worker of several CPUs may fit on no node; one with a GPU asks for none.
+        wanted = 0 if on_gpu else threads if address is None else 1
         moved = {"DYNSLICE_CACHE": str(paths.CACHE), "DYNSLICE_OUTPUT": str(paths.OUTPUT)}
-        options = {"num_gpus": int(on_gpu), "num_cpus": cpus, "max_restarts": -1}
+        options = {"num_gpus": int(on_gpu), "num_cpus": wanted, "max_restarts": -1}
         options |= {"max_task_retries": _RETRIES, "runtime_env": {"env_vars": moved}}
-        given = (cpus, os.getcwd(), settings, store, "cuda" if on_gpu else "cpu")
+        given = (wanted or threads, os.getcwd(), settings, store, "cuda" if on_gpu else "cpu")
         remote = ray.remote(**options)(Worker)
         idle, busy = [remote.remote(*given) for _ in range(count)], {}
         while queue.left:

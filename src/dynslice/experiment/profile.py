@@ -217,6 +217,7 @@ class Profile(BaseModel):
 
     # Set by `load`. A changed profile has pages of its own, and the results of the one it changes.
     _changes: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _source: str = PrivateAttr(default="")  # what --profile names
     _stored_as: str = PrivateAttr(default="")
 
     @property
@@ -227,7 +228,7 @@ class Profile(BaseModel):
     @property
     def command(self) -> str:
         """What reproduces it."""
-        words = ["./run_all.sh", "--profile", self.stored_as.partition("/")[0]]
+        words = ["./run_all.sh", "--profile", self._source or self.folder]
         for key, value in sorted(self._changes.items()):
             words += ["--set", f"{key}={_as_yaml(value)}"]
         return shlex.join(words)
@@ -271,23 +272,21 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
     values = {**written, **(overrides or {})}
     for key in values:
         _check_key(key)
-    defaults = {key: field.default for key, field in Profile.model_fields.items()}
-    changes = {k: value for k, value in values.items() if value != {**defaults, **written}[k]}
-    if values.get("models"):
-        changes.pop("model", None)  # each has a folder of its own
-    name_of_all = values["name"]
-    built_in = {written["name"], *(path.stem for path in paths.PROFILES.glob("*.yaml"))}
-    if changes and "name" in (overrides or {}) and values["name"] in built_in:
+    models = values["models"] if isinstance(values.get("models"), list) else []
+    changes = _changed(written, values, models)
+    others = {other.stem for other in paths.PROFILES.glob("*.yaml") if other != path}
+    taken = {*others, written["name"]} if changes and "name" in (overrides or {}) else others
+    stored_as = str(values["name"])
+    if stored_as.partition("/")[0] in taken:
         raise RequestError(
-            f"name {values['name']!r} is that of a profile without these changes; leave name out, "
-            "or give another one"
+            f"name {stored_as!r} is that of a profile without these changes; leave name out, or "
+            "give another one"
         )
     if changes and "name" not in changes:
-        values["name"] = f"{name_of_all}+{_short(changes)}"
-    if values.get("models") and isinstance(values["models"], list):
-        values.setdefault("model", values["models"][0])
-        one = _folder_of(str(values["model"]))
-        values["name"], name_of_all = f"{values['name']}/{one}", f"{name_of_all}/{one}"
+        values["name"] = f"{stored_as}+{_short(changes)}"
+    if models:
+        one = _folder_of(str(values.setdefault("model", models[0])))
+        values["name"], stored_as = f"{values['name']}/{one}", f"{stored_as}/{one}"
     try:
         profile = Profile(**values)
     except ValidationError as error:
@@ -298,8 +297,17 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         reason = first["msg"].removeprefix("Value error, ")
         value = f", {where} = {first['input']!r}" if first["loc"] else ""
         raise RequestError(f"profile {name!r}{value}: {reason}{removed(value)}") from error
-    profile._changes, profile._stored_as = changes, name_of_all
+    profile._changes, profile._source, profile._stored_as = changes, name, stored_as
     return profile
+
+
+def _changed(written: dict, values: dict, models: list) -> dict[str, Any]:
+    """The values that a profile file does not say; each of its models has a folder anyway."""
+    plain = {key: field.default for key, field in Profile.model_fields.items()} | written
+    changes = {key: value for key, value in values.items() if value != plain[key]}
+    if changes.get("model") in models:
+        del changes["model"]
+    return changes
 
 
 def _as_yaml(value: Any) -> str:
@@ -346,7 +354,7 @@ def parse_value(text: str, key: str) -> Any:
 def is_text(key: str) -> bool:
     """Whether a parameter of a notebook, or a profile key, takes text."""
     field = Profile.model_fields.get(key)
-    return key in ("profile", "device") or (field and field.annotation in (str, str | None))
+    return key in ("profile", "device") or getattr(field, "annotation", None) in (str, str | None)
 
 
 def _check_key(key: Any) -> None:  # YAML has keys of other types too

@@ -40,7 +40,7 @@ class Networks:
         self.dtype = tensors.pick_dtype(settings.dtype, device)
         self.resident = settings.placement == "resident"
         self.commit = models.commit_of(settings.model, settings.model_revision)
-        self.revision = settings.model_revision
+        self.revision = self.commit or settings.model_revision  # the same to the end of a run
         self.tokenizer = models.load_tokenizer(settings.model, self.revision)
         self.config = models.load_config(settings.model, self.revision)
         self._dense: PreTrainedModel | None = None

@@ -24,7 +24,6 @@ METHOD_VERSION = 1
 # What a run rewrites in a checkout; it does not make the code that measured dirty.
 _GENERATED = ("data/record", "data/results", "figures", "notebooks/rendered")
 _GENERATED += ("README.md", "docs/deviations.md")
-_IGNORED = ("--exclude=__pycache__", "--exclude=*.egg-info")  # in src, whatever a user ignores
 
 _PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "tokenizers", "numpy")
 
@@ -152,7 +151,7 @@ def _checkout() -> dict:
             code = ("--", ".", *(f":!{path}" for path in _GENERATED))
             changed = git("diff", "--name-only", "--no-renames", "--ignore-submodules=none", *code)
             changed += git("ls-files", "--others", "--exclude-standard", *code)
-            changed += git("ls-files", "--others", *_IGNORED, "--", "src")
+            changed += git("ls-files", "--others", "--", "src/*.py", "src/*.yaml")
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}

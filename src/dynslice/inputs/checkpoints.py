@@ -5,9 +5,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -46,8 +46,7 @@ def no_weights(names: list[str]) -> str | None:
     """What a model of these files has in place of safetensors; None where it has them."""
     if {*_WEIGHTS} & {*names}:
         return None
-    none = "has no safetensors, and other files of weights are not read; save it anew with "
-    return next(_others(names), f"{none}transformers")
+    return next(_others(names), "has no safetensors; save it anew with transformers")
 
 
 def _others(names: list[str]) -> Iterator[str]:
@@ -103,14 +102,19 @@ def why_no_tokenizer(folder: Path) -> str:
     slow = [*folder.glob("*.model"), *folder.glob("*.tiktoken")]
     if slow and not (folder / "tokenizer.json").is_file():
         is_protobuf = slow[0].read_bytes()[:1] == b"\n"  # the other kind is lines of text
-        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-        needed = needed if is_protobuf else {"tiktoken": "tiktoken"}
-        if lacking := " ".join(name for name, module in needed.items() if not find_spec(module)):
+        needed = ("sentencepiece", "protobuf") if is_protobuf else ("tiktoken",)
+        if lacking := " ".join(name for name in needed if not _is_installed(name)):
             return (
                 f"has its tokenizer in {slow[0].name}, and what reads that is not installed; run "
                 f"`pip install {lacking}`"
             )
     return "has no tokenizer that transformers can load; save one with the model"
+
+
+def _is_installed(package: str) -> bool:
+    with suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(package))
+    return False
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:

@@ -207,7 +207,8 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> str
         reason = no_model(folder, [path.name for path in folder.iterdir()])
     elif not (reason := _no_saved_model(name)):
         folder, names = hub.model(name, revision, weights)
-        reason = no_model(folder, names) or (no_weights(names) if weights else None)
+        here = names or [path.name for path in folder.iterdir()]
+        reason = no_model(folder, here) or (no_weights(names) if names else None)
     if reason:
         raise RequestError(f"model {name!r} {reason}")
     return str(folder)

@@ -109,7 +109,9 @@ def check_plan(config, plan: SlicePlan) -> None:
     require_dense(config, "slicing")
     shape = dims_of(config)
     for name, planned in vars(plan.shape).items():
-        if (here := getattr(shape, name)) != planned:
+        here = getattr(shape, name)
+        is_new = name in ("tied", "final_scale", "heads")  # a file of an earlier version lacks it
+        if here != planned and (planned or not is_new):
             raise RequestError(
                 f"the plan was made for another model ({name} {planned}, here {here}); make it "
                 "anew with `dynslice plan`"
