@@ -347,10 +347,7 @@ def test_what_is_no_model_is_named_with_what_to_do(case, place, hub, root, tmp_p
     with pytest.raises(RequestError, match=message) as refused:
         models.load(asked, CPU, torch.float32)
     assert str(refused.value).count("; ") == 1
-    if place == "hub" and case in (
-        "original",
-        "variant",
-    ):  # a forecast, which downloads none, says it too
+    if place == "hub" and case in ("original", "variant"):  # a forecast says it too
         with pytest.raises(RequestError, match=message):
             models.load_config(asked, weights=False)
 

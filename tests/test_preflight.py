@@ -283,7 +283,7 @@ def test_no_more_workers_are_counted_than_there_are_networks(monkeypatch):
 
 
 def test_a_configuration_alone_is_no_downloaded_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "model", lambda *_: (tmp_path, ["config.json"]))
+    monkeypatch.setattr(hub, "model", lambda *_: (tmp_path, []))
     (tmp_path / "config.json").write_text("{}")
     assert not models.in_cache("somebody/model")
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
