@@ -96,8 +96,8 @@ def _check_owner(options, lr: dict, shape: ModelDims) -> None:
         )
     owner = str(lr.get("model", options.model))
     if options.model and realpath(owner) != realpath(options.model):  # a path has spellings
-        note = f"the LR scores of {options.lr} were measured on {owner}"
-        print(f"note: {note}, this plan is for {options.model}", file=sys.stderr)
+        note = f"note: the LR scores of {options.lr} were measured on {owner}"
+        print(f"{note}, this plan is for {options.model}", file=sys.stderr)
 
 
 def _layout(options, shape: ModelDims, lr: Sequence[float] | None) -> Layout:
