@@ -72,7 +72,8 @@ def forecast(
     try:
         is_here = is_here or models.in_cache(model, revision)
     except (RequestError, DiskError) as error:
-        obstacles.append(str(error) + f"; {profile.model_hint}" * bool(profile.model_hint))
+        hint = f"; {profile.model_hint}" if profile.model_hint else ""
+        obstacles.append(f"{error}{hint}")
     obstacles += _data_obstacles(missing)
     whole = models.unfetched(model)
     if not missing or whole or (model == SMOLLM2 and not assets.are_there()):
